@@ -1,0 +1,249 @@
+//! The one error type: every variant carries the operand, what was needed and what was got.
+
+use crate::dtype::Dtype;
+
+/// A tensor or buffer that takes part in one attention call.
+///
+/// Its `Display` form is the name that the rest of the crate, the shaders and the program use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum Operand {
+    /// Queries, `[batch, heads_q, seq_q, head_dim]`.
+    Q,
+    /// Keys, `[batch, heads_kv, seq_kv, head_dim]`.
+    K,
+    /// Values, `[batch, heads_kv, seq_kv, head_dim_v]`.
+    V,
+    /// The output, `[batch, heads_q, seq_q, head_dim_v]`.
+    O,
+    /// The bilinear matrix, `[query_dim, head_dim]` or one of those per query head.
+    W,
+    /// The additive bias, broadcastable to `[batch, heads_q, seq_q, seq_kv]`.
+    Bias,
+    /// The boolean mask (one byte an element, non-zero keeps), broadcastable like the bias.
+    Mask,
+    /// ALiBi slopes, `[heads_q]`.
+    AlibiSlopes,
+    /// Sink logits, `[heads_q]`.
+    Sinks,
+    /// Valid keys of each batch entry, `[batch]`.
+    KvLens,
+    /// The natural logarithm of each row's denominator, `[batch, heads_q, seq_q]`.
+    Lse,
+    /// The attention weights, `[batch, heads_q, seq_q, seq_kv]`.
+    Weights,
+}
+
+impl Operand {
+    /// Every operand, inputs before outputs.
+    pub const ALL: [Self; 12] = [
+        Self::Q,
+        Self::K,
+        Self::V,
+        Self::W,
+        Self::Bias,
+        Self::Mask,
+        Self::AlibiSlopes,
+        Self::Sinks,
+        Self::KvLens,
+        Self::O,
+        Self::Lse,
+        Self::Weights,
+    ];
+}
+
+impl std::fmt::Display for Operand {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Q => "q",
+            Self::K => "k",
+            Self::V => "v",
+            Self::O => "o",
+            Self::W => "w",
+            Self::Bias => "bias",
+            Self::Mask => "mask",
+            Self::AlibiSlopes => "alibi_slopes",
+            Self::Sinks => "sinks",
+            Self::KvLens => "kv_lens",
+            Self::Lse => "lse",
+            Self::Weights => "weights",
+        })
+    }
+}
+
+/// Everything that can go wrong, found before anything is encoded unless its text says otherwise.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A size that must be at least one is zero.
+    #[error("{what} must be at least 1")]
+    ZeroSize {
+        /// The size's name in [`AttentionProblem`](crate::AttentionProblem).
+        what: &'static str,
+    },
+    /// A size is beyond what 32-bit indexing on the device can address.
+    #[error("{what} is {got}, the largest possible is {max}")]
+    TooLarge {
+        /// The size's name, or the operand whose element indices overflow.
+        what: String,
+        /// The size that was asked for.
+        got: u128,
+        /// The largest size that is served.
+        max: u64,
+    },
+    /// Query heads do not divide evenly over key-value heads.
+    #[error("heads_q = {heads_q} is not a multiple of heads_kv = {heads_kv}")]
+    HeadGroups {
+        /// Query heads.
+        heads_q: usize,
+        /// Key-value heads.
+        heads_kv: usize,
+    },
+    /// A numeric option is not a number that the mathematics allows.
+    #[error("{what} = {got} is not {need}")]
+    BadNumber {
+        /// The option's name.
+        what: &'static str,
+        /// What the option was set to.
+        got: f32,
+        /// What it has to be.
+        need: &'static str,
+    },
+    /// An output's strides make two elements share a place.
+    #[error("{operand}: strides {strides:?} map two elements of shape {shape:?} to one place")]
+    OutputOverlaps {
+        /// The output.
+        operand: Operand,
+        /// Its logical shape.
+        shape: [usize; 4],
+        /// The strides, in elements.
+        strides: [usize; 4],
+    },
+    /// A slice or buffer ends before the last element that the layout reaches.
+    #[error("{operand}: the layout reaches {need} {unit}, the {container} holds {got}")]
+    OutOfBounds {
+        /// The operand.
+        operand: Operand,
+        /// Elements (slices) or bytes (buffers) needed, from the start of the container.
+        need: u64,
+        /// What there is.
+        got: u64,
+        /// `"elements"` or `"bytes"`.
+        unit: &'static str,
+        /// `"slice"` or `"buffer"`.
+        container: &'static str,
+    },
+    /// The problem asks for an operand that the call did not bring.
+    #[error("{operand}: the problem asks for it, the call did not bring it")]
+    MissingOperand {
+        /// The operand.
+        operand: Operand,
+    },
+    /// The call brings an operand that the problem does not mention.
+    #[error("{operand}: the call brings it, the problem does not mention it")]
+    UnexpectedOperand {
+        /// The operand.
+        operand: Operand,
+    },
+    /// An operand has another element type than the problem states.
+    #[error("{operand}: the problem states {need}, the call brings {got}")]
+    DtypeMismatch {
+        /// The operand.
+        operand: Operand,
+        /// The problem's type.
+        need: Dtype,
+        /// The call's type.
+        got: Dtype,
+    },
+    /// A key length is longer than the keys that exist.
+    #[error("kv_lens[{batch}] = {got} is beyond seq_kv = {seq_kv}")]
+    KvLen {
+        /// The batch entry.
+        batch: usize,
+        /// The length given.
+        got: u32,
+        /// Keys that exist.
+        seq_kv: usize,
+    },
+    /// A caller's buffer lacks a usage flag.
+    #[error("{operand}: the buffer needs usage {need:?}, it has {got:?}")]
+    BufferUsage {
+        /// The operand.
+        operand: Operand,
+        /// Flags needed.
+        need: wgpu::BufferUsages,
+        /// Flags that the buffer has.
+        got: wgpu::BufferUsages,
+    },
+    /// An output shares its buffer with another operand of the same dispatch, which wgpu forbids.
+    #[error("{operand}: shares its buffer with {with}; an output needs a buffer of its own")]
+    Aliased {
+        /// The output.
+        operand: Operand,
+        /// The other operand.
+        with: Operand,
+    },
+    /// The device cannot do what every kernel for this problem needs.
+    #[error("{what}: {need} needed, the device allows {got}")]
+    LimitExceeded {
+        /// The limit, with the operand that hits it.
+        what: String,
+        /// Units needed.
+        need: u64,
+        /// Units allowed.
+        got: u64,
+    },
+    /// A forced path or kernel cannot serve this problem on this device.
+    #[error("kernel {kernel} does not fit: {why}")]
+    KernelUnfit {
+        /// The kernel's name in the table.
+        kernel: String,
+        /// Why not.
+        why: String,
+    },
+    /// The plan was made for another device (or other options) than the object that encodes it.
+    #[error("this plan was made for {plan}, this device is {device}")]
+    ForeignPlan {
+        /// Capabilities that the plan was made for.
+        plan: String,
+        /// Capabilities of the device that was to run it.
+        device: String,
+    },
+    /// No adapter answers the request.
+    #[error("no adapter: {why}")]
+    NoAdapter {
+        /// What was asked for and what there is.
+        why: String,
+    },
+    /// The adapter refused to open a device.
+    #[error("no device on {adapter}: {why}")]
+    NoDevice {
+        /// The adapter's name.
+        adapter: String,
+        /// The driver's words.
+        why: String,
+    },
+    /// The device ran out of memory. Nothing of this call was executed.
+    #[error("out of device memory while making {what}")]
+    OutOfMemory {
+        /// What was being made.
+        what: String,
+    },
+    /// The device is lost; make a new one.
+    #[error("the device is lost: {why}")]
+    DeviceLost {
+        /// The driver's words.
+        why: String,
+    },
+    /// The driver rejected a kernel or a command that this crate made: a defect of one of the two.
+    #[error("{what}: {why}")]
+    Driver {
+        /// What was being made.
+        what: String,
+        /// The driver's words.
+        why: String,
+    },
+}
+
+/// `Result` with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;

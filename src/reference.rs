@@ -1,0 +1,260 @@
+//! The references that every path is held to: an f64 oracle in four plain passes, a naive
+//! computation in the storage precision, and the error budget made of both.
+
+use crate::dtype::Dtype;
+use crate::error::{Operand, Result};
+use crate::host::Inputs;
+use crate::mask::Align;
+use crate::problem::{AttentionProblem, Similarity};
+
+/// What [`oracle`] and [`naive`] give, in logical order and f64.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Reference {
+    /// `[batch, heads_q, seq_q, head_dim_v]`.
+    pub o: Vec<f64>,
+    /// `[batch, heads_q, seq_q]`, natural logarithm.
+    pub lse: Vec<f64>,
+    /// `[batch, heads_q, seq_q, seq_kv]` when [`AttentionProblem::weights`] asks for it.
+    pub weights: Option<Vec<f64>>,
+    /// Largest finite magnitude of a kept score.
+    pub max_score: f64,
+    /// Largest finite magnitude in v.
+    pub max_value: f64,
+}
+
+/// Attention in f64: scores, maximum, exponentials, weighted sum; no tiling, no online softmax.
+///
+/// ```
+/// use wgpu_attention::{AttentionProblem, Inputs, reference};
+/// let problem = AttentionProblem::new(1, 1, 1, 1, 2, 1, 1);
+/// let (q, k, v) = ([0.0_f32], [1.0_f32, 2.0], [1.0_f32, 3.0]);
+/// let result = reference::oracle(&problem, &Inputs::new(&q[..], &k[..], &v[..]))?;
+/// assert_eq!(result.o, [2.0]);
+/// assert_eq!(result.lse, [2.0_f64.ln()]);
+/// # Ok::<(), wgpu_attention::Error>(())
+/// ```
+///
+/// # Errors
+/// Those of [`Inputs::check`].
+pub fn oracle(problem: &AttentionProblem, inputs: &Inputs<'_>) -> Result<Reference> {
+    compute(problem, inputs, 0..problem.rows(), &|x| x)
+}
+
+/// The oracle for some query rows only, numbered over `[batch, heads_q, seq_q]`: a slice of a
+/// problem too large to compute whole.
+///
+/// # Errors
+/// Those of [`Inputs::check`].
+pub fn oracle_rows(
+    problem: &AttentionProblem,
+    inputs: &Inputs<'_>,
+    rows: std::ops::Range<usize>,
+) -> Result<Reference> {
+    compute(problem, inputs, rows, &|x| x)
+}
+
+/// What a plain framework computes when every tensor has the storage precision: each of scores,
+/// scaled scores, capped scores, biased scores, weights and output is rounded to
+/// [`AttentionProblem::dtype`]. Its error is the yardstick of FlashAttention's tests.
+///
+/// # Errors
+/// Those of [`Inputs::check`].
+pub fn naive(problem: &AttentionProblem, inputs: &Inputs<'_>) -> Result<Reference> {
+    let dtype = problem.dtype;
+    compute(problem, inputs, 0..problem.rows(), &move |x| dtype.round(x as f32) as f64)
+}
+
+/// The largest error of `o` that a path may have. `naive_error` is the maximal error of [`naive`]
+/// against the oracle, used where the storage is narrower than f32.
+///
+/// f32: `8 * 2^-24 * max(1, max|s|) * max|V|`, never above `1e-4 * max|V|`. f16 and bf16: twice
+/// the naive error plus 1e-5.
+pub fn tolerance(problem: &AttentionProblem, oracle: &Reference, naive_error: f64) -> f64 {
+    if problem.dtype == Dtype::F32 && problem.out_dtype == Dtype::F32 {
+        let relative = 8.0 * 2f64.powi(-24) * oracle.max_score.max(1.0);
+        relative.min(1e-4) * oracle.max_value
+    } else {
+        2.0 * naive_error + 1e-5
+    }
+}
+
+/// Largest absolute difference, where equal infinities and two NaNs count as equal and a NaN on
+/// one side alone counts as infinite.
+pub fn max_error(got: impl IntoIterator<Item = f64>, want: &[f64]) -> f64 {
+    let mut worst = 0.0_f64;
+    let mut seen = 0;
+    for (got, &want) in got.into_iter().zip(want) {
+        seen += 1;
+        if got == want || (got.is_nan() && want.is_nan()) {
+            continue;
+        }
+        let error = (got - want).abs();
+        worst = if error.is_nan() { f64::INFINITY } else { worst.max(error) };
+    }
+    if seen == want.len() { worst } else { f64::INFINITY }
+}
+
+fn compute(
+    problem: &AttentionProblem,
+    inputs: &Inputs<'_>,
+    rows: std::ops::Range<usize>,
+    round: &dyn Fn(f64) -> f64,
+) -> Result<Reference> {
+    inputs.check(problem)?;
+    let p = problem;
+    let mut out = Reference {
+        o: Vec::with_capacity(rows.len() * p.head_dim_v),
+        lse: Vec::with_capacity(rows.len()),
+        weights: p.weights.then(|| Vec::with_capacity(rows.len() * p.seq_kv)),
+        max_score: 0.0,
+        max_value: max_finite(problem, inputs),
+    };
+    for row in rows {
+        let (b, h, i) = (row / p.seq_q / p.heads_q, row / p.seq_q % p.heads_q, row % p.seq_q);
+        let scores = scores(p, inputs, [b, h, i], round);
+
+        // The maximum over kept keys and the sink. f64::max would hide a NaN.
+        let sink = inputs.sinks.map(|sinks| f64::from(sinks[h]));
+        let kept = || scores.iter().flatten().copied();
+        let max = kept().chain(sink).fold(f64::NEG_INFINITY, |m, s| if s > m || s.is_nan() { s } else { m });
+        out.max_score = kept().filter(|s| s.is_finite()).fold(out.max_score, |m, s| m.max(s.abs()));
+
+        // Exponentials and their sum. A row of nothing but -inf (or nothing) has no maximum.
+        let exp = |s: f64| if s == f64::NEG_INFINITY { 0.0 } else { (s - max).exp() };
+        let sum: f64 = kept().chain(sink).map(exp).sum();
+        let weight = |s: Option<f64>| s.map_or(0.0, |s| if sum == 0.0 { 0.0 } else { round(exp(s) / sum) });
+        out.lse.push(if sum == 0.0 { f64::NEG_INFINITY } else { max + sum.ln() });
+
+        // The weighted sum, over kept keys alone: what lies at a dropped key is never read.
+        let mut o = vec![0.0; p.head_dim_v];
+        for (j, s) in scores.iter().enumerate().filter(|(_, s)| s.is_some()) {
+            let at = p.v.index([b, p.kv_head(h), j, 0]);
+            for (d, o) in o.iter_mut().enumerate() {
+                *o += weight(*s) * f64::from(inputs.v.get(at + d * p.v.strides[3]));
+            }
+        }
+        out.o.extend(o.into_iter().map(round));
+        if let Some(weights) = &mut out.weights {
+            weights.extend((0..p.seq_kv).map(|j| weight(scores.get(j).copied().flatten())));
+        }
+    }
+    Ok(out)
+}
+
+/// Scores of one query against every valid key; `None` where a mask drops the key.
+fn scores(
+    p: &AttentionProblem,
+    inputs: &Inputs<'_>,
+    [b, h, i]: [usize; 3],
+    round: &dyn Fn(f64) -> f64,
+) -> Vec<Option<f64>> {
+    let len_k = inputs.len_k(p, b);
+    let range = p.kv_range(i, len_k);
+    let q = projected_query(p, inputs, [b, h, i], round);
+    let scale = p.effective_scale();
+    let position = |align: Align| i as i64 + align.offset(p.seq_q, len_k);
+    (0..len_k)
+        .map(|j| {
+            let masked = p
+                .mask
+                .is_some_and(|layout| inputs.mask.is_some_and(|mask| mask[layout.index([b, h, i, j])] == 0));
+            if masked || !range.contains(&j) {
+                return None;
+            }
+            let at = p.k.index([b, p.kv_head(h), j, 0]);
+            let dot: f64 =
+                q.iter().enumerate().map(|(d, q)| q * f64::from(inputs.k.get(at + d * p.k.strides[3]))).sum();
+            let mut s = round(round(dot) * scale);
+            if let Some(cap) = p.softcap.map(f64::from) {
+                s = round(cap * (s / cap).tanh());
+            }
+            if let (Some(bias), Some(values)) = (p.bias, inputs.bias) {
+                let bias = f64::from(values.get(bias.layout.index([b, h, i, j])));
+                if bias == f64::NEG_INFINITY {
+                    return None;
+                }
+                s = round(s + bias);
+            }
+            if let (true, Some(slopes)) = (p.alibi, inputs.alibi_slopes) {
+                let distance = (position(p.alibi_align()) - j as i64).unsigned_abs();
+                s = round(s - f64::from(slopes[h]) * distance as f64);
+            }
+            Some(s)
+        })
+        .collect()
+}
+
+/// q, or `qT W` for the bilinear similarity.
+fn projected_query(
+    p: &AttentionProblem,
+    inputs: &Inputs<'_>,
+    [b, h, i]: [usize; 3],
+    round: &dyn Fn(f64) -> f64,
+) -> Vec<f64> {
+    let at = p.q.index([b, h, i, 0]);
+    let q = |d: usize| f64::from(inputs.q.get(at + d * p.q.strides[3]));
+    match (p.similarity, inputs.w) {
+        (Similarity::Bilinear { query_dim, per_head }, Some(w)) => {
+            let w = &w[if per_head { h * query_dim * p.head_dim } else { 0 }..];
+            (0..p.head_dim)
+                .map(|d| round((0..query_dim).map(|c| q(c) * f64::from(w[c * p.head_dim + d])).sum()))
+                .collect()
+        }
+        _ => (0..p.head_dim).map(q).collect(),
+    }
+}
+
+fn max_finite(p: &AttentionProblem, inputs: &Inputs<'_>) -> f64 {
+    let [b, h, _, d] = p.shape(Operand::V);
+    let mut max = 0.0_f64;
+    for (b, h) in (0..b).flat_map(|b| (0..h).map(move |h| (b, h))) {
+        for j in 0..inputs.len_k(p, b) {
+            for d in 0..d {
+                let x = f64::from(inputs.v.get(p.v.index([b, h, j, d]))).abs();
+                if x.is_finite() {
+                    max = max.max(x);
+                }
+            }
+        }
+    }
+    max
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_without_keys_is_zero_and_a_sink_gives_its_lse() {
+        let p = AttentionProblem {
+            causal: Some(Align::BottomRight),
+            ..AttentionProblem::new(1, 1, 1, 2, 1, 1, 1)
+        };
+        let inputs = Inputs::new(&[1.0_f32, 1.0][..], &[1.0_f32][..], &[7.0_f32][..]);
+        let r = oracle(&p, &inputs).unwrap();
+        assert_eq!((r.o.as_slice(), r.lse[0]), (&[0.0, 7.0][..], f64::NEG_INFINITY));
+        let p = AttentionProblem { sinks: true, ..p };
+        let r = oracle(&p, &Inputs { sinks: Some(&[0.25]), ..inputs }).unwrap();
+        assert_eq!((r.o[0], r.lse[0]), (0.0, 0.25));
+        let kept = (1f64.exp() / (1f64.exp() + 0.25f64.exp())) * 7.0;
+        assert!((r.o[1] - kept).abs() < 1e-12);
+    }
+
+    #[test]
+    fn nan_stays_in_the_rows_that_read_it() {
+        let p =
+            AttentionProblem { causal: Some(Align::TopLeft), ..AttentionProblem::new(1, 1, 1, 2, 2, 1, 1) };
+        let inputs = Inputs::new(&[1.0_f32, 1.0][..], &[1.0_f32, 1.0][..], &[3.0_f32, f32::NAN][..]);
+        let r = oracle(&p, &inputs).unwrap();
+        assert_eq!(r.o[0], 3.0);
+        assert!(r.o[1].is_nan());
+    }
+
+    #[test]
+    fn max_error_sees_nan_and_length() {
+        assert_eq!(max_error([1.0], &[f64::NAN]), f64::INFINITY);
+        assert_eq!(max_error([f64::NAN], &[f64::NAN]), 0.0);
+        assert_eq!(max_error([1.0], &[1.0, 1.0]), f64::INFINITY);
+        assert_eq!(max_error([f64::NEG_INFINITY, 2.0], &[f64::NEG_INFINITY, 1.5]), 0.5);
+    }
+}
