@@ -1,0 +1,39 @@
+// A score below every score that a kept key can have: it marks a dropped key. WGSL compilers may
+// assume that no infinity exists, so the mark is finite, and kept scores are clamped above it.
+const DROPPED: f32 = -3.4028234e38;
+const LOWEST_KEPT: f32 = -3.4028232e38;
+const LOG2_E: f32 = 1.4426950408889634;
+const LN_2: f32 = 0.6931471805599453;
+const NEG_INF_BITS: u32 = 0xff800000u;
+// The weight of a dropped key: minus zero. It adds nothing, and it can be told from the plus zero
+// of a kept key whose weight underflows (which must still spread a NaN in v).
+const DROPPED_WEIGHT_BITS: u32 = 0x80000000u;
+
+fn is_dropped_weight(weight: f32) -> bool {
+    return bitcast<u32>(weight) == DROPPED_WEIGHT_BITS;
+}
+
+// Bit tests, because `x != x` may be folded away.
+fn is_nan(x: f32) -> bool {
+    return (bitcast<u32>(x) & 0x7fffffffu) > 0x7f800000u;
+}
+
+fn is_finite4(x: vec4<f32>) -> bool {
+    let exponent = bitcast<vec4<u32>>(x) & vec4<u32>(0x7f800000u);
+    return all(exponent != vec4<u32>(0x7f800000u));
+}
+
+// Workgroups are numbered in one dimension and folded over three, since each ends at 65535.
+fn linear_group(id: vec3<u32>, count: vec3<u32>) -> u32 {
+    return id.x + count.x * (id.y + count.y * id.z);
+}
+
+fn div_ceil(a: u32, b: u32) -> u32 {
+    return (a + b - 1u) / b;
+}
+
+// Batch entry and head of the chunk's head `index`.
+fn batch_head(index: u32) -> vec2<u32> {
+    let head = params.head_first + index;
+    return vec2<u32>(head / params.heads_q, head % params.heads_q);
+}

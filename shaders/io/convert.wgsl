@@ -1,0 +1,24 @@
+// 16-bit floats in pairs of a u32, the lower half first.
+
+fn unpack_f16(pair: u32) -> vec2<f32> {
+    return unpack2x16float(pair);
+}
+
+fn unpack_bf16(pair: u32) -> vec2<f32> {
+    return bitcast<vec2<f32>>(vec2<u32>(pair << 16u, pair & 0xffff0000u));
+}
+
+fn pack_f16(x: vec2<f32>) -> u32 {
+    return pack2x16float(x);
+}
+
+// Round to nearest, ties to even; a NaN stays one (rounding could carry it into infinity).
+fn bf16_bits(x: f32) -> u32 {
+    let bits = bitcast<u32>(x);
+    let rounded = (bits + 0x7fffu + ((bits >> 16u) & 1u)) >> 16u;
+    return select(rounded, (bits >> 16u) | 0x40u, is_nan(x));
+}
+
+fn pack_bf16(x: vec2<f32>) -> u32 {
+    return bf16_bits(x.x) | (bf16_bits(x.y) << 16u);
+}

@@ -1,0 +1,3 @@
+fn key_length(b: u32) -> u32 {
+    return params.seq_kv;
+}

@@ -1,0 +1,63 @@
+// Everything that a kernel learns at run time. The Rust twin is src/params.rs; a test holds the two
+// equal by reflection. Offsets and strides are in elements, so that alignment never matters.
+struct Params {
+    // Sizes.
+    heads_q: u32,
+    group_size: u32, // query heads that share one key-value head
+    seq_q: u32,
+    seq_kv: u32,
+    head_dim: u32,
+    head_dim_v: u32,
+    query_dim: u32,
+    // This chunk: a range of (batch, head) pairs, and of query rows of each.
+    head_first: u32,
+    head_count: u32,
+    row_first: u32,
+    row_count: u32,
+    // Scratch rows.
+    score_stride: u32,
+    projected_stride: u32,
+    // Scores.
+    scale: f32,
+    softcap: f32,
+    w_head_stride: u32,
+    // Masks: alignment 0 is none, 1 top-left, 2 bottom-right.
+    causal: u32,
+    window_align: u32,
+    window_left: i32,
+    window_right: i32,
+    alibi_align: u32,
+    // Layouts.
+    q_offset: u32,
+    q_stride_b: u32,
+    q_stride_h: u32,
+    q_stride_s: u32,
+    q_stride_d: u32,
+    k_offset: u32,
+    k_stride_b: u32,
+    k_stride_h: u32,
+    k_stride_s: u32,
+    k_stride_d: u32,
+    v_offset: u32,
+    v_stride_b: u32,
+    v_stride_h: u32,
+    v_stride_s: u32,
+    v_stride_d: u32,
+    o_offset: u32,
+    o_stride_b: u32,
+    o_stride_h: u32,
+    o_stride_s: u32,
+    o_stride_d: u32,
+    bias_offset: u32,
+    bias_stride_b: u32,
+    bias_stride_h: u32,
+    bias_stride_s: u32,
+    bias_stride_d: u32,
+    mask_offset: u32,
+    mask_stride_b: u32,
+    mask_stride_h: u32,
+    mask_stride_s: u32,
+    mask_stride_d: u32,
+}
+
+@group(0) @binding(0) var<uniform> params: Params;

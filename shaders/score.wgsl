@@ -1,0 +1,42 @@
+// From a dot product to a score: scale, soft cap, bias, ALiBi, masks, in the contract's order.
+
+// tanh to a few ULP everywhere. The built-in may be off by 1e-5 absolute, which a cap of 50 turns
+// into 5e-4. Below 0.625 an odd polynomial (Cephes tanhf), above it the exponential form.
+fn tanh_accurate(x: f32) -> f32 {
+    let a = abs(x);
+    let z = a * a;
+    var p = -5.70498872745e-3;
+    p = p * z + 2.06390887954e-2;
+    p = p * z - 5.37397155531e-2;
+    p = p * z + 1.33314422036e-1;
+    p = p * z - 3.33332819422e-1;
+    let small = a + a * z * p;
+    // Beyond 9 the result is 1 in f32; the clamp keeps exp from overflowing.
+    let large = 1.0 - 2.0 / (exp2(2.0 * LOG2_E * min(a, 16.0)) + 1.0);
+    let t = select(large, small, a < 0.625);
+    return select(t, -t, x < 0.0);
+}
+
+// A NaN has no sign to select by and no side of 0.625: it goes round the polynomial.
+fn soft_cap(s: f32) -> f32 {
+    let capped = params.softcap * tanh_accurate(s / params.softcap);
+    return select(capped, s, is_nan(s));
+}
+
+// The score of query `i` and key `j`, or DROPPED. `range` is kv_range(i).
+fn finish_score(dot: f32, b: u32, h: u32, i: u32, j: u32, range: vec2<u32>, len_k: u32) -> f32 {
+    if j < range.x || j >= range.y || !mask_keeps(b, h, i, j) {
+        return DROPPED;
+    }
+    let bias = load_bias(b, h, i, j);
+    if bitcast<u32>(bias) == NEG_INF_BITS {
+        return DROPPED;
+    }
+    var s = dot * params.scale;
+    if SOFTCAP {
+        s = soft_cap(s);
+    }
+    s += bias;
+    s -= alibi(h, i, j, len_k);
+    return select(max(s, LOWEST_KEPT), s, is_nan(s));
+}

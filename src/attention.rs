@@ -1,0 +1,299 @@
+//! [`Attention`]: the prepared object over a caller's device. It plans, and records into the
+//! caller's encoder; it submits nothing, and waits for nothing, unless asked to run.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::caps::Caps;
+use crate::encode::{Dispatches, prepare};
+use crate::error::{Error, Operand, Result};
+use crate::pipeline::PipelineCache;
+use crate::plan::{Plan, PlanOptions};
+use crate::problem::AttentionProblem;
+use crate::scratch::Scratch;
+
+/// How an [`Attention`] treats its device.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// Keep the bounds checks that wgpu injects into shaders. Off by default, because validation has
+    /// already proved every bound; the results are the same bits either way.
+    pub runtime_checks: bool,
+}
+
+/// Which adapter to ask for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DeviceRequest {
+    /// A part of the adapter's name, in any case. `None` takes the one with the highest
+    /// performance.
+    pub adapter: Option<String>,
+    /// How the device is treated.
+    pub options: Options,
+}
+
+/// Attention on one wgpu device.
+///
+/// Cheap to clone (clones share pipelines and scratch memory), and `Send + Sync` natively. Scratch
+/// is shared between everything that this object encodes: commands run in the order of their
+/// submission, so that is safe on the device's one queue.
+///
+/// ```no_run
+/// use wgpu_attention::{Align, Attention, AttentionProblem, Operands};
+/// # fn f(device: wgpu::Device, queue: wgpu::Queue, q: wgpu::Buffer, k: wgpu::Buffer,
+/// #      v: wgpu::Buffer, o: wgpu::Buffer) -> wgpu_attention::Result<()> {
+/// let attention = Attention::new(&device, &queue);
+/// let problem = AttentionProblem {
+///     causal: Some(Align::TopLeft),
+///     ..AttentionProblem::new(1, 8, 8, 2048, 2048, 64, 64)
+/// };
+/// let plan = attention.plan(&problem)?;
+/// let mut encoder = device.create_command_encoder(&Default::default());
+/// attention.encode(&mut encoder, &plan, &Operands::new(&q, &k, &v, &o))?;
+/// queue.submit([encoder.finish()]);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct Attention {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) device: wgpu::Device,
+    pub(crate) queue: wgpu::Queue,
+    pub(crate) caps: Caps,
+    pub(crate) options: Options,
+    pub(crate) pipelines: PipelineCache,
+    pub(crate) scratch: Mutex<Scratch>,
+}
+
+/// The buffers of one call, laid out as the problem says: offsets are in its
+/// [`Layout`](crate::Layout)s, in elements. Inputs and outputs need `STORAGE` usage.
+///
+/// A 16-bit or mask operand whose last element ends inside a 4-byte word needs that whole word.
+#[derive(Clone, Copy, Debug)]
+pub struct Operands<'a> {
+    /// Queries.
+    pub q: &'a wgpu::Buffer,
+    /// Keys.
+    pub k: &'a wgpu::Buffer,
+    /// Values.
+    pub v: &'a wgpu::Buffer,
+    /// The output.
+    pub o: &'a wgpu::Buffer,
+    /// The bilinear matrix, f32.
+    pub w: Option<&'a wgpu::Buffer>,
+    /// The additive bias.
+    pub bias: Option<&'a wgpu::Buffer>,
+    /// The boolean mask, one byte an element.
+    pub mask: Option<&'a wgpu::Buffer>,
+    /// ALiBi slopes, f32, one for each query head.
+    pub alibi_slopes: Option<&'a wgpu::Buffer>,
+    /// Sink logits, f32, one for each query head.
+    pub sinks: Option<&'a wgpu::Buffer>,
+    /// Valid keys, u32, one for each batch entry; clamped to seq_kv.
+    pub kv_lens: Option<&'a wgpu::Buffer>,
+    /// Receives the natural logarithm of each row's denominator, f32.
+    pub lse: Option<&'a wgpu::Buffer>,
+    /// Receives the weights, f32.
+    pub weights: Option<&'a wgpu::Buffer>,
+}
+
+impl<'a> Operands<'a> {
+    /// The four that every problem has; fill in the rest with `..`.
+    pub fn new(q: &'a wgpu::Buffer, k: &'a wgpu::Buffer, v: &'a wgpu::Buffer, o: &'a wgpu::Buffer) -> Self {
+        Self {
+            q,
+            k,
+            v,
+            o,
+            w: None,
+            bias: None,
+            mask: None,
+            alibi_slopes: None,
+            sinks: None,
+            kv_lens: None,
+            lse: None,
+            weights: None,
+        }
+    }
+
+    pub(crate) fn get(&self, operand: Operand) -> Option<&'a wgpu::Buffer> {
+        match operand {
+            Operand::Q => Some(self.q),
+            Operand::K => Some(self.k),
+            Operand::V => Some(self.v),
+            Operand::O => Some(self.o),
+            Operand::W => self.w,
+            Operand::Bias => self.bias,
+            Operand::Mask => self.mask,
+            Operand::AlibiSlopes => self.alibi_slopes,
+            Operand::Sinks => self.sinks,
+            Operand::KvLens => self.kv_lens,
+            Operand::Lse => self.lse,
+            Operand::Weights => self.weights,
+        }
+    }
+}
+
+impl Attention {
+    /// Attention on the caller's own device. What that device lacks for the best kernels is in
+    /// [`caps().missing()`](Caps::missing); every device gets kernels that it can run.
+    pub fn new(device: &wgpu::Device, queue: &wgpu::Queue) -> Self {
+        Self::with_options(device, queue, Options::default())
+    }
+
+    /// [`Attention::new`] with options.
+    pub fn with_options(device: &wgpu::Device, queue: &wgpu::Queue, options: Options) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                caps: Caps::of_device(device),
+                device: device.clone(),
+                queue: queue.clone(),
+                options,
+                pipelines: PipelineCache::default(),
+                scratch: Mutex::default(),
+            }),
+        }
+    }
+
+    /// Asks for an adapter, and opens it with every feature that the kernels can use and with all
+    /// of its limits.
+    ///
+    /// # Errors
+    /// [`Error::NoAdapter`] and [`Error::NoDevice`].
+    pub async fn request(request: &DeviceRequest) -> Result<Self> {
+        let adapter = match &request.adapter {
+            None => instance()
+                .request_adapter(&wgpu::RequestAdapterOptions {
+                    power_preference: wgpu::PowerPreference::HighPerformance,
+                    ..Default::default()
+                })
+                .await
+                .map_err(|error| Error::NoAdapter { why: error.to_string() })?,
+            Some(part) => {
+                let adapters = adapters().await;
+                let names: Vec<_> = adapters.iter().map(|adapter| adapter.get_info().name).collect();
+                let part = part.to_lowercase();
+                let found = names.iter().position(|name| name.to_lowercase().contains(&part));
+                match found.and_then(|at| adapters.into_iter().nth(at)) {
+                    Some(adapter) => adapter,
+                    None => {
+                        let why = format!("none is named {part:?}; there are {names:?}");
+                        return Err(Error::NoAdapter { why });
+                    }
+                }
+            }
+        };
+        let (device, queue) = adapter
+            .request_device(&wgpu::DeviceDescriptor {
+                label: Some("wgpu-attention"),
+                required_features: Caps::FEATURES & adapter.features(),
+                required_limits: adapter.limits(),
+                ..Default::default()
+            })
+            .await
+            .map_err(|error| Error::NoDevice { adapter: adapter.get_info().name, why: error.to_string() })?;
+        Ok(Self::with_options(&device, &queue, request.options.clone()))
+    }
+
+    /// The device that this object records for.
+    pub fn device(&self) -> &wgpu::Device {
+        &self.shared.device
+    }
+
+    /// That device's queue.
+    pub fn queue(&self) -> &wgpu::Queue {
+        &self.shared.queue
+    }
+
+    /// What that device can do.
+    pub fn caps(&self) -> &Caps {
+        &self.shared.caps
+    }
+
+    /// How many pipelines have been built so far.
+    pub fn pipelines(&self) -> usize {
+        self.shared.pipelines.len()
+    }
+
+    /// Bytes of scratch memory that this object holds now.
+    pub fn scratch_bytes(&self) -> u64 {
+        self.shared.scratch.lock().unwrap_or_else(PoisonError::into_inner).bytes()
+    }
+
+    /// Gives the scratch memory back (once what uses it has run). The next call makes new.
+    pub fn free_scratch(&self) {
+        *self.shared.scratch.lock().unwrap_or_else(PoisonError::into_inner) = Scratch::default();
+    }
+
+    /// Plans a problem for this device.
+    ///
+    /// # Errors
+    /// Those of [`Plan::new`].
+    pub fn plan(&self, problem: &AttentionProblem) -> Result<Plan> {
+        self.plan_with(problem, &PlanOptions::default())
+    }
+
+    /// [`Attention::plan`] with options.
+    ///
+    /// # Errors
+    /// Those of [`Plan::new`].
+    pub fn plan_with(&self, problem: &AttentionProblem, options: &PlanOptions) -> Result<Plan> {
+        Plan::new(problem, self.caps(), options)
+    }
+
+    /// Records one attention call, in a compute pass of its own. Submits nothing.
+    ///
+    /// Pipelines that are not there yet are compiled now; encode once before a deadline.
+    ///
+    /// # Errors
+    /// [`Error::ForeignPlan`], [`Error::MissingOperand`], [`Error::UnexpectedOperand`],
+    /// [`Error::BufferUsage`], [`Error::OutOfBounds`], [`Error::Aliased`], [`Error::OutOfMemory`]
+    /// and [`Error::Driver`]; then nothing has been recorded.
+    pub fn encode(
+        &self,
+        encoder: &mut wgpu::CommandEncoder,
+        plan: &Plan,
+        operands: &Operands<'_>,
+    ) -> Result<()> {
+        let dispatches = self.prepare(plan, operands)?;
+        if dispatches.is_empty() {
+            return Ok(());
+        }
+        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor {
+            label: Some("attention"),
+            timestamp_writes: None,
+        });
+        dispatches.record(&mut pass);
+        Ok(())
+    }
+
+    /// Records one attention call into a pass that the caller has begun, among its own dispatches
+    /// or with its own timestamps. Leaves its pipeline and bind group 0 set.
+    ///
+    /// # Errors
+    /// Those of [`Attention::encode`]; then nothing has been recorded.
+    pub fn encode_in_pass(
+        &self,
+        pass: &mut wgpu::ComputePass<'_>,
+        plan: &Plan,
+        operands: &Operands<'_>,
+    ) -> Result<()> {
+        self.prepare(plan, operands)?.record(pass);
+        Ok(())
+    }
+
+    fn prepare(&self, plan: &Plan, operands: &Operands<'_>) -> Result<Dispatches> {
+        prepare(&self.shared, plan, operands)
+    }
+}
+
+/// Every adapter of every backend that this build has.
+pub async fn adapters() -> Vec<wgpu::Adapter> {
+    instance().enumerate_adapters(wgpu::Backends::all()).await
+}
+
+/// `WGPU_BACKEND` and its kin choose among the backends, as in other wgpu programs.
+fn instance() -> wgpu::Instance {
+    wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle_from_env())
+}

@@ -1,0 +1,126 @@
+//! What a device can do, distilled from its features and limits. Constructible by hand, so that
+//! planning is tested without a device.
+
+/// The capabilities that a plan depends on.
+///
+/// ```
+/// use wgpu_attention::{AttentionProblem, Caps, Plan, PlanOptions};
+/// let problem = AttentionProblem::new(1, 8, 8, 512, 512, 64, 64);
+/// let plan = Plan::new(&problem, &Caps::minimal(), &PlanOptions::default())?;
+/// println!("{plan}");
+/// # Ok::<(), wgpu_attention::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq)]
+pub struct Caps {
+    /// The adapter's name.
+    pub adapter: String,
+    /// The driver's name and version, where the backend tells.
+    pub driver: String,
+    /// The API behind wgpu.
+    pub backend: wgpu::Backend,
+    /// Discrete, integrated, on a CPU, ...
+    pub device_type: wgpu::DeviceType,
+    /// Shaders can name f16 (else f16 storage is read as pairs in a u32).
+    pub shader_f16: bool,
+    /// Compute passes can write timestamps.
+    pub timestamps: bool,
+    /// Smallest and largest subgroup, where subgroup operations are enabled.
+    pub subgroup: Option<(u32, u32)>,
+    /// Bytes that one storage binding may span.
+    pub max_storage_binding: u64,
+    /// Bytes that one buffer may have.
+    pub max_buffer: u64,
+    /// Storage buffers of one kernel.
+    pub max_storage_buffers: u32,
+    /// Bytes of workgroup memory.
+    pub max_workgroup_bytes: u32,
+    /// Threads of a workgroup.
+    pub max_invocations: u32,
+    /// Threads of a workgroup along each dimension.
+    pub max_workgroup_size: [u32; 3],
+    /// Workgroups along each dimension of a dispatch.
+    pub max_dispatch: u32,
+    /// Alignment of a storage binding's offset, in bytes.
+    pub storage_alignment: u32,
+    /// Alignment of a dynamic uniform offset, in bytes.
+    pub uniform_alignment: u32,
+}
+
+impl Caps {
+    /// The features that any kernel or the timer of this crate can use.
+    pub const FEATURES: wgpu::Features = wgpu::Features::SHADER_F16.union(wgpu::Features::TIMESTAMP_QUERY);
+
+    /// An opened device's capabilities.
+    pub fn of_device(device: &wgpu::Device) -> Self {
+        Self::distil(&device.adapter_info(), device.features(), &device.limits())
+    }
+
+    /// What a device with everything that the adapter offers would have.
+    pub fn of_adapter(adapter: &wgpu::Adapter) -> Self {
+        Self::distil(&adapter.get_info(), adapter.features(), &adapter.limits())
+    }
+
+    /// A device with wgpu's default limits and no optional feature.
+    pub fn minimal() -> Self {
+        Self {
+            adapter: "a device with default limits".into(),
+            driver: String::new(),
+            backend: wgpu::Backend::Noop,
+            device_type: wgpu::DeviceType::Other,
+            ..Self::from_limits(wgpu::Features::empty(), &wgpu::Limits::default())
+        }
+    }
+
+    fn distil(info: &wgpu::AdapterInfo, features: wgpu::Features, limits: &wgpu::Limits) -> Self {
+        let subgroup = (info.subgroup_min_size, info.subgroup_max_size);
+        let mut caps = Self::from_limits(features, limits);
+        caps.adapter = info.name.clone();
+        caps.driver = format!("{} {}", info.driver, info.driver_info).trim().to_owned();
+        caps.backend = info.backend;
+        caps.device_type = info.device_type;
+        caps.subgroup = features.contains(wgpu::Features::SUBGROUP).then_some(subgroup);
+        caps
+    }
+
+    fn from_limits(features: wgpu::Features, limits: &wgpu::Limits) -> Self {
+        Self {
+            adapter: String::new(),
+            driver: String::new(),
+            backend: wgpu::Backend::Noop,
+            device_type: wgpu::DeviceType::Other,
+            shader_f16: features.contains(wgpu::Features::SHADER_F16),
+            timestamps: features.contains(wgpu::Features::TIMESTAMP_QUERY),
+            subgroup: None,
+            max_storage_binding: limits.max_storage_buffer_binding_size,
+            max_buffer: limits.max_buffer_size,
+            max_storage_buffers: limits.max_storage_buffers_per_shader_stage,
+            max_workgroup_bytes: limits.max_compute_workgroup_storage_size,
+            max_invocations: limits.max_compute_invocations_per_workgroup,
+            max_workgroup_size: [
+                limits.max_compute_workgroup_size_x,
+                limits.max_compute_workgroup_size_y,
+                limits.max_compute_workgroup_size_z,
+            ],
+            max_dispatch: limits.max_compute_workgroups_per_dimension,
+            storage_alignment: limits.min_storage_buffer_offset_alignment,
+            uniform_alignment: limits.min_uniform_buffer_offset_alignment,
+        }
+    }
+
+    /// Whether kernels run on a processor's cores rather than on a GPU's.
+    pub fn on_cpu(&self) -> bool {
+        self.device_type == wgpu::DeviceType::Cpu
+    }
+
+    /// What this crate's kernels could use and the device lacks, a phrase each.
+    pub fn missing(&self) -> Vec<String> {
+        let mut missing = Vec::new();
+        if !self.shader_f16 {
+            missing.push("SHADER_F16: f16 tensors are unpacked from pairs, which costs a little".into());
+        }
+        if !self.timestamps {
+            missing.push("TIMESTAMP_QUERY: no GPU time, only the time that the host sees".into());
+        }
+        missing
+    }
+}

@@ -1,0 +1,173 @@
+//! From a plan and buffers to recorded dispatches: everything that can fail happens before the
+//! first command.
+
+use std::sync::{Arc, PoisonError};
+
+use crate::attention::{Operands, Shared};
+use crate::error::{Error, Operand, Result};
+use crate::kernel::{Blueprint, Slot};
+use crate::params::Params;
+use crate::pipeline::Pipeline;
+use crate::plan::{Dispatch, Plan};
+use crate::scope::scoped;
+use crate::scratch::Scratch;
+
+/// Dispatches with all that they bind.
+pub(crate) struct Dispatches {
+    stages: Vec<(Arc<Pipeline>, wgpu::BindGroup)>,
+    dispatches: Vec<Dispatch>,
+    params_step: u32,
+}
+
+impl Dispatches {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.dispatches.is_empty()
+    }
+
+    pub(crate) fn record(&self, pass: &mut wgpu::ComputePass<'_>) {
+        for dispatch in &self.dispatches {
+            let (pipeline, bind_group) = &self.stages[dispatch.stage];
+            let [x, y, z] = dispatch.groups;
+            pass.set_pipeline(&pipeline.pipeline);
+            pass.set_bind_group(0, bind_group, &[dispatch.chunk as u32 * self.params_step]);
+            pass.dispatch_workgroups(x, y, z);
+        }
+    }
+}
+
+pub(crate) fn prepare(shared: &Shared, plan: &Plan, operands: &Operands<'_>) -> Result<Dispatches> {
+    if plan.caps() != &shared.caps {
+        return Err(Error::ForeignPlan {
+            plan: plan.caps().adapter.clone(),
+            device: shared.caps.adapter.clone(),
+        });
+    }
+    check(plan, operands)?;
+    let dispatches: Vec<_> = plan.dispatches().collect();
+    let step = (size_of::<Params>() as u32).next_multiple_of(shared.caps.uniform_alignment);
+    if dispatches.is_empty() {
+        return Ok(Dispatches { stages: Vec::new(), dispatches, params_step: step });
+    }
+    let pipelines = plan
+        .stages()
+        .iter()
+        .map(|stage| shared.pipelines.get(&shared.device, stage, shared.options.runtime_checks))
+        .collect::<Result<Vec<_>>>()?;
+
+    let mut params = vec![0; plan.chunks() * step as usize];
+    for (chunk, block) in params.chunks_exact_mut(step as usize).enumerate() {
+        block[..size_of::<Params>()].copy_from_slice(bytemuck::bytes_of(&plan.params(chunk)));
+    }
+    let mut scratch = shared.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+    let made = scoped(&shared.device, "scratch memory and bind groups", || {
+        let params = scratch.params(&shared.device, params);
+        plan.stages()
+            .iter()
+            .zip(&pipelines)
+            .map(|(stage, pipeline)| {
+                bind(&shared.device, plan, stage, pipeline, operands, &params, &mut scratch)
+            })
+            .collect::<Vec<_>>()
+    });
+    let groups = made.inspect_err(|_| scratch.clear())?;
+    Ok(Dispatches { stages: pipelines.into_iter().zip(groups).collect(), dispatches, params_step: step })
+}
+
+fn bind(
+    device: &wgpu::Device,
+    plan: &Plan,
+    stage: &Blueprint,
+    pipeline: &Pipeline,
+    operands: &Operands<'_>,
+    params: &wgpu::Buffer,
+    scratch: &mut Scratch,
+) -> wgpu::BindGroup {
+    let bindings = stage.bindings();
+    let buffers: Vec<_> = bindings
+        .iter()
+        .map(|binding| match binding.slot {
+            Slot::Params => (params.clone(), 0, size_of::<Params>() as u64),
+            Slot::Operand(operand) => {
+                let window = plan.window(operand);
+                match operands.get(operand).filter(|_| window.end > window.start) {
+                    Some(buffer) => (buffer.clone(), window.start, window.end - window.start),
+                    None => (scratch.empty(device), 0, 16),
+                }
+            }
+            slot => {
+                let bytes = plan.scratch_of(slot);
+                (scratch.buffer(device, slot, bytes), 0, bytes)
+            }
+        })
+        .collect();
+    let entries: Vec<_> = bindings
+        .iter()
+        .zip(&buffers)
+        .map(|(binding, (buffer, offset, size))| wgpu::BindGroupEntry {
+            binding: binding.slot.number(),
+            resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
+                buffer,
+                offset: *offset,
+                size: wgpu::BufferSize::new(*size),
+            }),
+        })
+        .collect();
+    device.create_bind_group(&wgpu::BindGroupDescriptor {
+        label: Some(stage.kernel.name()),
+        layout: &pipeline.layout,
+        entries: &entries,
+    })
+}
+
+/// Every rule about the caller's buffers.
+fn check(plan: &Plan, operands: &Operands<'_>) -> Result<()> {
+    use Operand::*;
+    let problem = plan.problem();
+    for operand in Operand::ALL {
+        let wanted = problem.layout(operand).is_some();
+        let buffer = match (wanted, operands.get(operand)) {
+            (true, Some(buffer)) => buffer,
+            (false, None) => continue,
+            (true, None) => return Err(Error::MissingOperand { operand }),
+            (false, Some(_)) => return Err(Error::UnexpectedOperand { operand }),
+        };
+        if !buffer.usage().contains(wgpu::BufferUsages::STORAGE) {
+            let need = wgpu::BufferUsages::STORAGE;
+            return Err(Error::BufferUsage { operand, need, got: buffer.usage() });
+        }
+        let need = plan.window(operand).end;
+        if need > buffer.size() {
+            let (unit, container) = ("bytes", "buffer");
+            return Err(Error::OutOfBounds { operand, need, got: buffer.size(), unit, container });
+        }
+    }
+    // wgpu forbids one buffer to be read and written in one dispatch, and browsers two writes.
+    for stage in plan.stages() {
+        let used: Vec<_> = stage
+            .bindings()
+            .iter()
+            .filter_map(|binding| match binding.slot {
+                Slot::Operand(operand) if problem.extent(operand) > 0 => {
+                    operands.get(operand).map(|buffer| (operand, buffer, binding.writes))
+                }
+                _ => None,
+            })
+            .collect();
+        for (operand, buffer, _) in used.iter().filter(|(_, _, writes)| *writes) {
+            if let Some((with, ..)) = used.iter().find(|(other, b, _)| other != operand && b == buffer) {
+                return Err(Error::Aliased { operand: *operand, with: *with });
+            }
+        }
+    }
+    // Across stages too: a later stage must not find an input overwritten by an earlier output.
+    for (i, output) in [O, Lse, Weights].into_iter().enumerate() {
+        for other in [O, Lse, Weights].into_iter().skip(i + 1).chain([Q, K, V, W, Bias, Mask, KvLens]) {
+            let both = operands.get(output).zip(operands.get(other));
+            let used = problem.extent(output) > 0 && problem.extent(other) > 0;
+            if used && both.is_some_and(|(a, b)| a == b) {
+                return Err(Error::Aliased { operand: output, with: other });
+            }
+        }
+    }
+    Ok(())
+}

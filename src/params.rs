@@ -1,0 +1,92 @@
+//! The uniform block that every kernel reads. `shaders/params.wgsl` is the twin.
+
+use crate::layout::Layout;
+
+/// Runtime parameters; see the WGSL twin for what each means.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+pub(crate) struct Params {
+    pub(crate) heads_q: u32,
+    pub(crate) group_size: u32,
+    pub(crate) seq_q: u32,
+    pub(crate) seq_kv: u32,
+    pub(crate) head_dim: u32,
+    pub(crate) head_dim_v: u32,
+    pub(crate) query_dim: u32,
+    pub(crate) head_first: u32,
+    pub(crate) head_count: u32,
+    pub(crate) row_first: u32,
+    pub(crate) row_count: u32,
+    pub(crate) score_stride: u32,
+    pub(crate) projected_stride: u32,
+    pub(crate) scale: f32,
+    pub(crate) softcap: f32,
+    pub(crate) w_head_stride: u32,
+    pub(crate) causal: u32,
+    pub(crate) window_align: u32,
+    pub(crate) window_left: i32,
+    pub(crate) window_right: i32,
+    pub(crate) alibi_align: u32,
+    pub(crate) q: ParamLayout,
+    pub(crate) k: ParamLayout,
+    pub(crate) v: ParamLayout,
+    pub(crate) o: ParamLayout,
+    pub(crate) bias: ParamLayout,
+    pub(crate) mask: ParamLayout,
+}
+
+/// A [`Layout`] relative to the start of its binding.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+pub(crate) struct ParamLayout {
+    pub(crate) offset: u32,
+    pub(crate) stride_b: u32,
+    pub(crate) stride_h: u32,
+    pub(crate) stride_s: u32,
+    pub(crate) stride_d: u32,
+}
+
+impl ParamLayout {
+    /// `layout` as seen by a binding that starts `first` elements into the buffer. A stride that no
+    /// index multiplies (its dimension has at most one element) may be too wide for a u32: it
+    /// becomes 0.
+    pub(crate) fn new(layout: Layout, shape: [usize; 4], first: usize) -> Self {
+        let stride = |i: usize| if shape[i] > 1 { layout.strides[i] as u32 } else { 0 };
+        Self {
+            offset: (layout.offset - first) as u32,
+            stride_b: stride(0),
+            stride_h: stride(1),
+            stride_s: stride(2),
+            stride_d: stride(3),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wgsl_twin_has_the_same_members_in_the_same_places() {
+        let module = naga::front::wgsl::parse_str(include_str!("../shaders/params.wgsl")).unwrap();
+        let (_, ty) = module.types.iter().find(|(_, ty)| ty.name.as_deref() == Some("Params")).unwrap();
+        let naga::TypeInner::Struct { members, span } = &ty.inner else { panic!("not a struct") };
+        // Debug prints the Rust fields in order of declaration, and repr(C) keeps that order.
+        let printed = format!("{:?}", Params::default());
+        let mut names = Vec::new();
+        let mut prefix = String::new();
+        for word in printed.split(['{', ',', '}']).map(str::trim) {
+            if let Some(owner) = word.strip_suffix(": ParamLayout") {
+                prefix = format!("{owner}_");
+            } else if let Some((name, _)) = word.split_once(':') {
+                names.push(format!("{prefix}{name}"));
+            }
+        }
+        let expected: Vec<_> = members.iter().map(|m| m.name.clone().unwrap()).collect();
+        assert_eq!(names, expected);
+        assert_eq!(*span as usize, size_of::<Params>().next_multiple_of(4));
+        for (i, member) in members.iter().enumerate() {
+            assert_eq!(member.offset as usize, 4 * i, "{:?}", member.name);
+        }
+    }
+}

@@ -1,0 +1,528 @@
+//! [`Plan`]: which kernels, tiles, chunks and dispatches serve a problem on a device. A pure
+//! function; no device is touched.
+
+use crate::caps::Caps;
+use crate::error::{Error, Operand, Result};
+use crate::kernel::{Blueprint, Family, Kernel, Slot, Tiles, tiles};
+use crate::layout::Layout;
+use crate::mask::Align;
+use crate::params::{ParamLayout, Params};
+use crate::problem::{AttentionProblem, MAX_SEQ, Similarity};
+use crate::shader::compose;
+
+/// Scratch that a plan takes unless told otherwise, where the device's limits allow it.
+const DEFAULT_BUDGET: u64 = 64 << 20;
+
+/// How attention is computed on the GPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Path {
+    /// Scores, softmax and values as three kernels, the scores in scratch memory.
+    Staged,
+}
+
+impl Path {
+    /// Every path.
+    pub const ALL: [Self; 1] = [Self::Staged];
+}
+
+impl std::fmt::Display for Path {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Staged => "staged",
+        })
+    }
+}
+
+impl std::str::FromStr for Path {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        Self::ALL
+            .into_iter()
+            .find(|path| path.to_string() == s)
+            .ok_or_else(|| format!("{s:?} is no GPU path; there is staged"))
+    }
+}
+
+/// What a caller may impose on a plan; the default leaves every choice to it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PlanOptions {
+    /// Force a path.
+    pub path: Option<Path>,
+    /// Most bytes of scratch memory. The result does not depend on it.
+    pub scratch_budget: Option<u64>,
+    /// Force a family of kernels.
+    pub family: Option<Family>,
+}
+
+/// One dispatch of a plan.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Dispatch {
+    /// The kernel's name.
+    pub kernel: &'static str,
+    /// Workgroups along x, y and z.
+    pub groups: [u32; 3],
+    pub(crate) stage: usize,
+    pub(crate) chunk: usize,
+}
+
+/// A kernel's composed text, for reading and validating.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shader {
+    /// The kernel's name.
+    pub name: &'static str,
+    /// The WGSL.
+    pub wgsl: String,
+    /// Bytes of workgroup memory that it declares.
+    pub workgroup_bytes: u32,
+    /// Threads of a workgroup.
+    pub threads: u32,
+    /// Binding numbers, ascending.
+    pub bindings: Vec<u32>,
+}
+
+/// Heads `[head, head + heads)` of batch x heads, and query rows `[row, row + rows)` of each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Chunk {
+    pub(crate) head: usize,
+    pub(crate) heads: usize,
+    pub(crate) row: usize,
+    pub(crate) rows: usize,
+}
+
+/// The part of a caller's buffer that is bound, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Window {
+    pub(crate) start: u64,
+    pub(crate) end: u64,
+}
+
+/// How one problem is served on one kind of device. `Display` explains it.
+///
+/// ```
+/// use wgpu_attention::{AttentionProblem, Caps, Plan, PlanOptions};
+/// let problem = AttentionProblem::new(4, 32, 8, 4096, 4096, 128, 128);
+/// let plan = Plan::new(&problem, &Caps::minimal(), &PlanOptions::default())?;
+/// assert!(plan.scratch_bytes() <= 128 << 20);
+/// assert!(plan.dispatches().all(|dispatch| dispatch.groups.iter().all(|&n| n <= 65535)));
+/// # Ok::<(), wgpu_attention::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq)]
+pub struct Plan {
+    problem: AttentionProblem,
+    caps: Caps,
+    tiles: Tiles,
+    stages: Vec<Blueprint>,
+    heads_per_chunk: usize,
+    rows_per_chunk: usize,
+    budget: u64,
+    reasons: Vec<String>,
+}
+
+impl Plan {
+    /// Plans a problem for a device.
+    ///
+    /// # Errors
+    /// Those of [`AttentionProblem::validate`]; [`Error::KernelUnfit`] for an option that cannot be
+    /// met; [`Error::LimitExceeded`] where an operand is larger than one binding may be, or the
+    /// scratch budget smaller than one row of scores.
+    pub fn new(problem: &AttentionProblem, caps: &Caps, options: &PlanOptions) -> Result<Self> {
+        problem.validate()?;
+        let mut reasons = Vec::new();
+        let stages = |tiles: Tiles| -> Result<Vec<Blueprint>, String> {
+            let mut kernels = match tiles.family {
+                Family::Tile => vec![Kernel::ScoresTile, Kernel::SoftmaxRow, Kernel::ValuesTile],
+                Family::Direct => vec![Kernel::ScoresDirect, Kernel::SoftmaxRow, Kernel::ValuesDirect],
+            };
+            if problem.layout(Operand::W).is_some() {
+                kernels.insert(0, Kernel::Project);
+            }
+            if problem.weights {
+                kernels.push(Kernel::Weights);
+            }
+            let stages: Vec<_> =
+                kernels.into_iter().map(|kernel| Blueprint::new(kernel, tiles, problem, caps)).collect();
+            match stages.iter().find_map(|stage| stage.unfit(caps)) {
+                Some(why) => Err(why),
+                None => Ok(stages),
+            }
+        };
+        let choose = |family| {
+            let tiles = tiles(family, problem, caps);
+            stages(tiles).map(|stages| (tiles, stages))
+        };
+        let unfit = |family: Family| {
+            move |why| Error::KernelUnfit { kernel: format!("{}/{family}", Path::Staged), why }
+        };
+        let (tiles, stages) = if let Some(family) = options.family {
+            reasons.push(format!("{family} kernels: the caller forces them"));
+            choose(family).map_err(unfit(family))?
+        } else if caps.on_cpu() {
+            reasons.push("direct kernels: the adapter runs on a CPU, where a barrier costs more than the reuse that tiles in workgroup memory give; tile kernels: for GPUs".into());
+            choose(Family::Direct).map_err(unfit(Family::Direct))?
+        } else {
+            match choose(Family::Tile) {
+                Ok(chosen) => {
+                    reasons.push("tile kernels: they fit this device's workgroups; direct kernels: for adapters on a CPU".into());
+                    chosen
+                }
+                Err(why) => {
+                    reasons.push(format!("direct kernels, because the tile kernels do not fit: {why}"));
+                    choose(Family::Direct).map_err(unfit(Family::Direct))?
+                }
+            }
+        };
+        let mut plan = Self {
+            problem: problem.clone(),
+            caps: caps.clone(),
+            tiles,
+            stages,
+            heads_per_chunk: 1,
+            rows_per_chunk: 1,
+            budget: options.scratch_budget.unwrap_or(DEFAULT_BUDGET),
+            reasons,
+        };
+        plan.check_windows()?;
+        plan.choose_chunks()?;
+        Ok(plan)
+    }
+
+    /// The problem that this plan serves.
+    pub fn problem(&self) -> &AttentionProblem {
+        &self.problem
+    }
+
+    /// How attention is computed.
+    pub fn path(&self) -> Path {
+        Path::Staged
+    }
+
+    /// The family of kernels.
+    pub fn family(&self) -> Family {
+        self.tiles.family
+    }
+
+    /// The kernels' names, in the order of their dispatches.
+    pub fn kernels(&self) -> Vec<&'static str> {
+        self.stages.iter().map(|stage| stage.kernel.name()).collect()
+    }
+
+    /// Bytes of scratch memory: exactly what is allocated for this plan alone.
+    pub fn scratch_bytes(&self) -> u64 {
+        [Slot::Scores, Slot::InverseSums, Slot::Projected].map(|slot| self.scratch_of(slot)).iter().sum()
+    }
+
+    /// Bytes of o, lse and weights.
+    pub fn output_bytes(&self) -> u64 {
+        [Operand::O, Operand::Lse, Operand::Weights]
+            .into_iter()
+            .filter(|&operand| self.problem.layout(operand).is_some())
+            .map(|operand| {
+                let elements: u64 = self.problem.shape(operand).iter().map(|&n| n as u64).product();
+                elements * self.problem.element_bytes(operand) as u64
+            })
+            .sum()
+    }
+
+    /// Into how many chunks of batch x heads x rows the work is cut to stay inside the budget.
+    pub fn chunks(&self) -> usize {
+        if self.problem.rows() == 0 {
+            return 0;
+        }
+        let heads = self.problem.batch * self.problem.heads_q;
+        heads.div_ceil(self.heads_per_chunk) * self.problem.seq_q.div_ceil(self.rows_per_chunk)
+    }
+
+    /// Every dispatch, in order.
+    pub fn dispatches(&self) -> impl Iterator<Item = Dispatch> + '_ {
+        (0..self.chunks()).flat_map(move |index| {
+            let chunk = self.chunk(index);
+            self.stages.iter().enumerate().filter_map(move |(stage, blueprint)| {
+                let groups = blueprint.groups(&self.problem, chunk.heads as u64, chunk.rows as u64);
+                (groups > 0).then(|| Dispatch {
+                    kernel: blueprint.kernel.name(),
+                    groups: fold(groups, self.caps.max_dispatch),
+                    stage,
+                    chunk: index,
+                })
+            })
+        })
+    }
+
+    /// The composed shaders, in the order of their dispatches.
+    pub fn shaders(&self) -> Vec<Shader> {
+        self.stages
+            .iter()
+            .map(|stage| Shader {
+                name: stage.kernel.name(),
+                wgsl: compose(stage),
+                workgroup_bytes: stage.workgroup_bytes(),
+                threads: stage.threads(),
+                bindings: stage.bindings().iter().map(|binding| binding.slot.number()).collect(),
+            })
+            .collect()
+    }
+
+    pub(crate) fn caps(&self) -> &Caps {
+        &self.caps
+    }
+
+    pub(crate) fn stages(&self) -> &[Blueprint] {
+        &self.stages
+    }
+
+    pub(crate) fn chunk(&self, index: usize) -> Chunk {
+        let p = &self.problem;
+        let slices = p.seq_q.div_ceil(self.rows_per_chunk);
+        let head = index / slices * self.heads_per_chunk;
+        let row = index % slices * self.rows_per_chunk;
+        Chunk {
+            head,
+            heads: self.heads_per_chunk.min(p.batch * p.heads_q - head),
+            row,
+            rows: self.rows_per_chunk.min(p.seq_q - row),
+        }
+    }
+
+    /// The uniform block of a chunk.
+    pub(crate) fn params(&self, index: usize) -> Params {
+        let p = &self.problem;
+        let chunk = self.chunk(index);
+        let align = |align: Align| match align {
+            Align::TopLeft => 1,
+            Align::BottomRight => 2,
+        };
+        // Beyond both lengths a window bounds nothing, and positions stay far inside an i32.
+        let side = |side: Option<usize>| side.map_or(2 * MAX_SEQ, |n| n.min(2 * MAX_SEQ)) as i32;
+        let window = p.window.unwrap_or_default();
+        let layout = |operand: Operand| {
+            let layout = p.layout(operand).unwrap_or(Layout { offset: 0, strides: [0; 4] });
+            let first = self.window(operand).start as usize / p.element_bytes(operand);
+            ParamLayout::new(layout, p.shape(operand), first)
+        };
+        let per_head = matches!(p.similarity, Similarity::Bilinear { per_head: true, .. });
+        Params {
+            heads_q: p.heads_q as u32,
+            group_size: (p.heads_q / p.heads_kv) as u32,
+            seq_q: p.seq_q as u32,
+            seq_kv: p.seq_kv as u32,
+            head_dim: p.head_dim as u32,
+            head_dim_v: p.head_dim_v as u32,
+            query_dim: p.query_dim() as u32,
+            head_first: chunk.head as u32,
+            head_count: chunk.heads as u32,
+            row_first: chunk.row as u32,
+            row_count: chunk.rows as u32,
+            score_stride: self.score_stride() as u32,
+            projected_stride: self.projected_stride() as u32,
+            scale: p.effective_scale() as f32,
+            softcap: p.softcap.unwrap_or(1.0),
+            w_head_stride: if per_head { (p.query_dim() * p.head_dim) as u32 } else { 0 },
+            causal: p.causal.map_or(0, align),
+            window_align: align(p.align),
+            window_left: side(window.left),
+            window_right: side(window.right),
+            alibi_align: align(p.alibi_align()),
+            q: layout(Operand::Q),
+            k: layout(Operand::K),
+            v: layout(Operand::V),
+            o: layout(Operand::O),
+            bias: layout(Operand::Bias),
+            mask: layout(Operand::Mask),
+        }
+    }
+
+    /// The bytes of an operand's buffer that its kernels bind: from the layout's first element,
+    /// rounded down to what bindings must be aligned to, to its last, rounded up to a whole word.
+    pub(crate) fn window(&self, operand: Operand) -> Window {
+        let bytes = self.problem.element_bytes(operand) as u64;
+        let extent = self.problem.extent(operand) as u64;
+        if extent == 0 {
+            return Window { start: 0, end: 0 };
+        }
+        let first = self.problem.layout(operand).map_or(0, |layout| layout.offset as u64) * bytes;
+        // 16 keeps the parity of vec4 reads whatever the device asks for.
+        let align = u64::from(self.caps.storage_alignment).max(16);
+        Window { start: first / align * align, end: (extent * bytes).next_multiple_of(4) }
+    }
+
+    /// Bytes of a scratch buffer; 0 when this plan has none of that kind.
+    pub(crate) fn scratch_of(&self, slot: Slot) -> u64 {
+        let rows = (self.heads_per_chunk * self.rows_per_chunk) as u64;
+        if self.problem.rows() == 0 {
+            return 0;
+        }
+        match slot {
+            Slot::Scores => 4 * rows * self.score_stride(),
+            // Whole quads, so that the buffer can be bound whatever it is read as.
+            Slot::InverseSums => 4 * rows.next_multiple_of(4),
+            Slot::Projected => 4 * rows * self.projected_stride(),
+            Slot::Params | Slot::Operand(_) => 0,
+        }
+    }
+
+    /// Elements from one row of scores to the next: whole value steps of either family.
+    fn score_stride(&self) -> u64 {
+        (self.problem.seq_kv as u64).next_multiple_of(16).max(16)
+    }
+
+    fn projected_stride(&self) -> u64 {
+        match self.problem.similarity {
+            Similarity::Bilinear { .. } => (self.problem.head_dim as u64).next_multiple_of(4),
+            _ => 0,
+        }
+    }
+
+    fn check_windows(&self) -> Result<()> {
+        for operand in self.problem.operands() {
+            let window = self.window(operand);
+            let need = window.end - window.start;
+            if need > self.caps.max_storage_binding {
+                return Err(Error::LimitExceeded {
+                    what: format!("{operand}: bytes of one storage binding"),
+                    need,
+                    got: self.caps.max_storage_binding,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Whole heads if at least one fits the budget, else rows of one head.
+    fn choose_chunks(&mut self) -> Result<()> {
+        let p = &self.problem;
+        if p.rows() == 0 {
+            return Ok(());
+        }
+        let score_bytes = 4 * self.score_stride();
+        let projected_bytes = 4 * self.projected_stride();
+        let binding = self.caps.max_storage_binding.min(self.caps.max_buffer);
+        if score_bytes.max(projected_bytes) > binding {
+            return Err(Error::LimitExceeded {
+                what: "scratch: bytes of one row of scores in one storage binding".into(),
+                need: score_bytes.max(projected_bytes),
+                got: binding,
+            });
+        }
+        // 12: the row sums are allocated in whole quads.
+        let row_bytes = score_bytes + projected_bytes + 4;
+        if row_bytes + 12 > self.budget {
+            return Err(Error::LimitExceeded {
+                what: "scratch_budget: bytes of scratch for one row".into(),
+                need: row_bytes + 12,
+                got: self.budget,
+            });
+        }
+        // Kernels index scratch by u32.
+        let rows = ((self.budget - 12) / row_bytes)
+            .min(binding / score_bytes)
+            .min(binding.checked_div(projected_bytes).unwrap_or(u64::MAX))
+            .min(u64::from(u32::MAX) / self.score_stride().max(self.projected_stride()));
+        let rows = usize::try_from(rows).unwrap_or(usize::MAX);
+        if rows >= p.seq_q {
+            self.heads_per_chunk = (rows / p.seq_q).min(p.batch * p.heads_q);
+            self.rows_per_chunk = p.seq_q;
+        } else {
+            // Whole tiles where at least one fits.
+            let tile = self.tiles.scores_rows.max(self.tiles.values_rows) as usize;
+            self.rows_per_chunk = if rows >= tile { rows / tile * tile } else { rows };
+        }
+        Ok(())
+    }
+}
+
+/// `groups` workgroups over three dimensions of at most `most` each. The kernels number them
+/// linearly and ignore the surplus.
+fn fold(groups: u64, most: u32) -> [u32; 3] {
+    let most = u64::from(most);
+    let x = groups.min(most);
+    let y = groups.div_ceil(x).min(most);
+    let z = groups.div_ceil(x * y);
+    [x as u32, y as u32, z as u32]
+}
+
+impl std::fmt::Display for Plan {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let p = &self.problem;
+        let t = &self.tiles;
+        writeln!(
+            f,
+            "attention of {} x {} heads ({} key-value), {} queries, {} keys, head_dim {}, head_dim_v {}, {}",
+            p.batch, p.heads_q, p.heads_kv, p.seq_q, p.seq_kv, p.head_dim, p.head_dim_v, p.dtype
+        )?;
+        writeln!(f, "on {}", self.caps.adapter)?;
+        writeln!(f, "path {}: scores in scratch memory, then softmax, then values", self.path())?;
+        for reason in &self.reasons {
+            writeln!(f, "  {reason}")?;
+        }
+        for stage in &self.stages {
+            let tile = match stage.kernel {
+                Kernel::ScoresTile | Kernel::ScoresDirect => {
+                    format!("{} queries x {} keys", t.scores_rows, t.scores_keys)
+                }
+                Kernel::SoftmaxRow => format!("{} rows x {} lanes", t.softmax_rows, t.softmax_lanes),
+                Kernel::ValuesTile | Kernel::ValuesDirect => format!(
+                    "{} queries x {} of head_dim_v, {} keys a step",
+                    t.values_rows,
+                    4 * t.values_lanes,
+                    t.values_step
+                ),
+                Kernel::Project | Kernel::Weights => "element by element".into(),
+            };
+            writeln!(
+                f,
+                "  {:<14} {tile}; {} threads, {} B of workgroup memory (of {}), {} storage buffers (of {})",
+                stage.kernel.name(),
+                stage.threads(),
+                stage.workgroup_bytes(),
+                self.caps.max_workgroup_bytes,
+                stage.bindings().len() - 1,
+                self.caps.max_storage_buffers,
+            )?;
+        }
+        writeln!(
+            f,
+            "{} chunks of {} heads x {} rows; scratch {} B (budget {} B), outputs {} B, {} dispatches",
+            self.chunks(),
+            self.heads_per_chunk,
+            self.rows_per_chunk,
+            self.scratch_bytes(),
+            self.budget,
+            self.output_bytes(),
+            self.dispatches().count(),
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn folding_covers_every_group() {
+        for groups in [1, 2, 65535, 65536, 65535 * 65535, 65535 * 65535 + 1, u64::from(u32::MAX)] {
+            let [x, y, z] = fold(groups, 65535).map(u64::from);
+            assert!(x * y * z >= groups && x <= 65535 && y <= 65535 && z <= 65535, "{groups}");
+        }
+    }
+
+    #[test]
+    fn chunks_cover_every_row_once_and_stay_inside_the_budget() {
+        for budget in [300_u64, 5_000, 70_000, 1 << 30] {
+            let problem = AttentionProblem::new(2, 3, 1, 37, 50, 8, 8);
+            let options = PlanOptions { scratch_budget: Some(budget), ..PlanOptions::default() };
+            let plan = Plan::new(&problem, &Caps::minimal(), &options).unwrap();
+            assert!(plan.scratch_bytes() <= budget, "{budget}");
+            let mut seen = vec![0; problem.rows()];
+            for chunk in (0..plan.chunks()).map(|i| plan.chunk(i)) {
+                for head in chunk.head..chunk.head + chunk.heads {
+                    for row in chunk.row..chunk.row + chunk.rows {
+                        seen[head * problem.seq_q + row] += 1;
+                    }
+                }
+            }
+            assert!(seen.iter().all(|&n| n == 1), "{budget}");
+        }
+    }
+}

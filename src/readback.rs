@@ -1,0 +1,117 @@
+//! From a buffer on the device to bytes on the host, without blocking.
+
+use std::ops::Range;
+
+use futures_intrusive::channel::shared::oneshot_channel;
+
+use crate::error::{Error, Result};
+use crate::scope::scoped;
+
+/// Who makes the device notice that its work is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wait {
+    /// The browser, or natively a short-lived thread: the caller's own must not block.
+    Elsewhere,
+    /// The calling thread.
+    #[cfg(not(target_arch = "wasm32"))]
+    Here,
+}
+
+/// Copies `range` (bytes, multiples of 4) of a buffer with `COPY_SRC` usage to the host. Submits one
+/// copy; resolves when it has run.
+///
+/// # Errors
+/// [`Error::OutOfMemory`], [`Error::Driver`] and [`Error::DeviceLost`].
+pub async fn read_buffer(
+    device: &wgpu::Device,
+    queue: &wgpu::Queue,
+    buffer: &wgpu::Buffer,
+    range: Range<u64>,
+) -> Result<Vec<u8>> {
+    let mut all = read_buffers(device, queue, &[(buffer, range)], Vec::new(), Wait::Elsewhere).await?;
+    Ok(all.pop().unwrap_or_default())
+}
+
+/// Submits `commands`, then copies of the ranges, and waits for them.
+pub(crate) async fn read_buffers(
+    device: &wgpu::Device,
+    queue: &wgpu::Queue,
+    ranges: &[(&wgpu::Buffer, Range<u64>)],
+    commands: Vec<wgpu::CommandBuffer>,
+    wait: Wait,
+) -> Result<Vec<Vec<u8>>> {
+    let starts: Vec<u64> = ranges
+        .iter()
+        .scan(0, |at, (_, range)| {
+            // Mapped ranges start at multiples of 8.
+            let start = *at;
+            *at += (range.end - range.start).next_multiple_of(8);
+            Some(start)
+        })
+        .collect();
+    let total: u64 = ranges.iter().map(|(_, range)| (range.end - range.start).next_multiple_of(8)).sum();
+    let (sender, receiver) = oneshot_channel();
+    let staging = scoped(device, "readback memory", || {
+        let staging = device.create_buffer(&wgpu::BufferDescriptor {
+            label: Some("attention readback"),
+            size: total.max(8),
+            usage: wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::MAP_READ,
+            mapped_at_creation: false,
+        });
+        let mut encoder = device
+            .create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("attention readback") });
+        for ((buffer, range), &start) in ranges.iter().zip(&starts) {
+            if range.end > range.start {
+                encoder.copy_buffer_to_buffer(buffer, range.start, &staging, start, range.end - range.start);
+            }
+        }
+        queue.submit(commands.into_iter().chain([encoder.finish()]));
+        staging.map_async(wgpu::MapMode::Read, .., move |result| {
+            // The receiver may have been dropped: then nobody wants to know.
+            let _ = sender.send(result.map_err(|error| error.to_string()));
+        });
+        staging
+    })?;
+    drive(device, wait)?;
+    match receiver.receive().await {
+        Some(Ok(())) => {}
+        Some(Err(why)) => return Err(Error::DeviceLost { why }),
+        None => return Err(Error::DeviceLost { why: "the readback was dropped".into() }),
+    }
+    let view = staging
+        .get_mapped_range(..)
+        .map_err(|error| Error::Driver { what: "readback memory".into(), why: error.to_string() })?;
+    Ok(ranges
+        .iter()
+        .zip(&starts)
+        .map(|((_, range), &start)| view[start as usize..][..(range.end - range.start) as usize].to_vec())
+        .collect())
+}
+
+#[cfg(target_arch = "wasm32")]
+fn drive(_: &wgpu::Device, _: Wait) -> Result<()> {
+    Ok(())
+}
+
+/// Natively a map callback runs only inside a poll.
+#[cfg(not(target_arch = "wasm32"))]
+fn drive(device: &wgpu::Device, wait: Wait) -> Result<()> {
+    let poll = |device: &wgpu::Device| device.poll(wgpu::PollType::wait_indefinitely());
+    match wait {
+        Wait::Here => match poll(device) {
+            Ok(_) => Ok(()),
+            Err(error) => Err(Error::DeviceLost { why: error.to_string() }),
+        },
+        Wait::Elsewhere => {
+            let device = device.clone();
+            std::thread::Builder::new()
+                .name("attention readback".into())
+                .spawn(move || {
+                    // An error reaches the caller through the map callback.
+                    let _ = poll(&device);
+                })
+                .map(drop)
+                .map_err(|error| Error::Driver { what: "readback thread".into(), why: error.to_string() })
+        }
+    }
+}

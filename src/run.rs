@@ -1,0 +1,143 @@
+//! One-shot calls: upload, compute, read back.
+
+use crate::attention::{Attention, Operands};
+use crate::dtype::Tensor;
+use crate::error::{Operand, Result};
+use crate::host::{Inputs, Outputs};
+use crate::plan::Plan;
+use crate::problem::AttentionProblem;
+use crate::readback::{Wait, read_buffers};
+use crate::scope::scoped;
+
+impl Attention {
+    /// Computes one problem from slices to vectors: plans, uploads, runs and reads back.
+    ///
+    /// ```no_run
+    /// # async fn f() -> wgpu_attention::Result<()> {
+    /// use wgpu_attention::{Attention, AttentionProblem, DeviceRequest, Inputs};
+    /// let attention = Attention::request(&DeviceRequest::default()).await?;
+    /// let x = vec![0.5_f32; 8 * 128 * 64];
+    /// let problem = AttentionProblem::new(1, 8, 8, 128, 128, 64, 64);
+    /// let outputs = attention.run(&problem, &Inputs::new(&x[..], &x[..], &x[..])).await?;
+    /// assert_eq!(outputs.o.to_f32().len(), x.len());
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// Those of [`Inputs::check`], [`Plan::new`] and [`Attention::encode`], and
+    /// [`Error::DeviceLost`](crate::Error::DeviceLost).
+    pub async fn run(&self, problem: &AttentionProblem, inputs: &Inputs<'_>) -> Result<Outputs> {
+        inputs.check(problem)?;
+        self.run_plan(&self.plan(problem)?, inputs).await
+    }
+
+    /// [`Attention::run`] with a plan that is there already.
+    ///
+    /// # Errors
+    /// Those of [`Attention::run`].
+    pub async fn run_plan(&self, plan: &Plan, inputs: &Inputs<'_>) -> Result<Outputs> {
+        self.run_waiting(plan, inputs, Wait::Elsewhere).await
+    }
+
+    /// [`Attention::run`] for a thread that may block.
+    ///
+    /// # Errors
+    /// Those of [`Attention::run`].
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn run_blocking(&self, problem: &AttentionProblem, inputs: &Inputs<'_>) -> Result<Outputs> {
+        inputs.check(problem)?;
+        self.run_plan_blocking(&self.plan(problem)?, inputs)
+    }
+
+    /// [`Attention::run_plan`] for a thread that may block.
+    ///
+    /// # Errors
+    /// Those of [`Attention::run`].
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn run_plan_blocking(&self, plan: &Plan, inputs: &Inputs<'_>) -> Result<Outputs> {
+        pollster::block_on(self.run_waiting(plan, inputs, Wait::Here))
+    }
+
+    async fn run_waiting(&self, plan: &Plan, inputs: &Inputs<'_>, wait: Wait) -> Result<Outputs> {
+        let problem = plan.problem();
+        inputs.check(problem)?;
+        let mut outputs = Outputs::zeros(problem);
+        if problem.rows() == 0 {
+            return Ok(outputs);
+        }
+        let buffers = scoped(self.device(), "operand memory", || {
+            Operand::ALL.map(|operand| {
+                problem.layout(operand)?;
+                Some(match inputs.get(operand) {
+                    Some((_, _, bytes)) => self.upload(operand, bytes),
+                    None => self.output(problem, operand),
+                })
+            })
+        })?;
+        let get = |operand: Operand| {
+            Operand::ALL.iter().position(|&o| o == operand).and_then(|at| buffers[at].as_ref())
+        };
+        let (Some(q), Some(k), Some(v), Some(o)) =
+            (get(Operand::Q), get(Operand::K), get(Operand::V), get(Operand::O))
+        else {
+            unreachable!("every problem has q, k, v and o");
+        };
+        let operands = Operands {
+            w: get(Operand::W),
+            bias: get(Operand::Bias),
+            mask: get(Operand::Mask),
+            alibi_slopes: get(Operand::AlibiSlopes),
+            sinks: get(Operand::Sinks),
+            kv_lens: get(Operand::KvLens),
+            lse: get(Operand::Lse),
+            weights: get(Operand::Weights),
+            ..Operands::new(q, k, v, o)
+        };
+        let mut encoder = self
+            .device()
+            .create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("attention run") });
+        self.encode(&mut encoder, plan, &operands)?;
+
+        let wanted: Vec<_> = [Operand::O, Operand::Lse, Operand::Weights]
+            .into_iter()
+            .filter_map(|operand| Some((operand, get(operand)?)))
+            .collect();
+        let ranges: Vec<_> = wanted.iter().map(|(_, buffer)| (*buffer, 0..buffer.size())).collect();
+        let read = read_buffers(self.device(), self.queue(), &ranges, vec![encoder.finish()], wait).await?;
+        for ((operand, _), bytes) in wanted.into_iter().zip(read) {
+            let bytes = &bytes[..problem.extent(operand) as usize * problem.element_bytes(operand)];
+            match operand {
+                Operand::O => outputs.o = Tensor::from_bytes(problem.out_dtype, bytes),
+                Operand::Lse => outputs.lse = Some(bytemuck::pod_collect_to_vec(bytes)),
+                _ => outputs.weights = Some(bytemuck::pod_collect_to_vec(bytes)),
+            }
+        }
+        Ok(outputs)
+    }
+
+    fn upload(&self, operand: Operand, bytes: &[u8]) -> wgpu::Buffer {
+        let size = bytes.len().next_multiple_of(4).max(4);
+        let buffer = self.device().create_buffer(&wgpu::BufferDescriptor {
+            label: Some(&operand.to_string()),
+            size: size as u64,
+            usage: wgpu::BufferUsages::STORAGE,
+            mapped_at_creation: true,
+        });
+        if let Ok(mut view) = buffer.get_mapped_range_mut(..) {
+            view.slice(..bytes.len()).copy_from_slice(bytes);
+        }
+        buffer.unmap();
+        buffer
+    }
+
+    fn output(&self, problem: &AttentionProblem, operand: Operand) -> wgpu::Buffer {
+        let bytes = problem.extent(operand) as u64 * problem.element_bytes(operand) as u64;
+        self.device().create_buffer(&wgpu::BufferDescriptor {
+            label: Some(&operand.to_string()),
+            size: bytes.next_multiple_of(4).max(4),
+            usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC,
+            mapped_at_creation: false,
+        })
+    }
+}
