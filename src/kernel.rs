@@ -125,8 +125,10 @@ pub(crate) fn tiles(family: Family, problem: &AttentionProblem, caps: &Caps) -> 
                 values_step: 16,
             }
         }
-        // A processor's registers hold 16 scores or 8 quads of output a lane; one lane walks a whole
-        // softmax row, since every barrier costs more there than a row's length saves.
+        // 8 x 4 scores or 16 quads of output a lane: fewer leave too many loads for each
+        // multiplication-addition, more spill. A workgroup no wider
+        // than a subgroup of 8 wastes least at the edges. One lane walks a whole softmax row, since
+        // every barrier costs more there than a row's length saves.
         Family::Direct => {
             // Long rows of few queries still want several lanes: the cores would idle.
             let rows = problem.rows() as u32;
@@ -134,13 +136,13 @@ pub(crate) fn tiles(family: Family, problem: &AttentionProblem, caps: &Caps) -> 
             let (softmax_lanes, softmax_rows) = softmax(lanes, 16 / lanes);
             Tiles {
                 family,
-                scores_rows: 16,
+                scores_rows: 8,
                 scores_keys: 32,
-                scores_lanes: 32,
+                scores_lanes: 8,
                 scores_step: 1,
                 softmax_lanes,
                 softmax_rows,
-                values_rows: 8,
+                values_rows: 16,
                 values_lanes: quads_v.next_power_of_two().clamp(1, 32),
                 values_step: 4,
             }

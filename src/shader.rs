@@ -104,7 +104,9 @@ fn constants(b: &Blueprint) -> Vec<(&'static str, u32)> {
     let own: &[(&str, u32)] = match b.kernel {
         Kernel::Project => &[("LANES", b.threads())],
         Kernel::ScoresTile => &[("SIDE", t.scores_lanes), ("STEP", t.scores_step)],
-        Kernel::ScoresDirect => &[("LANES", t.scores_lanes), ("ROWS", t.scores_rows)],
+        Kernel::ScoresDirect => {
+            &[("LANES", t.scores_lanes), ("ROWS", t.scores_rows), ("KEYS", t.scores_keys / t.scores_lanes)]
+        }
         Kernel::SoftmaxRow => &[("LANES", t.softmax_lanes), ("GROUP_ROWS", t.softmax_rows)],
         Kernel::ValuesTile => &[("SIDE", t.values_lanes)],
         Kernel::ValuesDirect => &[("LANES", t.values_lanes)],

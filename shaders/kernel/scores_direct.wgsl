@@ -1,9 +1,12 @@
 // Scores, straight from storage: (seq_q, head_dim) @ (head_dim, seq_kv) -> (seq_q, seq_kv).
 //
-// A thread owns one key and ROWS queries; a workgroup owns ROWS queries and LANES keys. All threads
-// of a workgroup read the same query elements (a workgroup-uniform address, which an adapter on a
-// CPU turns into a broadcast) and each its own key, so there is no workgroup memory and no barrier.
-// Tiles that no query of theirs sees are left unwritten; the softmax never reads them.
+// A thread owns ROWS queries and KEYS keys, spread by LANES; a workgroup owns ROWS queries and
+// LANES * KEYS keys. All threads of a workgroup read the same query elements (a workgroup-uniform
+// address, which an adapter on a CPU turns into a broadcast) and each its own keys, so there is no
+// workgroup memory and no barrier. Tiles that no query of theirs sees are left unwritten; the
+// softmax never reads them.
+
+const TILE_KV = LANES * KEYS;
 
 @group(0) @binding(11) var<storage, read_write> scores: array<f32>;
 
@@ -13,46 +16,57 @@ fn main(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let tiles_kv = div_ceil(params.seq_kv, LANES);
+    let tiles_kv = div_ceil(params.seq_kv, TILE_KV);
     let tiles_q = div_ceil(params.row_count, ROWS);
     let tile = linear_group(group, groups);
     if tile >= tiles_kv * tiles_q * params.head_count {
         return;
     }
-    let tile_kv = tile % tiles_kv;
+    let first_key = tile % tiles_kv * TILE_KV;
     let row = tile / tiles_kv % tiles_q * ROWS;
     let head = tile / tiles_kv / tiles_q;
     let bh = batch_head(head);
     let len_k = key_length(bh.x);
     let row_end = min(row + ROWS, params.row_count);
     let seen = tile_kv_range(params.row_first + row, params.row_first + row_end, len_k);
-    if tile_kv * LANES >= seen.y || (tile_kv + 1u) * LANES <= seen.x {
+    if first_key >= seen.y || first_key + TILE_KV <= seen.x {
         return;
     }
 
     // Past the edges the last key and the last query are read again, and nothing is written.
-    let j = tile_kv * LANES + lane;
-    let key = row_k(bh.x, bh.y / params.group_size, min(j, len_k - 1u));
     var query: array<u32, ROWS>;
-    var dots: array<f32, ROWS>;
+    var key: array<u32, KEYS>;
+    var dots: array<f32, ROWS * KEYS>;
     for (var r = 0u; r < ROWS; r += 1u) {
         query[r] = query_row(head, min(row + r, params.row_count - 1u));
     }
+    for (var c = 0u; c < KEYS; c += 1u) {
+        key[c] = row_k(bh.x, bh.y / params.group_size, min(first_key + lane + c * LANES, len_k - 1u));
+    }
     for (var d = 0u; d < params.head_dim; d += 4u) {
-        let k = load4_k(key, d);
+        var k = array<vec4<f32>, KEYS>();
+        for (var c = 0u; c < KEYS; c += 1u) {
+            k[c] = load4_k(key[c], d);
+        }
         for (var r = 0u; r < ROWS; r += 1u) {
             let q = load4_q(query[r], d);
-            dots[r] = fma(q.x, k.x, fma(q.y, k.y, fma(q.z, k.z, fma(q.w, k.w, dots[r]))));
+            for (var c = 0u; c < KEYS; c += 1u) {
+                let at = r * KEYS + c;
+                dots[at] = fma(q.x, k[c].x, fma(q.y, k[c].y, fma(q.z, k[c].z, fma(q.w, k[c].w, dots[at]))));
+            }
         }
     }
 
-    if j < params.score_stride {
-        for (var r = 0u; r < ROWS; r += 1u) {
-            if row + r < params.row_count {
-                let i = params.row_first + row + r;
-                let range = kv_range(i, len_k);
-                let at = (head * params.row_count + row + r) * params.score_stride + j;
-                scores[at] = finish_score(dots[r], bh.x, bh.y, i, j, range, len_k);
+    for (var r = 0u; r < ROWS; r += 1u) {
+        if row + r < params.row_count {
+            let i = params.row_first + row + r;
+            let range = kv_range(i, len_k);
+            for (var c = 0u; c < KEYS; c += 1u) {
+                let j = first_key + lane + c * LANES;
+                if j < params.score_stride {
+                    let at = (head * params.row_count + row + r) * params.score_stride + j;
+                    scores[at] = finish_score(dots[r * KEYS + c], bh.x, bh.y, i, j, range, len_k);
+                }
             }
         }
     }
