@@ -44,7 +44,7 @@ pub(crate) fn prepare(shared: &Shared, plan: &Plan, operands: &Operands<'_>) -> 
     }
     check(plan, operands)?;
     let dispatches: Vec<_> = plan.dispatches().collect();
-    let step = (size_of::<Params>() as u32).next_multiple_of(shared.caps.uniform_alignment);
+    let step = plan.params_step();
     if dispatches.is_empty() {
         return Ok(Dispatches { stages: Vec::new(), dispatches, params_step: step });
     }
@@ -159,12 +159,13 @@ fn check(plan: &Plan, operands: &Operands<'_>) -> Result<()> {
             }
         }
     }
-    // Across stages too: a later stage must not find an input overwritten by an earlier output.
-    for (i, output) in [O, Lse, Weights].into_iter().enumerate() {
-        for other in [O, Lse, Weights].into_iter().skip(i + 1).chain([Q, K, V, W, Bias, Mask, KvLens]) {
-            let both = operands.get(output).zip(operands.get(other));
-            let used = problem.extent(output) > 0 && problem.extent(other) > 0;
-            if used && both.is_some_and(|(a, b)| a == b) {
+    // Across dispatches one buffer may serve both, but not one place of it: a later dispatch must not
+    // find an input overwritten by an earlier output.
+    for output in [O, Lse, Weights] {
+        for other in Operand::ALL.into_iter().filter(|&other| other != output) {
+            let same = operands.get(output).is_some_and(|buffer| operands.get(other) == Some(buffer));
+            let (a, b) = (plan.window(output), plan.window(other));
+            if same && a.start < b.end && b.start < a.end {
                 return Err(Error::Aliased { operand: output, with: other });
             }
         }

@@ -1,4 +1,46 @@
-//! Attention as WGSL compute shaders over wgpu.
+//! Attention, `softmax(similarity(Q, K)) V`, as WGSL compute shaders over wgpu: recorded into your own
+//! command encoder, on your own buffers, on any adapter that wgpu reaches.
+//!
+//! ```
+//! # fn main() -> wgpu_attention::Result<()> {
+//! use wgpu_attention::{Align, AttentionProblem, Caps, Plan, PlanOptions};
+//!
+//! // 32 query heads over 8 key-value heads, 128 new tokens against 4096 keys, causal.
+//! let problem = AttentionProblem {
+//!     causal: Some(Align::BottomRight),
+//!     ..AttentionProblem::new(1, 32, 8, 128, 4096, 128, 128)
+//! };
+//! // Planning is pure: no device yet. `Attention::plan` does it for a device.
+//! let plan = Plan::new(&problem, &Caps::minimal(), &PlanOptions::default())?;
+//! println!("{plan}");
+//! # Ok(()) }
+//! ```
+//!
+//! # The flow
+//! - [`AttentionProblem`] states the mathematics: sizes, types, options and layouts. Its
+//!   [`validate`](AttentionProblem::validate) is the only home of shape rules.
+//! - [`Plan`] is a pure function of problem and [`Caps`]: kernels, tiles, chunks, dispatches, bytes.
+//! - [`Attention`] holds a device's pipelines and scratch. [`Attention::encode`] records into your
+//!   encoder and never submits; [`Attention::run`] goes from slices to vectors.
+//! - [`reference`](mod@reference) is the f64 oracle that all of it is held to, and [`cpu`] the fast
+//!   path where there is no adapter.
+//!
+//! # The contract
+//! In this order: similarity and scale, soft cap, bias and ALiBi, masks, softmax (with sinks in the
+//! denominator), weighted sum. A row that keeps no key gives zeros and `lse = -inf`, never NaN. A NaN
+//! in a kept element spreads to the rows that read it and to no other. Softmax and sums are f32
+//! whatever the storage. Errors are [typed](Error), name the operand, and come before anything is
+//! encoded.
+//!
+//! # Features
+//! - `backends` (default): wgpu's default backends.
+//! - `cpu` (default): the `cpu` module. Not on wasm32.
+//!
+//! # Sources
+//! Bahdanau 2014 (arXiv 1409.0473), Luong 2015 (1508.04025), Vaswani 2017 (1706.03762), Milakov &
+//! Gimelshein 2018 (1805.02867), Rabe & Staats 2021 (2112.05682), Press 2021 (ALiBi, 2108.12409),
+//! Dao 2022 (FlashAttention, 2205.14135), Ainslie 2023 (GQA, 2305.13245), Xiao 2023 (sinks,
+//! 2309.17453).
 #![deny(missing_docs)]
 
 mod attention;
@@ -36,3 +78,8 @@ pub use plan::{Dispatch, Path, Plan, PlanOptions, Shader};
 pub use problem::{AttentionProblem, Bias, Similarity};
 pub use readback::read_buffer;
 pub use timing::GpuTimer;
+
+/// The README's examples, compiled as tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

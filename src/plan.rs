@@ -285,6 +285,11 @@ impl Plan {
         }
     }
 
+    /// Bytes from one chunk's uniform block to the next.
+    pub(crate) fn params_step(&self) -> u32 {
+        (size_of::<Params>() as u32).next_multiple_of(self.caps.uniform_alignment.max(4))
+    }
+
     /// The uniform block of a chunk.
     pub(crate) fn params(&self, index: usize) -> Params {
         let p = &self.problem;
@@ -427,6 +432,16 @@ impl Plan {
             // Whole tiles where at least one fits.
             let tile = self.tiles.scores_rows.max(self.tiles.values_rows) as usize;
             self.rows_per_chunk = if rows >= tile { rows / tile * tile } else { rows };
+        }
+        // Each chunk has a uniform block, and dynamic offsets are u32.
+        let blocks = self.chunks() as u64 * u64::from(self.params_step());
+        let most = self.caps.max_buffer.min(u64::from(u32::MAX));
+        if blocks > most {
+            return Err(Error::LimitExceeded {
+                what: "scratch_budget: bytes of uniform blocks for so many chunks".into(),
+                need: blocks,
+                got: most,
+            });
         }
         Ok(())
     }
