@@ -95,10 +95,10 @@ impl<'a> Inputs<'a> {
             }
             let need =
                 if operand == Bias { problem.bias.map(|bias| bias.dtype) } else { Some(problem.dtype) };
-            if let (Some(got), Some(need)) = (dtype, need) {
-                if got != need {
-                    return Err(Error::DtypeMismatch { operand, need, got });
-                }
+            if let (Some(got), Some(need)) = (dtype, need)
+                && got != need
+            {
+                return Err(Error::DtypeMismatch { operand, need, got });
             }
             let need = problem.extent(operand);
             if need > len as u128 {

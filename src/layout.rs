@@ -93,7 +93,7 @@ impl Layout {
     /// starts at a multiple of four elements, so that a kernel may read it as one vector.
     pub(crate) fn is_vec4(&self, dim: usize) -> bool {
         let [b, h, s, d] = self.strides;
-        d == 1 && dim % 4 == 0 && [self.offset, b, h, s].iter().all(|x| x % 4 == 0)
+        d == 1 && dim.is_multiple_of(4) && [self.offset, b, h, s].iter().all(|x| x.is_multiple_of(4))
     }
 }
 

@@ -281,7 +281,7 @@ impl AttentionProblem {
                 return Err(Error::ZeroSize { what });
             }
         }
-        if self.heads_q % self.heads_kv != 0 {
+        if !self.heads_q.is_multiple_of(self.heads_kv) {
             return Err(Error::HeadGroups { heads_q: self.heads_q, heads_kv: self.heads_kv });
         }
         for (what, size) in [

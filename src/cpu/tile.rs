@@ -1,0 +1,295 @@
+//! Online softmax (Milakov & Gimelshein 2018, FlashAttention 2) over one tile of query rows:
+//!
+//! ```text
+//! for each block of keys:
+//!     s = q k^T                                  (tile_kv, tile_q), queries in the lanes
+//!     m' = max(m, max s);  a = exp(m - m')
+//!     p = exp(s - m');  row_sum = a row_sum + sum p;  acc = a acc + p v;  m = m'
+//! o = acc / row_sum;  lse = m + ln(row_sum)
+//! ```
+
+use std::ops::Range;
+
+use pulp::{Simd, WithSimd};
+
+use super::Isa;
+use super::few::{self, is_few};
+use super::kernel;
+use super::lanes::{Context, Lane, Tile};
+use super::load::{Rows, Source, read};
+use super::math::exp2;
+use super::score::{per_lane, transform, vectors, vectors_mut};
+use super::scratch::Scratch;
+use super::state::{State, take_apart};
+use crate::problem::Similarity;
+
+/// Keys of a block.
+pub(super) const TILE_KV: usize = 128;
+
+/// Blocks whose sums are gathered before they join the far sums, which carry their rounding errors
+/// along (Kahan). Together with the short chains of the kernels this keeps rounding errors from
+/// growing with the number of keys.
+const BLOCKS_NEAR: usize = 4;
+
+/// A lane's maximum before it has seen a key. Finite, so that -inf minus it is -inf.
+pub(super) const NO_MAX: f32 = f32::MIN;
+
+/// The computation of a tile's [`State`] over `keys`.
+pub(super) struct TileRun<'a> {
+    pub(super) context: &'a Context<'a>,
+    pub(super) tile: &'a Tile,
+    pub(super) keys: Range<usize>,
+    /// The sink joins here (one part of a split tile alone has it).
+    pub(super) with_sink: bool,
+    pub(super) scratch: &'a mut Scratch,
+    pub(super) state: &'a mut State,
+    /// `[lanes][seq_kv]`: receives the scores.
+    pub(super) scores_out: Option<&'a mut [f32]>,
+}
+
+impl TileRun<'_> {
+    /// Computes it. If NaN or infinity comes out, again with care: a product of 0 and NaN would
+    /// else reach rows that drop the NaN's key.
+    pub(super) fn run(mut self, isa: Isa) {
+        for careful in [false, true] {
+            self.state.non_finite.clear();
+            isa.dispatch(Pass { run: &mut self, careful });
+            if !self.state.is_tainted(self.tile.lanes.len()) {
+                break;
+            }
+        }
+    }
+}
+
+/// One pass over the keys.
+struct Pass<'p, 'a> {
+    run: &'p mut TileRun<'a>,
+    /// Takes NaN and infinities in v apart. Slower.
+    careful: bool,
+}
+
+impl WithSimd for Pass<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        match self.run.tile.lanes.len().div_ceil(S::F32_LANES) {
+            0 | 1 => self.run.pass::<S, 1>(simd, self.careful),
+            2 => self.run.pass::<S, 2>(simd, self.careful),
+            _ => self.run.pass::<S, 3>(simd, self.careful),
+        }
+    }
+}
+
+impl TileRun<'_> {
+    #[inline(always)]
+    fn pass<S: Simd, const NV: usize>(&mut self, simd: S, careful: bool) {
+        let (context, tile, p) = (self.context, self.tile, self.context.problem);
+        let (width, dims) = (NV * S::F32_LANES, p.head_dim_v);
+        self.load_q::<S, NV>(simd);
+        let k = Source { tensor: context.inputs.k, layout: p.k, dim: p.head_dim };
+        let v = Source { tensor: context.inputs.v, layout: p.v, dim: dims };
+        let plain = p.softcap.is_none() && p.bias.is_none() && p.mask.is_none() && !p.alibi;
+
+        let lanes = tile.lanes.len();
+        let few = is_few::<S>(lanes, p.head_dim, dims);
+
+        let Scratch { q, q_rows, scores, extra, acc, far, lost, k: k_buffer, v: v_buffer, .. } =
+            &mut *self.scratch;
+        let q = q.get(p.head_dim * width);
+        if few {
+            q_rows.clear();
+            (0..lanes).for_each(|lane| q_rows.extend(q[lane..].iter().step_by(width)));
+        }
+        let q = vectors::<S, NV>(q);
+        let acc = vectors_mut::<S, NV>(acc.get((dims + 1) * width));
+        let far = vectors_mut::<S, NV>(far.get((dims + 1) * width));
+        let lost = vectors_mut::<S, NV>(lost.get((dims + 1) * width));
+        let scores = vectors_mut::<S, NV>(scores.get(TILE_KV * width));
+        let extra = extra.get(if plain { 0 } else { TILE_KV * width });
+        let zero = [simd.splat_f32s(0.0); NV];
+        acc.fill(zero);
+        far.fill(zero);
+        lost.fill(zero);
+
+        let to_log2 = simd.splat_f32s(context.to_log2);
+        let mut row_max = [simd.splat_f32s(NO_MAX); NV];
+        if let (true, Some(sinks)) = (self.with_sink, context.inputs.sinks) {
+            let sink = |lane: usize| sinks[tile.lanes[lane].head];
+            row_max = per_lane(simd, tile, |lane| if sink(lane).is_finite() { sink(lane) } else { NO_MAX });
+            // A sink of -inf is none, one of +inf or NaN leaves no number.
+            acc[dims] = per_lane(simd, tile, |lane| match sink(lane) {
+                f32::NEG_INFINITY => 0.0,
+                sink if sink.is_finite() => 1.0,
+                _ => f32::NAN,
+            });
+        }
+
+        let mut start = self.keys.start;
+        let mut near = 0;
+        while start < self.keys.end {
+            let count = TILE_KV.min(self.keys.end - start);
+            let scores = &mut scores[..count];
+            if few {
+                scores.fill(zero);
+            }
+            let at = [tile.batch, tile.kv_head, start];
+            let keys = k.rows(at, count, false, k_buffer);
+            let mut new_max = row_max;
+            if few {
+                let scores = bytemuck::cast_slice_mut(scores.as_flattened_mut());
+                few::scores(simd, keys, q_rows, p.head_dim, scores, width);
+            } else {
+                kernel::scores(simd, keys.data, keys.stride, q, scores, &mut new_max);
+            }
+            let edge = start < tile.full.start || start + count > tile.full.end;
+            if few || edge || !plain {
+                transform(simd, context, tile, start, scores, extra);
+                new_max = row_max;
+                for s in scores.iter() {
+                    for n in 0..NV {
+                        new_max[n] = simd.max_f32s(s[n], new_max[n]);
+                    }
+                }
+            }
+            if let Some(out) = &mut self.scores_out {
+                save_scores::<S, NV>(scores, lanes, &mut out[start..], p.seq_kv);
+            }
+
+            if bytes_differ::<S, NV>(&new_max, &row_max) {
+                let mut factor = row_max;
+                for n in 0..NV {
+                    let change = simd.sub_f32s(row_max[n], new_max[n]);
+                    factor[n] = exp2(simd, simd.mul_f32s(change, to_log2));
+                }
+                row_max = new_max;
+                for row in acc.iter_mut().chain(far.iter_mut()).chain(lost.iter_mut()) {
+                    for n in 0..NV {
+                        row[n] = simd.mul_f32s(row[n], factor[n]);
+                    }
+                }
+            }
+
+            exponentials(simd, scores, &row_max, to_log2, &mut acc[dims]);
+
+            let mut values = v.rows(at, count, careful, v_buffer);
+            if careful {
+                let stride = values.stride;
+                take_apart(context, tile, start, dims, width, v_buffer, &mut self.state.non_finite);
+                values = Rows { data: v_buffer, stride };
+            }
+            if few {
+                let p = bytemuck::cast_slice(scores.as_flattened());
+                let acc = bytemuck::cast_slice_mut(acc[..dims].as_flattened_mut());
+                few::weighted_sum(simd, values, lanes, p, acc, width);
+            } else {
+                kernel::weighted_sum(simd, values.data, values.stride, scores, &mut acc[..dims]);
+            }
+
+            near += 1;
+            if near == BLOCKS_NEAR {
+                near = 0;
+                for ((far, lost), acc) in far.iter_mut().zip(lost.iter_mut()).zip(acc.iter_mut()) {
+                    for n in 0..NV {
+                        let more = simd.sub_f32s(acc[n], lost[n]);
+                        let sum = simd.add_f32s(far[n], more);
+                        lost[n] = simd.sub_f32s(simd.sub_f32s(sum, far[n]), more);
+                        far[n] = sum;
+                    }
+                    *acc = zero;
+                }
+            }
+            start += count;
+        }
+
+        let state = &mut *self.state;
+        state.width = width;
+        state.row_max.resize(width, 0.0);
+        vectors_mut::<S, NV>(&mut state.row_max)[0] = row_max;
+        state.acc.resize((dims + 1) * width, 0.0);
+        for (at, to) in vectors_mut::<S, NV>(&mut state.acc).iter_mut().enumerate() {
+            for n in 0..NV {
+                to[n] = simd.add_f32s(far[at][n], simd.sub_f32s(acc[at][n], lost[at][n]));
+            }
+        }
+    }
+
+    /// q, scaled and transposed into the lanes; for the bilinear similarity `W^T q`.
+    #[inline(always)]
+    fn load_q<S: Simd, const NV: usize>(&mut self, simd: S) {
+        let (context, tile, p) = (self.context, self.tile, self.context.problem);
+        let (width, query_dim) = (NV * S::F32_LANES, p.query_dim());
+        let Scratch { q, q_raw, row, .. } = &mut *self.scratch;
+        row.resize(query_dim, 0.0);
+        let mut transpose = |to: &mut [f32]| {
+            to.fill(0.0);
+            for (lane, Lane { head, query, .. }) in tile.lanes.iter().enumerate() {
+                let at = p.q.index([tile.batch, *head, *query, 0]);
+                read(&context.inputs.q, at, p.q.strides[3], row);
+                to[lane..].iter_mut().step_by(width).zip(row.iter()).for_each(|(to, &x)| *to = x);
+            }
+        };
+        let q = q.get(p.head_dim * width);
+        if let (Similarity::Bilinear { per_head, .. }, Some(w)) = (p.similarity, context.inputs.w) {
+            let raw = q_raw.get(query_dim * width);
+            transpose(raw);
+            q.fill(0.0);
+            let head = if per_head { tile.lanes[0].head } else { 0 };
+            let (w, raw) = (&w[head * query_dim * p.head_dim..], vectors::<S, NV>(raw));
+            kernel::weighted_sum(simd, w, p.head_dim, raw, vectors_mut::<S, NV>(q));
+        } else {
+            transpose(q);
+        }
+        let scale = simd.splat_f32s(context.q_scale);
+        let q = vectors_mut::<S, NV>(q);
+        for q in q.iter_mut().flatten() {
+            *q = simd.mul_f32s(*q, scale);
+        }
+    }
+}
+
+/// `p = exp(s - m)` in place, and its sum over the block added to `row_sum`.
+#[inline(always)]
+fn exponentials<S: Simd, const NV: usize>(
+    simd: S,
+    scores: &mut [[S::f32s; NV]],
+    row_max: &[S::f32s; NV],
+    to_log2: S::f32s,
+    row_sum: &mut [S::f32s; NV],
+) {
+    let mut block = [simd.splat_f32s(0.0); NV];
+    for chain in scores.chunks_mut(16) {
+        let mut sum = [simd.splat_f32s(0.0); NV];
+        for s in chain {
+            for n in 0..NV {
+                s[n] = exp2(simd, simd.mul_f32s(simd.sub_f32s(s[n], row_max[n]), to_log2));
+                sum[n] = simd.add_f32s(sum[n], s[n]);
+            }
+        }
+        for n in 0..NV {
+            block[n] = simd.add_f32s(block[n], sum[n]);
+        }
+    }
+    for n in 0..NV {
+        row_sum[n] = simd.add_f32s(row_sum[n], block[n]);
+    }
+}
+
+#[inline(always)]
+fn bytes_differ<S: Simd, const NV: usize>(a: &[S::f32s; NV], b: &[S::f32s; NV]) -> bool {
+    bytemuck::cast_slice::<_, u8>(a.as_slice()) != bytemuck::cast_slice::<_, u8>(b.as_slice())
+}
+
+#[inline(always)]
+fn save_scores<S: Simd, const NV: usize>(
+    scores: &[[S::f32s; NV]],
+    lanes: usize,
+    out: &mut [f32],
+    seq_kv: usize,
+) {
+    let scores: &[f32] = bytemuck::cast_slice(scores.as_flattened());
+    for (lane, row) in out.chunks_mut(seq_kv).take(lanes).enumerate() {
+        let column = scores[lane..].iter().step_by(NV * S::F32_LANES);
+        row.iter_mut().zip(column).for_each(|(to, s)| *to = *s);
+    }
+}
