@@ -102,7 +102,7 @@ pub(crate) struct Window {
 ///
 /// ```
 /// use wgpu_attention::{AttentionProblem, Caps, Plan, PlanOptions};
-/// let problem = AttentionProblem::new(4, 32, 8, 4096, 4096, 128, 128);
+/// let problem = AttentionProblem::new(1, 32, 8, 4096, 4096, 128, 128);
 /// let plan = Plan::new(&problem, &Caps::minimal(), &PlanOptions::default())?;
 /// assert!(plan.scratch_bytes() <= 128 << 20);
 /// assert!(plan.dispatches().all(|dispatch| dispatch.groups.iter().all(|&n| n <= 65535)));

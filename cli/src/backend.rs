@@ -1,0 +1,256 @@
+//! Which of the library's paths computes, and running a problem through it.
+
+use std::fmt;
+use std::str::FromStr;
+
+use wgpu_attention::reference::{self, Reference};
+use wgpu_attention::{
+    Attention, AttentionProblem, DeviceRequest, Error, Family, Inputs, Operand, Outputs, Path, PlanOptions,
+    Tensor, cpu,
+};
+
+use crate::failure::{Failure, Result};
+use crate::memory;
+
+/// What to do about a machine without an adapter.
+pub(crate) const SOFTWARE_ADAPTER: &str = "a software one: `scripts/adapters setup lavapipe`, then \
+     `scripts/adapters run lavapipe -- cargo run --release -- ARGS`, or `apt-get install mesa-vulkan-drivers`";
+
+/// A way to compute attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Backend {
+    /// The f64 oracle.
+    Oracle,
+    /// The fast CPU path.
+    Cpu,
+    /// A path on the adapter, with a kernel family if one is forced (`staged:tile`).
+    Gpu(Path, Option<Family>),
+}
+
+impl Backend {
+    /// How the planner is told.
+    pub(crate) fn plan_options(path: Path, family: Option<Family>) -> PlanOptions {
+        PlanOptions { path: Some(path), family, ..PlanOptions::default() }
+    }
+}
+
+impl FromStr for Backend {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (path, family) = match text.split_once(':') {
+            Some((path, family)) => (path, Some(family)),
+            None => (text, None),
+        };
+        match (path, family) {
+            ("oracle", None) => return Ok(Self::Oracle),
+            ("cpu", None) => return Ok(Self::Cpu),
+            _ => {}
+        }
+        let path: Path =
+            path.parse().map_err(|_| format!("no path '{path}'; there are cpu, oracle, staged"))?;
+        let family = family
+            .map(|name| {
+                name.parse().map_err(|_| {
+                    let all: Vec<String> = Family::ALL.iter().map(Family::to_string).collect();
+                    format!("no kernel family '{name}'; there are {}", all.join(", "))
+                })
+            })
+            .transpose()?;
+        Ok(Self::Gpu(path, family))
+    }
+}
+
+impl fmt::Display for Backend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Oracle => f.write_str("oracle"),
+            Self::Cpu => f.write_str("cpu"),
+            Self::Gpu(path, None) => write!(f, "{path}"),
+            Self::Gpu(path, Some(family)) => write!(f, "{path}:{family}"),
+        }
+    }
+}
+
+/// A path, or the choice of one by what the machine has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Choice {
+    /// The adapter if there is one, else the CPU.
+    Auto,
+    /// That one.
+    Only(Backend),
+}
+
+impl FromStr for Choice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "auto" { Ok(Self::Auto) } else { text.parse().map(Self::Only) }
+    }
+}
+
+/// Opens an adapter by a part of its name, or the best one.
+pub(crate) fn open(adapter: Option<&str>) -> Result<Attention> {
+    let request = DeviceRequest { adapter: adapter.map(String::from), ..DeviceRequest::default() };
+    pollster::block_on(Attention::request(&request)).map_err(|error| match error {
+        Error::NoAdapter { .. } => Failure::input(format!("{error}; {SOFTWARE_ADAPTER}")),
+        error => error.into(),
+    })
+}
+
+/// Like [`open`], where a machine without any adapter is no failure.
+pub(crate) fn open_if_any(adapter: Option<&str>) -> Result<Option<Attention>> {
+    if adapter.is_none() && pollster::block_on(wgpu_attention::adapters()).is_empty() {
+        return Ok(None);
+    }
+    open(adapter).map(Some)
+}
+
+/// Results, and in words what computed them.
+pub(crate) struct Computed {
+    pub(crate) outputs: Outputs,
+    pub(crate) by: String,
+}
+
+/// Computes a problem on the chosen path.
+pub(crate) fn compute(
+    choice: Choice,
+    adapter: Option<&str>,
+    problem: &AttentionProblem,
+    inputs: &Inputs<'_>,
+) -> Result<Computed> {
+    inputs.check(problem)?;
+    memory_allows(problem)?;
+    if problem.rows() == 0 {
+        // Nothing to compute, and sizes beside the zero may be astronomical.
+        let outputs = Outputs {
+            o: Tensor::zeros(problem.out_dtype, 0),
+            lse: problem.lse.then(Vec::new),
+            weights: problem.weights.then(Vec::new),
+        };
+        return Ok(Computed { outputs, by: "nothing to compute".into() });
+    }
+    match choice {
+        Choice::Only(Backend::Oracle) => {
+            Ok(Computed { outputs: oracle(problem, inputs)?, by: "the f64 oracle".into() })
+        }
+        Choice::Only(Backend::Cpu) => on_cpu(problem, inputs, ""),
+        Choice::Only(Backend::Gpu(path, family)) => {
+            on_gpu(&open(adapter)?, &Backend::plan_options(path, family), problem, inputs)
+        }
+        Choice::Auto => match open_if_any(adapter)? {
+            None => on_cpu(problem, inputs, ", there is no adapter"),
+            Some(engine) => match on_gpu(&engine, &PlanOptions::default(), problem, inputs) {
+                Ok(computed) => Ok(computed),
+                // A problem that is beyond the device is not beyond the machine.
+                Err(failure) => on_cpu(problem, inputs, &format!(", the adapter: {}", failure.line())),
+            },
+        },
+    }
+}
+
+fn on_cpu(problem: &AttentionProblem, inputs: &Inputs<'_>, why: &str) -> Result<Computed> {
+    Ok(Computed { outputs: cpu::attention(problem, inputs)?, by: format!("the CPU{why}") })
+}
+
+fn on_gpu(
+    engine: &Attention,
+    options: &PlanOptions,
+    problem: &AttentionProblem,
+    inputs: &Inputs<'_>,
+) -> Result<Computed> {
+    let plan = engine.plan_with(problem, options)?;
+    let outputs = engine.run_plan_blocking(&plan, inputs)?;
+    let by = format!("{} ({}: {})", engine.caps().adapter, plan.path(), plan.kernels().join(", "));
+    Ok(Computed { outputs, by })
+}
+
+/// The oracle's results in the problem's types and layout.
+pub(crate) fn oracle(problem: &AttentionProblem, inputs: &Inputs<'_>) -> Result<Outputs> {
+    let reference = oracle_rows(problem, inputs, std::slice::from_ref(&(0..problem.rows())))?;
+    let mut o = Tensor::zeros(problem.out_dtype, problem.extent(Operand::O) as usize);
+    let [_, h, s, d] = problem.shape(Operand::O);
+    for (row, values) in reference.o.chunks_exact(d).enumerate() {
+        let at = [row / s / h, row / s % h, row % s, 0];
+        for (x, &value) in values.iter().enumerate() {
+            o.set(problem.o.index([at[0], at[1], at[2], x]), value as f32);
+        }
+    }
+    let narrow = |x: &[f64]| x.iter().map(|&x| x as f32).collect();
+    Ok(Outputs {
+        o,
+        lse: problem.lse.then(|| narrow(&reference.lse)),
+        weights: reference.weights.as_deref().map(narrow),
+    })
+}
+
+/// The oracle for several ranges of rows, one after the other in the result, on all cores.
+pub(crate) fn oracle_rows(
+    problem: &AttentionProblem,
+    inputs: &Inputs<'_>,
+    ranges: &[std::ops::Range<usize>],
+) -> Result<Reference> {
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let rows: usize = ranges.iter().map(|range| range.len()).sum();
+    // Small enough pieces that causal rows of unlike cost spread over the cores.
+    let piece = rows.div_ceil(threads * 4).max(1);
+    let pieces: Vec<_> = ranges
+        .iter()
+        .flat_map(|range| {
+            let end = range.end;
+            range.clone().step_by(piece).map(move |start| start..(start + piece).min(end))
+        })
+        .collect();
+    let next = std::sync::atomic::AtomicUsize::new(0);
+    let worker = || {
+        let mut done = Vec::new();
+        loop {
+            let at = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            let Some(range) = pieces.get(at) else { return Ok(done) };
+            done.push((at, reference::oracle_rows(problem, inputs, range.clone())?));
+        }
+    };
+    let results: Vec<wgpu_attention::Result<Vec<(usize, Reference)>>> = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads.min(pieces.len())).map(|_| scope.spawn(worker)).collect();
+        workers
+            .into_iter()
+            .map(|worker| worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            .collect()
+    });
+    let mut parts = Vec::new();
+    for result in results {
+        parts.extend(result?);
+    }
+    parts.sort_unstable_by_key(|&(at, _)| at);
+    let empty = || reference::oracle_rows(problem, inputs, 0..0);
+    let mut all = empty()?;
+    for (_, part) in parts {
+        all.o.extend(part.o);
+        all.lse.extend(part.lse);
+        if let (Some(all), Some(part)) = (&mut all.weights, part.weights) {
+            all.extend(part);
+        }
+        all.max_score = all.max_score.max(part.max_score);
+    }
+    Ok(all)
+}
+
+/// A small file can describe results that no machine holds.
+fn memory_allows(problem: &AttentionProblem) -> Result<()> {
+    let results: u128 = [Operand::O, Operand::Lse, Operand::Weights]
+        .into_iter()
+        .map(|operand| problem.extent(operand).saturating_mul(problem.element_bytes(operand) as u128))
+        .sum();
+    // As computed (in f64 by the oracle), as given back, and as written.
+    memory::allows("the results", results.saturating_mul(4))
+}
+
+/// The processor's name, for tables.
+pub(crate) fn cpu_name() -> String {
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let model = std::fs::read_to_string("/proc/cpuinfo").ok().and_then(|text| {
+        let line = text.lines().find(|line| line.starts_with("model name"))?;
+        Some(line.split_once(':')?.1.trim().to_string())
+    });
+    format!("{}, {threads} threads", model.as_deref().unwrap_or("CPU"))
+}

@@ -1,0 +1,220 @@
+//! `bench`: every path over a table of shapes, each result held to the oracle.
+
+mod measure;
+mod plot;
+mod report;
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use wgpu_attention::{Attention, AttentionProblem, Dtype, Path};
+
+use crate::backend::{self, Backend};
+use crate::check::Judge;
+use crate::data::Data;
+use crate::failure::{Failure, Result};
+use crate::options::{self, DtypeArg, SyntheticArgs};
+use crate::output::{self, OutputFile};
+use crate::prng::Prng;
+use crate::shapes::Shape;
+use measure::Runner;
+use report::Row;
+
+/// A sentence encoder's batch, three squares, grouped heads, and one token against a cache.
+const SHAPES: [&str; 6] =
+    ["8x12x128x32", "1x8x512x64", "1x8x1024x64", "1x8x2048x64", "1x32/8x512x128", "1x32/8x1/4096x128"];
+/// Without `--repeat`: this often, unless the time is up before.
+const ROUNDS: usize = 7;
+const TIME_PER_SHAPE: Duration = Duration::from_secs(6);
+
+/// Time the paths against each other and hold each to the oracle.
+///
+/// The paths take turns within each round, so that load on the machine meets all alike. Operands
+/// are made up and stay where they are; a time is from the first encoded command to the end of the
+/// work. GFLOP/s count 2 B Hq Sq Sk (D + Dv), half of it where causal. `max error` is that of o
+/// against the f64 oracle (on a sample of the rows where a problem is large).
+#[derive(Args, Debug)]
+pub(crate) struct BenchArgs {
+    /// Shapes, BxHq[/Hkv]xSq[/Sk]xD[/Dv], separated by commas
+    #[arg(long, value_delimiter = ',', value_name = "LIST")]
+    shapes: Vec<Shape>,
+    /// Element type of q, k and v (several: separated by commas)
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "LIST", default_value = "f32")]
+    dtype: Vec<DtypeArg>,
+    /// Paths, separated by commas: cpu, oracle, staged (staged:tile, staged:direct force a kernel
+    /// family) [default: cpu,staged]
+    #[arg(long, value_delimiter = ',', value_name = "LIST")]
+    path: Vec<Backend>,
+    /// A part of the adapter's name
+    #[arg(long, value_name = "TEXT")]
+    adapter: Option<String>,
+    /// Timed rounds [default: 7, or fewer when a shape takes longer than 6 seconds]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    repeat: Option<u32>,
+    /// Write the rows as CSV
+    #[arg(long, value_name = "FILE")]
+    csv: Option<PathBuf>,
+    /// Write the rows as a JSON array
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Write a chart
+    #[arg(long, value_name = "FILE.svg")]
+    plot: Option<PathBuf>,
+    /// No progress bar
+    #[arg(long)]
+    quiet: bool,
+    #[command(flatten)]
+    synthetic: SyntheticArgs,
+}
+
+/// Measures, prints and writes.
+pub(crate) fn run(args: &BenchArgs) -> Result<()> {
+    let file = |path: &Option<PathBuf>| path.as_deref().map(OutputFile::new).transpose();
+    let (csv, json, plot) = (file(&args.csv)?, file(&args.json)?, file(&args.plot)?);
+    let problems = problems(args)?;
+    let asked = !args.path.is_empty();
+    let (backends, engine) = backends(args)?;
+
+    let bar = progress(args.quiet, problems.len() * backends.len());
+    let mut rows = Vec::new();
+    let mut left_out = Vec::new();
+    for problem in &problems {
+        measure_one(args, problem, &backends, engine.as_ref(), &bar, &mut rows, &mut left_out)?;
+    }
+    bar.finish_and_clear();
+
+    output::print(&report::table(&rows));
+    for line in &left_out {
+        output::print(&format!("left out: {line}\n"));
+    }
+    if let Some(file) = csv {
+        file.write(report::csv(&rows).as_bytes())?;
+    }
+    if let Some(file) = json {
+        file.write(report::json(&rows)?.as_bytes())?;
+    }
+    if let Some(file) = plot {
+        file.write(plot::draw(&rows).as_bytes())?;
+    }
+    match rows.iter().filter(|row| !row.within_budget()).count() {
+        0 if asked && !left_out.is_empty() => {
+            Err(Failure::input(format!("{} of the asked measurements left out", left_out.len())))
+        }
+        0 => Ok(()),
+        n => Err(Failure::budget(format!("{n} of {} results are outside their error budget", rows.len()))),
+    }
+}
+
+fn problems(args: &BenchArgs) -> Result<Vec<AttentionProblem>> {
+    let shapes = if args.shapes.is_empty() {
+        SHAPES.iter().map(|text| text.parse().map_err(Failure::input)).collect::<Result<Vec<Shape>>>()?
+    } else {
+        args.shapes.clone()
+    };
+    let mut problems = Vec::new();
+    for &dtype in &args.dtype {
+        for shape in &shapes {
+            let problem = args.synthetic.problem(shape, Dtype::from(dtype))?;
+            if problem.rows() == 0 {
+                return Err(Failure::input(format!("{shape}: nothing to measure, it has no query")));
+            }
+            problems.push(problem);
+        }
+    }
+    Ok(problems)
+}
+
+/// The paths to measure, and the adapter if one of them needs it.
+fn backends(args: &BenchArgs) -> Result<(Vec<Backend>, Option<Attention>)> {
+    if !args.path.is_empty() {
+        let needs_adapter = args.path.iter().any(|backend| matches!(backend, Backend::Gpu(..)));
+        let engine = if needs_adapter { Some(backend::open(args.adapter.as_deref())?) } else { None };
+        return Ok((args.path.clone(), engine));
+    }
+    let engine = backend::open_if_any(args.adapter.as_deref())?;
+    let mut backends = vec![Backend::Cpu];
+    if engine.is_some() {
+        backends.push(Backend::Gpu(Path::Staged, None));
+    } else {
+        output::print(&format!("no adapter: this is the CPU alone. For {}\n\n", backend::SOFTWARE_ADAPTER));
+    }
+    Ok((backends, engine))
+}
+
+fn progress(quiet: bool, steps: usize) -> ProgressBar {
+    if quiet {
+        return ProgressBar::hidden();
+    }
+    // On stderr, and only where that is a terminal.
+    let bar = ProgressBar::new(steps as u64 * 100);
+    if let Ok(style) = ProgressStyle::with_template("{bar:32} {percent:>3}%  {elapsed:>3}  {msg}") {
+        bar.set_style(style);
+    }
+    bar
+}
+
+/// All paths on one problem, taking turns.
+fn measure_one(
+    args: &BenchArgs,
+    problem: &AttentionProblem,
+    backends: &[Backend],
+    engine: Option<&Attention>,
+    bar: &ProgressBar,
+    rows: &mut Vec<Row>,
+    left_out: &mut Vec<String>,
+) -> Result<()> {
+    let shape = Shape::of(problem);
+    let start_at = bar.position();
+    bar.set_message(format!("{shape} oracle"));
+    let bytes = problem.operands().map(|of| problem.extent(of) * problem.element_bytes(of) as u128).sum();
+    crate::memory::allows(&shape.to_string(), bytes)?;
+    let data = Data::random(problem, &mut Prng::new(1));
+    let inputs = data.inputs();
+    let judge = Judge::new(problem, &inputs)?;
+
+    let started = Instant::now();
+    let mut runners = Vec::new();
+    for &backend in backends {
+        bar.set_message(format!("{shape} {backend}, first run"));
+        let made = Runner::new(backend, engine, problem, &data).and_then(|mut runner| {
+            runner.iterate(problem, &inputs)?;
+            Ok(runner)
+        });
+        match made {
+            Ok(runner) => runners.push((backend, runner, Vec::new())),
+            Err(failure) => left_out.push(format!("{shape} {backend}: {}", failure.line())),
+        }
+    }
+
+    let rounds = args.repeat.map_or(ROUNDS, |n| n as usize);
+    for round in 0..rounds {
+        if args.repeat.is_none() && round > 0 && started.elapsed() > TIME_PER_SHAPE {
+            break;
+        }
+        for (backend, runner, samples) in &mut runners {
+            bar.set_message(format!("{shape} {backend}, round {} of {rounds}", round + 1));
+            samples.push(runner.iterate(problem, &inputs)?);
+        }
+        bar.set_position(start_at + (100 * backends.len() * (round + 1) / rounds) as u64);
+    }
+    bar.set_position(start_at + 100 * backends.len() as u64);
+
+    let first = rows.len();
+    for (backend, runner, samples) in &runners {
+        let output = runner.output(problem)?;
+        let error = judge.error(problem, output.as_ref());
+        rows.push(Row::new(
+            *backend,
+            runner,
+            problem,
+            options::describe(problem),
+            samples,
+            error,
+            judge.budget,
+        ));
+    }
+    report::set_speed_ups(&mut rows[first..]);
+    Ok(())
+}

@@ -1,0 +1,102 @@
+//! `explain`: what the planner would do, and why.
+
+use clap::Args;
+use wgpu_attention::{Caps, Dtype, Family, Path, Plan, PlanOptions};
+
+use crate::backend;
+use crate::failure::{Failure, Result};
+use crate::options::{DtypeArg, SyntheticArgs};
+use crate::output;
+use crate::shapes::Shape;
+
+/// The plan for a shape: kernels, tiles, dispatches, memory, and why this and not that.
+#[derive(Args, Debug)]
+pub(crate) struct ExplainArgs {
+    /// BxHq[/Hkv]xSq[/Sk]xD[/Dv], for instance 1x8x2048x64
+    shape: Shape,
+    /// Element type of q, k and v
+    #[arg(long, value_enum, default_value = "f32")]
+    dtype: DtypeArg,
+    /// Plan for that path (staged)
+    #[arg(long, value_name = "PATH", value_parser = parse_path)]
+    path: Option<Path>,
+    /// Plan with that kernel family (tile, direct)
+    #[arg(long, value_name = "NAME", value_parser = parse_family)]
+    family: Option<Family>,
+    /// Bytes that scratch may take
+    #[arg(long, value_name = "BYTES")]
+    scratch_budget: Option<u64>,
+    /// Also give lse
+    #[arg(long)]
+    lse: bool,
+    /// Also give the weights
+    #[arg(long)]
+    weights: bool,
+    /// Also print the composed shaders
+    #[arg(long)]
+    wgsl: bool,
+    /// A part of the adapter's name
+    #[arg(long, value_name = "TEXT")]
+    adapter: Option<String>,
+    /// Plan for a device with default limits and no optional feature
+    #[arg(long, conflicts_with = "adapter")]
+    minimal: bool,
+    #[command(flatten)]
+    synthetic: SyntheticArgs,
+}
+
+fn parse_path(text: &str) -> Result<Path, String> {
+    text.parse().map_err(|_| "there is: staged".into())
+}
+
+fn parse_family(text: &str) -> Result<Family, String> {
+    let all: Vec<String> = Family::ALL.iter().map(Family::to_string).collect();
+    text.parse().map_err(|_| format!("there are: {}", all.join(", ")))
+}
+
+/// Plans and prints; no device is opened.
+pub(crate) fn run(args: &ExplainArgs) -> Result<()> {
+    let mut problem = args.synthetic.problem(&args.shape, Dtype::from(args.dtype))?;
+    (problem.lse, problem.weights) = (args.lse, args.weights);
+    problem.validate()?;
+    let caps = if args.minimal { Caps::minimal() } else { caps(args.adapter.as_deref())? };
+    let options = PlanOptions { path: args.path, family: args.family, scratch_budget: args.scratch_budget };
+    let plan = Plan::new(&problem, &caps, &options)?;
+    let mut text = format!("{}\n", plan.to_string().trim_end());
+    if args.wgsl {
+        for shader in plan.shaders() {
+            let bindings: Vec<String> = shader.bindings.iter().map(u32::to_string).collect();
+            text += &format!(
+                "\n// ---- {}: {} workgroup bytes, bindings {} ----\n{}\n",
+                shader.name,
+                shader.workgroup_bytes,
+                bindings.join(" "),
+                shader.wgsl.trim_end()
+            );
+        }
+    }
+    output::print(&text);
+    Ok(())
+}
+
+fn caps(wanted: Option<&str>) -> Result<Caps> {
+    let adapters: Vec<Caps> =
+        pollster::block_on(wgpu_attention::adapters()).iter().map(Caps::of_adapter).collect();
+    if let Some(wanted) = wanted {
+        let matches = |caps: &&Caps| caps.adapter.to_lowercase().contains(&wanted.to_lowercase());
+        let names: Vec<&str> = adapters.iter().map(|caps| caps.adapter.as_str()).collect();
+        let there = if names.is_empty() { "no adapter".to_string() } else { names.join(", ") };
+        return adapters
+            .iter()
+            .find(matches)
+            .cloned()
+            .ok_or_else(|| Failure::input(format!("no adapter matches '{wanted}'; there is {there}")));
+    }
+    match backend::open_if_any(None)? {
+        Some(engine) => Ok(engine.caps().clone()),
+        None => {
+            eprintln!("no adapter: the plan is for a device with default limits and no optional feature");
+            Ok(Caps::minimal())
+        }
+    }
+}

@@ -1,0 +1,221 @@
+//! The contract's options as flags, shared by every command that takes a problem.
+
+use std::fmt;
+use std::str::FromStr;
+
+use clap::{Args, ValueEnum};
+use wgpu_attention::{Align, AttentionProblem, Dtype, Similarity, Window};
+
+use crate::failure::{Failure, Result};
+
+/// How a query and a key are compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SimilarityArg {
+    /// q . k
+    Dot,
+    /// scale * (q . k), scale 1/sqrt(D) unless given
+    ScaledDot,
+    /// qT W k
+    Bilinear,
+}
+
+/// Where query 0 stands among the keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum AlignArg {
+    /// Query i stands at key i
+    TopLeft,
+    /// The last query stands at the last key
+    BottomRight,
+}
+
+impl From<AlignArg> for Align {
+    fn from(align: AlignArg) -> Self {
+        match align {
+            AlignArg::TopLeft => Self::TopLeft,
+            AlignArg::BottomRight => Self::BottomRight,
+        }
+    }
+}
+
+/// Element type of q, k and v.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DtypeArg {
+    /// IEEE binary32
+    F32,
+    /// IEEE binary16
+    F16,
+    /// bfloat16
+    Bf16,
+}
+
+impl From<DtypeArg> for Dtype {
+    fn from(dtype: DtypeArg) -> Self {
+        match dtype {
+            DtypeArg::F32 => Self::F32,
+            DtypeArg::F16 => Self::F16,
+            DtypeArg::Bf16 => Self::Bf16,
+        }
+    }
+}
+
+/// `L,R`, where `-` is unbounded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct WindowArg(pub(crate) Window);
+
+impl FromStr for WindowArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let side = |text: &str| match text.trim() {
+            "-" => Ok(None),
+            number => number.parse().map(Some).map_err(|_| {
+                format!("'{number}' is neither a number of keys nor -; want L,R, for instance 128,0 or -,16")
+            }),
+        };
+        let (left, right) = text.split_once(',').ok_or("want two sides, L,R, for instance 128,0 or -,16")?;
+        Ok(Self(Window { left: side(left)?, right: side(right)? }))
+    }
+}
+
+impl fmt::Display for WindowArg {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let side = |side: Option<usize>| side.map_or("-".to_string(), |n| n.to_string());
+        write!(f, "{},{}", side(self.0.left), side(self.0.right))
+    }
+}
+
+/// The contract's options.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Attention")]
+pub(crate) struct ContractArgs {
+    /// How a query and a key are compared [default: scaled-dot]
+    #[arg(long, value_enum, value_name = "KIND")]
+    pub(crate) similarity: Option<SimilarityArg>,
+    /// Factor on the similarity
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub(crate) scale: Option<f32>,
+    /// Soft cap: cap * tanh(score / cap)
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub(crate) softcap: Option<f32>,
+    /// Drop keys after the query's position
+    #[arg(long, value_enum, value_name = "ALIGN")]
+    pub(crate) causal: Option<AlignArg>,
+    /// Keep L keys before the query's position and R after it; - is unbounded
+    #[arg(long, value_name = "L,R", allow_hyphen_values = true)]
+    pub(crate) window: Option<WindowArg>,
+    /// Where query 0 stands, for the window
+    #[arg(long, value_enum, value_name = "ALIGN", default_value = "bottom-right")]
+    pub(crate) align: AlignArg,
+}
+
+impl ContractArgs {
+    /// Sets everything but the similarity, whose sizes come from elsewhere.
+    pub(crate) fn apply(&self, problem: AttentionProblem) -> AttentionProblem {
+        AttentionProblem {
+            scale: self.scale,
+            softcap: self.softcap,
+            causal: self.causal.map(Align::from),
+            window: self.window.map(|window| window.0),
+            align: self.align.into(),
+            ..problem
+        }
+    }
+
+    /// The similarity for widths `query_dim` (of q) and that of `problem`'s k.
+    pub(crate) fn similarity(&self, query_dim: usize, per_head: bool) -> Similarity {
+        match self.similarity {
+            Some(SimilarityArg::Dot) => Similarity::Dot,
+            Some(SimilarityArg::Bilinear) => Similarity::Bilinear { query_dim, per_head },
+            Some(SimilarityArg::ScaledDot) | None => Similarity::ScaledDot,
+        }
+    }
+}
+
+/// Operands that `bench` and `explain` make up themselves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Extra {
+    /// An additive bias for each head, query and key
+    Bias,
+    /// A boolean mask that drops one pair in eight
+    Mask,
+    /// ALiBi slopes
+    Alibi,
+    /// Sink logits
+    Sinks,
+    /// Key lengths
+    KvLens,
+}
+
+/// A problem made of a shape and flags.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct SyntheticArgs {
+    #[command(flatten)]
+    pub(crate) contract: ContractArgs,
+    /// Add operands with made-up values
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "LIST", help_heading = "Attention")]
+    pub(crate) with: Vec<Extra>,
+}
+
+impl SyntheticArgs {
+    /// The problem for a shape; extra operands are contiguous.
+    pub(crate) fn problem(&self, shape: &crate::shapes::Shape, dtype: Dtype) -> Result<AttentionProblem> {
+        use wgpu_attention::{Bias, Layout};
+        let has = |extra| self.with.contains(&extra);
+        let pairs = [1, shape.heads_q, shape.seq_q, shape.seq_kv];
+        let problem = AttentionProblem {
+            similarity: self.contract.similarity(shape.head_dim, false),
+            bias: has(Extra::Bias).then(|| Bias { dtype, layout: Layout::broadcast(pairs) }),
+            mask: has(Extra::Mask).then(|| Layout::broadcast(pairs)),
+            alibi: has(Extra::Alibi),
+            sinks: has(Extra::Sinks),
+            kv_lens: has(Extra::KvLens),
+            ..self.contract.apply(shape.problem().with_dtype(dtype))
+        };
+        problem.validate().map_err(|error| Failure::from(error).about(shape))?;
+        Ok(problem)
+    }
+}
+
+/// The options of a problem in a few words, `plain` when there are none.
+pub(crate) fn describe(p: &AttentionProblem) -> String {
+    let mut words = Vec::new();
+    match p.similarity {
+        Similarity::Dot => words.push("dot".to_string()),
+        Similarity::Bilinear { per_head, .. } => {
+            words.push(if per_head { "bilinear-per-head" } else { "bilinear" }.to_string());
+        }
+        _ => {}
+    }
+    words.extend(p.scale.map(|scale| format!("scale={scale}")));
+    words.extend(p.softcap.map(|cap| format!("softcap={cap}")));
+    words.extend(p.causal.map(|align| format!("causal={align}")));
+    words.extend(p.window.map(|window| format!("window={}", WindowArg(window))));
+    if (p.window.is_some() || p.alibi) && p.align == Align::TopLeft {
+        words.push("align=top-left".into());
+    }
+    for (present, word) in [
+        (p.bias.is_some(), "bias"),
+        (p.mask.is_some(), "mask"),
+        (p.alibi, "alibi"),
+        (p.sinks, "sinks"),
+        (p.kv_lens, "kv-lens"),
+    ] {
+        words.extend(present.then(|| word.to_string()));
+    }
+    if words.is_empty() { "plain".into() } else { words.join(" ") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn windows_are_two_sides() {
+        let window = |text: &str| text.parse::<WindowArg>().map(|w| (w.0.left, w.0.right));
+        assert_eq!(window("3,0"), Ok((Some(3), Some(0))));
+        assert_eq!(window("-, 7"), Ok((None, Some(7))));
+        for text in ["", "3", "3,", "a,b", "-1,2", "1,2,3", "--,1"] {
+            assert!(window(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,174 @@
+//! What the other commands print and write.
+
+mod common;
+
+use common::*;
+
+const COLUMNS: [&str; 12] = [
+    "path",
+    "kernel",
+    "adapter",
+    "dtype",
+    "shape",
+    "options",
+    "ms_median",
+    "ms_min",
+    "gpu_ms",
+    "gflops",
+    "max_error",
+    "scratch_bytes",
+];
+
+fn data(name: &str) -> String {
+    format!("{}/tests/data/{name}", env!("CARGO_MANIFEST_DIR"))
+}
+
+#[test]
+fn bench_writes_what_it_promises() {
+    let folder = Folder::new();
+    let paths = paths();
+    let list = paths.join(",");
+    let (json, csv, plot) = (folder.text("b.json"), folder.text("b.csv"), folder.text("b.svg"));
+    let stdout = succeed(&[
+        "bench",
+        "--shapes",
+        "1x2x33x16,1x4/2x5/40x8/4",
+        "--path",
+        &list,
+        "--repeat",
+        "2",
+        "--dtype",
+        "f32,f16",
+        "--causal",
+        "bottom-right",
+        "--window",
+        "-,0",
+        "--with",
+        "mask,sinks",
+        "--json",
+        &json,
+        "--csv",
+        &csv,
+        "--plot",
+        &plot,
+    ]);
+    let rows: Vec<serde_json::Map<String, serde_json::Value>> =
+        serde_json::from_slice(&std::fs::read(folder.path("b.json")).unwrap()).unwrap();
+    assert_eq!(rows.len(), 4 * paths.len(), "two shapes, two types, every path");
+    for row in &rows {
+        let mut keys: Vec<&str> = row.keys().map(String::as_str).collect();
+        let mut want = COLUMNS;
+        keys.sort_unstable();
+        want.sort_unstable();
+        assert_eq!(keys, want);
+        for text in ["path", "kernel", "adapter", "dtype", "shape", "options"] {
+            assert!(row[text].as_str().is_some_and(|text| !text.is_empty()), "{text}: {row:?}");
+        }
+        for number in ["ms_median", "ms_min", "gflops"] {
+            assert!(row[number].as_f64().is_some_and(|x| x > 0.0), "{number}: {row:?}");
+        }
+        assert!(row["max_error"].as_f64().is_some_and(|x| x < 0.01), "{row:?}");
+        assert!(row["gpu_ms"].is_null() || row["gpu_ms"].as_f64().is_some_and(|x| x > 0.0), "{row:?}");
+        assert!(row["scratch_bytes"].as_u64().is_some(), "{row:?}");
+        assert!(row["ms_min"].as_f64() <= row["ms_median"].as_f64());
+        assert!(stdout.contains(row["shape"].as_str().unwrap()), "{stdout}");
+        assert_eq!(row["options"], "causal=bottom-right window=-,0 mask sinks");
+    }
+    let text = std::fs::read_to_string(folder.path("b.csv")).unwrap();
+    let mut lines = text.lines();
+    assert_eq!(lines.next().unwrap().split(',').collect::<Vec<_>>(), COLUMNS);
+    assert_eq!(lines.count(), rows.len());
+    assert!(
+        text.contains("\"causal=bottom-right window=-,0 mask sinks\""),
+        "a comma inside is quoted: {text}"
+    );
+    let picture = std::fs::read_to_string(folder.path("b.svg")).unwrap();
+    assert!(picture.starts_with("<svg ") && picture.contains("GFLOP/s") && picture.ends_with("</svg>\n"));
+}
+
+#[test]
+fn bench_without_an_adapter_says_how_to_get_one() {
+    let stdout = succeed(&["bench", "--shapes", "1x1x8x8", "--repeat", "1"]);
+    if !paths().contains(&"staged") {
+        assert!(
+            stdout.starts_with("no adapter") && stdout.contains("scripts/adapters setup lavapipe"),
+            "{stdout}"
+        );
+        assert!(stdout.lines().next().unwrap().contains("mesa-vulkan-drivers"), "one line: {stdout}");
+        refuse("asked for", &["bench", "--shapes", "1x1x8x8", "--path", "staged"]);
+    }
+    assert!(stdout.contains("1x1x8x8") && stdout.contains("cpu"), "{stdout}");
+}
+
+#[test]
+fn verify_passes_and_repeats() {
+    let all = paths().contains(&"staged");
+    let args = |more: &[&'static str]| {
+        let mut args = vec!["verify", "--quiet", "--seed", "7"];
+        args.extend(if all { &[][..] } else { &["--path", "cpu"] });
+        args.extend(more);
+        succeed(&args)
+    };
+    let first = args(&["--cases", "12"]);
+    assert!(first.contains("cpu") && first.contains("bf16") && first.contains("seed 7"), "{first}");
+    assert_eq!(all, first.contains("softmax_row"), "{first}");
+    assert_eq!(first, args(&["--cases", "12"]), "the same seed, the same results");
+    args(&["--only", "5"]);
+    if !all {
+        let line = refuse("no adapter", &["verify"]);
+        assert!(line.contains("--path cpu"), "{line}");
+    }
+}
+
+#[test]
+fn explain_needs_no_adapter() {
+    let plain =
+        succeed(&["explain", "1x32/8x100/300x64", "--minimal", "--dtype", "f16", "--causal", "top-left"]);
+    assert!(plain.contains("staged") && !plain.contains("@compute"), "{plain}");
+    let shaders = succeed(&["explain", "1x8x64x64", "--minimal", "--wgsl"]);
+    assert!(shaders.matches("@compute").count() >= 3, "{shaders}");
+    succeed(&["explain", "1x8x64x64"]);
+}
+
+#[test]
+fn heatmaps_are_the_same_every_time() {
+    let folder = Folder::new();
+    let tokens = data("minilm-tokens.txt");
+    let draw = |name: &str, more: &[&str]| {
+        let to = folder.text(name);
+        let mut args = vec!["heatmap", "--quiet", "-o", &to];
+        args.extend(more);
+        succeed(&args);
+        std::fs::read_to_string(folder.path(name)).unwrap()
+    };
+    let model = data("minilm-layer0.safetensors");
+    let first = draw("1.svg", &[&model, "--tokens", &tokens]);
+    assert_eq!(first, draw("2.svg", &[&model, "--tokens", &tokens]));
+    assert_eq!(first.matches(">head ").count(), 12);
+    // The left edge of three rows and the lower edge of four columns.
+    assert_eq!(first.matches(">graphics<").count(), 3 + 4);
+
+    // One label a line, with markup in it, for fewer queries than keys.
+    let few = folder.write("few.safetensors", file(&qkv([1, 2, 2, 4], [1, 1, 3, 4], [1, 1, 3, 4])));
+    let lines = folder.write("lines.txt", "a <b>\n\"c\" & d\n\u{1}e f\n");
+    let picture = draw("3.svg", &[&few, "--tokens", &lines, "--causal", "bottom-right", "--title", "<&>"]);
+    for words in [">a &lt;b&gt;<", "&quot;c&quot; &amp; d", "\u{fffd}e f", ">&lt;&amp;&gt;<", "excluded"] {
+        assert!(picture.contains(words), "{words}: {picture}");
+    }
+    assert!(!picture.contains("<b>"));
+
+    // Long sequences are gathered; the file stays small.
+    let long = folder.write("long.safetensors", file(&qkv([1, 3, 700, 4], [1, 3, 1000, 4], [1, 3, 1000, 4])));
+    let picture = draw("4.svg", &[&long, "--path", "cpu"]);
+    assert!(picture.contains("the largest of") && picture.len() < 2_000_000, "{} bytes", picture.len());
+    let row = folder.write("row.safetensors", file(&qkv([1, 1, 1, 4], [1, 1, 300, 4], [1, 1, 300, 4])));
+    assert!(draw("5.svg", &[&row]).contains(">head 0<"));
+}
+
+#[test]
+fn help_and_version_are_answers() {
+    for args in [&["--help"][..], &["--version"], &["run", "--help"], &["bench", "-h"], &["help", "verify"]] {
+        let output = program(args);
+        assert!(output.status.success() && !output.stdout.is_empty() && output.stderr.is_empty(), "{args:?}");
+    }
+}
