@@ -125,7 +125,7 @@ pub(crate) fn tiles(family: Family, problem: &AttentionProblem, caps: &Caps) -> 
                 values_step: 16,
             }
         }
-        // 8 x 4 scores or 16 quads of output a lane: fewer leave too many loads for each
+        // 16 x 4 scores or 16 quads of output a lane: fewer leave too many loads for each
         // multiplication-addition, more spill. A workgroup no wider
         // than a subgroup of 8 wastes least at the edges. One lane walks a whole softmax row, since
         // every barrier costs more there than a row's length saves.
@@ -136,7 +136,7 @@ pub(crate) fn tiles(family: Family, problem: &AttentionProblem, caps: &Caps) -> 
             let (softmax_lanes, softmax_rows) = softmax(lanes, 16 / lanes);
             Tiles {
                 family,
-                scores_rows: 8,
+                scores_rows: 16,
                 scores_keys: 32,
                 scores_lanes: 8,
                 scores_step: 1,
