@@ -1,0 +1,286 @@
+//! Devices, and runs on buffers that the test owns: each operand lies between guard zones of
+//! poison, outputs are poison before.
+
+use std::sync::{Arc, OnceLock};
+
+use wgpu_attention::{
+    Attention, DeviceRequest, Dtype, Error, Layout, Operand, Operands, Options, Outputs, PlanOptions, Tensor,
+};
+
+use super::case::Case;
+use super::check::{Gap, poison};
+
+/// How a device was opened.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Kind {
+    /// With every feature and limit that the kernels can use.
+    Full,
+    /// The same adapter with default limits and no optional feature: what the web's floor is.
+    Minimal,
+}
+
+/// How a call goes in.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Door {
+    /// Recorded into an encoder of the test's, on buffers of the test's.
+    Encode,
+    /// The same into a compute pass of the test's.
+    Pass,
+    /// The one-shot call, from slices to vectors.
+    Run,
+}
+
+pub struct Gpu {
+    pub kind: Kind,
+    pub attention: Attention,
+}
+
+/// Elements of poison before and after every operand. A multiple of four: it must not change
+/// which kernels fit.
+const GUARD: usize = 64;
+
+/// The device of a kind, with or without the shaders' run-time checks; `None` where there is no
+/// adapter and `WGPU_ATTENTION_ALLOW_NO_ADAPTER` is 1.
+///
+/// # Panics
+/// When there is no adapter and the environment does not allow that.
+pub fn get(kind: Kind, runtime_checks: bool) -> Option<&'static Gpu> {
+    static GPUS: OnceLock<Vec<(bool, Gpu)>> = OnceLock::new();
+    let gpus = GPUS.get_or_init(|| match open() {
+        Ok(gpus) => gpus,
+        Err(e) if std::env::var("WGPU_ATTENTION_ALLOW_NO_ADAPTER").is_ok_and(|x| x == "1") => {
+            super::say(&format!("NOT TESTED ON A GPU: {e} (allowed by WGPU_ATTENTION_ALLOW_NO_ADAPTER)"));
+            Vec::new()
+        }
+        Err(e) => panic!("{e}; scripts/adapters sets one up, WGPU_ATTENTION_ALLOW_NO_ADAPTER=1 does without"),
+    });
+    gpus.iter().find(|(checks, gpu)| *checks == runtime_checks && gpu.kind == kind).map(|(_, gpu)| gpu)
+}
+
+/// What the environment asks for.
+pub fn request() -> DeviceRequest {
+    let adapter = std::env::var("WGPU_ATTENTION_ADAPTER").ok();
+    DeviceRequest { adapter, ..DeviceRequest::default() }
+}
+
+fn open() -> Result<Vec<(bool, Gpu)>, Error> {
+    let full = pollster::block_on(Attention::request(&request()))?;
+    super::say(&format!(
+        "adapter: {} ({}, {:?})",
+        full.caps().adapter,
+        full.caps().driver,
+        full.caps().backend
+    ));
+    let (device, queue) = minimal_device(&full)?;
+    let mut gpus = Vec::new();
+    for checks in [false, true] {
+        let of = |device, queue| Attention::with_options(device, queue, Options { runtime_checks: checks });
+        gpus.push((checks, Gpu { kind: Kind::Full, attention: of(full.device(), full.queue()) }));
+        gpus.push((checks, Gpu { kind: Kind::Minimal, attention: of(&device, &queue) }));
+    }
+    Ok(gpus)
+}
+
+/// The adapter that an object was opened on, listed anew.
+pub fn adapter_of(attention: &Attention) -> Result<wgpu::Adapter, Error> {
+    let caps = attention.caps();
+    pollster::block_on(wgpu_attention::adapters())
+        .into_iter()
+        .find(|adapter| {
+            let info = adapter.get_info();
+            info.name == caps.adapter && info.backend == caps.backend
+        })
+        .ok_or_else(|| Error::NoAdapter { why: format!("{} is not listed", caps.adapter) })
+}
+
+/// A second device on the adapter of `full`, with nothing beyond the defaults.
+pub fn minimal_device(full: &Attention) -> Result<(wgpu::Device, wgpu::Queue), Error> {
+    let adapter = adapter_of(full)?;
+    let descriptor = wgpu::DeviceDescriptor {
+        label: Some("minimal"),
+        required_features: wgpu::Features::empty(),
+        required_limits: wgpu::Limits::default().or_worse_values_from(&adapter.limits()),
+        ..Default::default()
+    };
+    pollster::block_on(adapter.request_device(&descriptor))
+        .map_err(|e| Error::NoDevice { adapter: full.caps().adapter.clone(), why: e.to_string() })
+}
+
+/// A buffer with these bytes (up to the next multiple of four).
+pub fn upload(device: &wgpu::Device, label: &str, bytes: &[u8], usage: wgpu::BufferUsages) -> wgpu::Buffer {
+    let buffer = device.create_buffer(&wgpu::BufferDescriptor {
+        label: Some(label),
+        size: (bytes.len().next_multiple_of(4) as u64).max(4),
+        usage,
+        mapped_at_creation: true,
+    });
+    let mut padded = bytes.to_vec();
+    padded.resize(buffer.size() as usize, 0);
+    buffer.get_mapped_range_mut(..).expect("mapped at creation").copy_from_slice(&padded);
+    buffer.unmap();
+    buffer
+}
+
+/// All bytes of a buffer, by the test's own copy and map.
+pub fn download(device: &wgpu::Device, queue: &wgpu::Queue, buffer: &wgpu::Buffer) -> Vec<u8> {
+    let staging = device.create_buffer(&wgpu::BufferDescriptor {
+        label: Some("download"),
+        size: buffer.size(),
+        usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
+        mapped_at_creation: false,
+    });
+    let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+    encoder.copy_buffer_to_buffer(buffer, 0, &staging, 0, buffer.size());
+    queue.submit([encoder.finish()]);
+    staging.map_async(wgpu::MapMode::Read, .., |result| result.expect("a staging buffer maps"));
+    device.poll(wgpu::PollType::wait_indefinitely()).expect("the device answers");
+    let view = staging.get_mapped_range(..).expect("mapped");
+    view.to_vec()
+}
+
+const USAGE: wgpu::BufferUsages =
+    wgpu::BufferUsages::STORAGE.union(wgpu::BufferUsages::COPY_SRC).union(wgpu::BufferUsages::COPY_DST);
+
+/// The buffers of one case, each with guard zones, and the problem moved between them.
+pub struct Guarded {
+    pub problem: wgpu_attention::AttentionProblem,
+    q: Arc<wgpu::Buffer>,
+    k: Arc<wgpu::Buffer>,
+    v: Arc<wgpu::Buffer>,
+    aux: Vec<(Operand, wgpu::Buffer)>,
+    pub o: wgpu::Buffer,
+    lse: Option<wgpu::Buffer>,
+    weights: Option<wgpu::Buffer>,
+}
+
+impl Guarded {
+    pub fn new(device: &wgpu::Device, case: &Case) -> Self {
+        let mut problem = case.problem.clone();
+        let data = &case.data;
+        let moved = |layout: &mut Layout| layout.offset += GUARD;
+        [&mut problem.q, &mut problem.k, &mut problem.v, &mut problem.o].into_iter().for_each(moved);
+        if let Some(bias) = &mut problem.bias {
+            moved(&mut bias.layout);
+        }
+        problem.mask.iter_mut().for_each(moved);
+
+        // Guards of inputs are NaN (for kv_lens and masks: all ones), so that a read of one shows.
+        let input = |operand: Operand, bytes: &[u8], element: usize, before: usize| {
+            let mut guarded = vec![0xff; before * element];
+            guarded.extend_from_slice(bytes);
+            guarded.resize(guarded.len() + GUARD * element, 0xff);
+            upload(device, &operand.to_string(), &guarded, USAGE)
+        };
+        let tensor = |operand, x: &Tensor| {
+            Arc::new(input(operand, x.as_ref().bytes(), x.as_ref().dtype().bytes(), GUARD))
+        };
+        let q = tensor(Operand::Q, &data.q);
+        let k = if Arc::ptr_eq(&data.k, &data.q) { q.clone() } else { tensor(Operand::K, &data.k) };
+        let v = if Arc::ptr_eq(&data.v, &data.k) { k.clone() } else { tensor(Operand::V, &data.v) };
+        let mut aux = Vec::new();
+        if let Some(bias) = &data.bias {
+            let bias = bias.as_ref();
+            aux.push((Operand::Bias, input(Operand::Bias, bias.bytes(), bias.dtype().bytes(), GUARD)));
+        }
+        if let Some(mask) = &data.mask {
+            aux.push((Operand::Mask, input(Operand::Mask, mask, 1, GUARD)));
+        }
+        for (operand, floats) in
+            [(Operand::W, &data.w), (Operand::AlibiSlopes, &data.alibi_slopes), (Operand::Sinks, &data.sinks)]
+        {
+            if let Some(floats) = floats {
+                aux.push((operand, input(operand, bytemuck::cast_slice(floats), 4, 0)));
+            }
+        }
+        if let Some(lens) = &data.kv_lens {
+            aux.push((Operand::KvLens, input(Operand::KvLens, bytemuck::cast_slice(lens), 4, 0)));
+        }
+
+        let output = |operand: Operand, dtype: Dtype, before: usize| {
+            let elements = before + case.problem.extent(operand) as usize + GUARD;
+            upload(device, &operand.to_string(), &poison(dtype).repeat(elements.next_multiple_of(2)), USAGE)
+        };
+        Self {
+            q,
+            k,
+            v,
+            aux,
+            o: output(Operand::O, problem.out_dtype, GUARD),
+            lse: problem.lse.then(|| output(Operand::Lse, Dtype::F32, 0)),
+            weights: problem.weights.then(|| output(Operand::Weights, Dtype::F32, 0)),
+            problem,
+        }
+    }
+
+    pub fn operands(&self) -> Operands<'_> {
+        let aux = |operand| self.aux.iter().find(|(of, _)| *of == operand).map(|(_, buffer)| buffer);
+        Operands {
+            w: aux(Operand::W),
+            bias: aux(Operand::Bias),
+            mask: aux(Operand::Mask),
+            alibi_slopes: aux(Operand::AlibiSlopes),
+            sinks: aux(Operand::Sinks),
+            kv_lens: aux(Operand::KvLens),
+            lse: self.lse.as_ref(),
+            weights: self.weights.as_ref(),
+            ..Operands::new(&self.q, &self.k, &self.v, &self.o)
+        }
+    }
+
+    /// Reads the outputs back.
+    ///
+    /// # Panics
+    /// When a guard zone of an output was written to, or an element of lse or weights was not.
+    pub fn outputs(&self, device: &wgpu::Device, queue: &wgpu::Queue, case: &Case) -> Outputs {
+        let between = |operand: Operand, buffer: &wgpu::Buffer, dtype: Dtype, before: usize| -> Tensor {
+            let bytes = download(device, queue, buffer);
+            let (element, poison) = (dtype.bytes(), poison(dtype));
+            let start = before * element;
+            let end = start + case.problem.extent(operand) as usize * element;
+            for (zone, at) in [(&bytes[..start], "before"), (&bytes[end..], "after")] {
+                for (i, element) in zone.chunks_exact(element).enumerate() {
+                    assert!(
+                        element == poison,
+                        "{operand}: guard element {i} {at} it was overwritten with {element:02x?}\n  {}",
+                        case.name
+                    );
+                }
+            }
+            Tensor::from_bytes(dtype, &bytes[start..end])
+        };
+        let floats = |operand: Operand, buffer: &wgpu::Buffer| -> Vec<f32> {
+            let floats = between(operand, buffer, Dtype::F32, 0).to_f32();
+            let poison: u32 = bytemuck::pod_read_unaligned(poison(Dtype::F32));
+            if let Some(i) = floats.iter().position(|x| x.to_bits() == poison) {
+                panic!("{operand}: element {i} was never written\n  {}", case.name);
+            }
+            floats
+        };
+        Outputs {
+            o: between(Operand::O, &self.o, self.problem.out_dtype, GUARD),
+            lse: self.lse.as_ref().map(|buffer| floats(Operand::Lse, buffer)),
+            weights: self.weights.as_ref().map(|buffer| floats(Operand::Weights, buffer)),
+        }
+    }
+}
+
+impl Gpu {
+    pub fn run(&self, case: &Case, options: &PlanOptions, door: Door) -> Result<(Outputs, Gap), Error> {
+        let (device, queue) = (self.attention.device(), self.attention.queue());
+        if door == Door::Run {
+            let plan = self.attention.plan_with(&case.problem, options)?;
+            return Ok((self.attention.run_plan_blocking(&plan, &case.data.inputs())?, Gap::Zero));
+        }
+        let guarded = Guarded::new(device, case);
+        let plan = self.attention.plan_with(&guarded.problem, options)?;
+        let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        if door == Door::Pass {
+            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+            self.attention.encode_in_pass(&mut pass, &plan, &guarded.operands())?;
+        } else {
+            self.attention.encode(&mut encoder, &plan, &guarded.operands())?;
+        }
+        queue.submit([encoder.finish()]);
+        Ok((guarded.outputs(device, queue, case), Gap::Poison))
+    }
+}

@@ -1,0 +1,461 @@
+//! Plans without a device: what they compile is valid WGSL that declares what the plan says, and
+//! what they dispatch and allocate stays inside every limit.
+
+mod common;
+
+use std::collections::HashSet;
+
+use common::case::values;
+use common::rng::Rng;
+use naga::valid::{Capabilities, ValidationFlags, Validator};
+use wgpu_attention::{
+    AttentionProblem, Caps, Dtype, Error, Family, Layout, Operand, Path, Plan, PlanOptions, Shader,
+    Similarity,
+};
+
+/// Devices that exist, as capabilities.
+fn devices() -> Vec<Caps> {
+    let minimal = Caps::minimal();
+    vec![
+        minimal.clone(),
+        Caps { adapter: "default limits and f16".into(), shader_f16: true, ..minimal.clone() },
+        Caps {
+            adapter: "a software adapter".into(),
+            device_type: wgpu::DeviceType::Cpu,
+            shader_f16: true,
+            subgroup: Some((8, 8)),
+            max_workgroup_bytes: 32 << 10,
+            max_invocations: 1024,
+            max_workgroup_size: [1024, 1024, 1024],
+            max_storage_buffers: 1_000_000,
+            storage_alignment: 16,
+            ..minimal.clone()
+        },
+        Caps {
+            adapter: "a discrete card".into(),
+            device_type: wgpu::DeviceType::DiscreteGpu,
+            shader_f16: true,
+            timestamps: true,
+            subgroup: Some((32, 32)),
+            max_storage_binding: (4 << 30) - 4,
+            max_buffer: 1 << 40,
+            max_workgroup_bytes: 48 << 10,
+            max_invocations: 1024,
+            max_workgroup_size: [1024, 1024, 64],
+            max_storage_buffers: 1_000_000,
+            storage_alignment: 16,
+            ..minimal.clone()
+        },
+        Caps {
+            adapter: "a small phone".into(),
+            device_type: wgpu::DeviceType::IntegratedGpu,
+            max_invocations: 128,
+            max_workgroup_size: [128, 128, 64],
+            ..minimal
+        },
+    ]
+}
+
+/// Every plan that `problem` has on `caps`: each family, and the plan's own choice.
+fn plans(problem: &AttentionProblem, caps: &Caps, scratch_budget: Option<u64>) -> Vec<Plan> {
+    Family::ALL
+        .into_iter()
+        .map(Some)
+        .chain([None])
+        .filter_map(|family| {
+            let options = PlanOptions { family, scratch_budget, ..PlanOptions::default() };
+            match Plan::new(problem, caps, &options) {
+                Ok(plan) => Some(plan),
+                Err(Error::KernelUnfit { .. }) if family.is_some() => None,
+                Err(error) => panic!("{family:?} on {}: {error}\n  {problem:?}", caps.adapter),
+            }
+        })
+        .collect()
+}
+
+/// What the text of a shader declares.
+struct Reflection {
+    bindings: Vec<u32>,
+    storage: usize,
+    writable: Vec<u32>,
+    workgroup_bytes: u32,
+    threads: u32,
+    workgroup_size: [u32; 3],
+}
+
+fn reflect(shader: &Shader, caps: &Caps) -> Reflection {
+    let context = format!("{} for {}", shader.name, caps.adapter);
+    let module = naga::front::wgsl::parse_str(&shader.wgsl)
+        .unwrap_or_else(|e| panic!("{context}: {}", e.emit_to_string(&shader.wgsl)));
+    // wgpu grants this one everywhere: (un)pack2x16float belong to WGSL without extensions.
+    let mut capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
+    if caps.shader_f16 {
+        capabilities |= Capabilities::SHADER_FLOAT16;
+    }
+    if caps.subgroup.is_some() {
+        capabilities |= Capabilities::SUBGROUP;
+    }
+    let info = Validator::new(ValidationFlags::all(), capabilities)
+        .validate(&module)
+        .unwrap_or_else(|e| panic!("{context}: {}", e.emit_to_string(&shader.wgsl)));
+
+    assert_eq!(module.entry_points.len(), 1, "{context}");
+    let entry = &module.entry_points[0];
+    let mut layouter = naga::proc::Layouter::default();
+    layouter.update(module.to_ctx()).expect("validated");
+    let mut reflection = Reflection {
+        bindings: Vec::new(),
+        storage: 0,
+        writable: Vec::new(),
+        workgroup_bytes: 0,
+        threads: entry.workgroup_size.iter().product(),
+        workgroup_size: entry.workgroup_size,
+    };
+    for (handle, variable) in module.global_variables.iter() {
+        let used = !info.get_entry_point(0)[handle].is_empty();
+        match variable.space {
+            naga::AddressSpace::WorkGroup => {
+                let layout = &layouter[variable.ty];
+                reflection.workgroup_bytes =
+                    layout.alignment.round_up(reflection.workgroup_bytes) + layout.size;
+                assert!(used, "{context}: workgroup memory {:?} that nothing uses", variable.name);
+            }
+            naga::AddressSpace::Storage { access } => {
+                let binding = variable.binding.as_ref().expect("storage is bound");
+                assert_eq!(binding.group, 0, "{context}");
+                reflection.bindings.push(binding.binding);
+                reflection.storage += 1;
+                if access.contains(naga::StorageAccess::STORE) {
+                    reflection.writable.push(binding.binding);
+                }
+                assert!(used, "{context}: a binding {:?} that nothing uses", variable.name);
+            }
+            naga::AddressSpace::Uniform => {
+                reflection.bindings.push(variable.binding.as_ref().expect("uniforms are bound").binding);
+            }
+            _ => {}
+        }
+    }
+    reflection.bindings.sort_unstable();
+    reflection
+}
+
+fn check_shader(shader: &Shader, caps: &Caps) {
+    let context = format!("{} for {}", shader.name, caps.adapter);
+    let found = reflect(shader, caps);
+    assert_eq!(found.bindings, shader.bindings, "{context}: bindings");
+    // wgpu does not hold workgroup memory against the device's limit: the plan's figure has to be
+    // right, and has to be inside.
+    assert_eq!(found.workgroup_bytes, shader.workgroup_bytes, "{context}: workgroup bytes");
+    assert!(shader.workgroup_bytes <= caps.max_workgroup_bytes, "{context}: {}", shader.workgroup_bytes);
+    assert_eq!(found.threads, shader.threads, "{context}: threads");
+    assert!(found.threads <= caps.max_invocations, "{context}: {} threads", found.threads);
+    for (size, most) in found.workgroup_size.into_iter().zip(caps.max_workgroup_size) {
+        assert!(size <= most, "{context}: {:?}", found.workgroup_size);
+    }
+    assert!(found.storage <= caps.max_storage_buffers as usize, "{context}: {} buffers", found.storage);
+    assert!(!found.writable.is_empty(), "{context} writes nothing");
+    assert!(!shader.wgsl.contains("OPERAND") && !shader.wgsl.contains("BINDING"), "{context}: a placeholder");
+}
+
+fn check_plan(plan: &Plan, caps: &Caps, budget: u64) {
+    let context = || format!("{plan}{:?}", plan.problem());
+    assert!(plan.scratch_bytes() <= budget, "{} of {budget}: {}", plan.scratch_bytes(), context());
+    assert_eq!(plan.path(), Path::Staged);
+    assert_eq!(plan.kernels(), plan.shaders().iter().map(|shader| shader.name).collect::<Vec<_>>());
+    let kernels: HashSet<_> = plan.kernels().into_iter().collect();
+    let mut dispatched = HashSet::new();
+    for dispatch in plan.dispatches().take(10_000) {
+        assert!(kernels.contains(dispatch.kernel), "{}", context());
+        for n in dispatch.groups {
+            assert!((1..=caps.max_dispatch).contains(&n), "{:?}: {}", dispatch.groups, context());
+        }
+        dispatched.insert(dispatch.kernel);
+    }
+    assert_eq!(plan.dispatches().next().is_none(), plan.problem().rows() == 0, "{}", context());
+    // Whoever reads the explanation learns which kernels run and why no others.
+    let text = plan.to_string();
+    for kernel in plan.kernels() {
+        assert!(text.contains(kernel), "{kernel} is missing: {text}");
+    }
+}
+
+/// Problems over every option, on every device: a shader that was seen is not compiled again.
+#[test]
+fn every_composed_shader_is_valid_and_declares_what_the_plan_says() {
+    let mut rng = Rng::new(11);
+    let mut seen = HashSet::new();
+    let mut names = HashSet::new();
+    for caps in devices() {
+        for i in 0..250 {
+            let mut axes = values::draw(&mut rng);
+            (axes.seq_q, axes.seq_kv) = (axes.seq_q.min(40), axes.seq_kv.min(300));
+            let problem = axes.build(i).problem;
+            for plan in plans(&problem, &caps, None) {
+                check_plan(&plan, &caps, 64 << 20);
+                for shader in plan.shaders() {
+                    names.insert(shader.name);
+                    if seen.insert((caps.adapter.clone(), shader.wgsl.clone())) {
+                        check_shader(&shader, &caps);
+                    }
+                }
+            }
+        }
+    }
+    for name in
+        ["project", "scores_tile", "scores_direct", "softmax_row", "values_tile", "values_direct", "weights"]
+    {
+        assert!(names.contains(name), "{name} was never planned: {names:?}");
+    }
+    common::say(&format!("{} different shaders are valid", seen.len()));
+}
+
+/// Everything about f16 that needs a feature is used only where the feature is.
+#[test]
+fn f16_without_the_feature_is_pairs() {
+    let problem = AttentionProblem::new(1, 2, 2, 8, 8, 8, 8).with_dtype(Dtype::F16);
+    for caps in devices() {
+        let texts: Vec<_> =
+            plans(&problem, &caps, None).iter().flat_map(Plan::shaders).map(|shader| shader.wgsl).collect();
+        assert_eq!(
+            texts.iter().any(|text| text.contains("enable f16;")),
+            caps.shader_f16,
+            "{}",
+            caps.adapter
+        );
+    }
+}
+
+/// The same problem and capabilities, the same plan; and `Plan` says so by `==`.
+#[test]
+fn plans_are_pure() {
+    let problem = AttentionProblem::new(2, 4, 2, 100, 200, 64, 64);
+    for caps in devices() {
+        assert_eq!(plans(&problem, &caps, None), plans(&problem, &caps, None));
+        assert_eq!(
+            plans(&problem, &caps, None).iter().map(Plan::to_string).collect::<Vec<_>>(),
+            plans(&problem, &caps, None).iter().map(Plan::to_string).collect::<Vec<_>>()
+        );
+    }
+}
+
+/// Scratch stays inside any budget that holds one row, down to the last byte, and dispatches cover
+/// every chunk.
+#[test]
+fn any_budget_is_kept() {
+    let mut rng = Rng::new(12);
+    for caps in devices() {
+        for i in 0..60 {
+            let mut axes = values::draw(&mut rng);
+            axes.batch = axes.batch.max(1);
+            axes.seq_q = axes.seq_q.max(1);
+            let problem = axes.build(i).problem;
+            let mut budget = 1;
+            let least = loop {
+                let options = PlanOptions { scratch_budget: Some(budget), ..PlanOptions::default() };
+                match Plan::new(&problem, &caps, &options) {
+                    Ok(_) => break budget,
+                    Err(Error::LimitExceeded { need, got, .. }) => {
+                        assert!(need > got && got == budget);
+                        budget = need;
+                    }
+                    Err(error) => panic!("{error}"),
+                }
+            };
+            for budget in [least, least + 1, 3 * least, 10_000.max(least), 1 << 20, u64::MAX] {
+                for plan in plans(&problem, &caps, Some(budget)) {
+                    check_plan(&plan, &caps, budget);
+                    let per_chunk = plan.kernels().len();
+                    let dispatches = plan.dispatches().count();
+                    // Without keys there is nothing to score, and weights are empty.
+                    assert!(dispatches <= per_chunk * plan.chunks());
+                    assert!(problem.seq_kv == 0 || dispatches == per_chunk * plan.chunks());
+                }
+            }
+        }
+    }
+}
+
+/// Sizes whose products leave 32 and 64 bits: an error or a plan inside the limits, never an
+/// overflow (which would panic here).
+#[test]
+fn huge_problems_do_not_overflow() {
+    let sizes = [1, 7, 65_535, 65_536, 1 << 20, 1 << 28, u32::MAX as usize, usize::MAX / 2, usize::MAX];
+    let mut rng = Rng::new(13);
+    let (mut planned, mut refused) = (0, 0);
+    for caps in devices() {
+        for _ in 0..2000 {
+            // Mostly small, or nothing would be planned.
+            let mut size = || if rng.chance(0.7) { 1 + rng.below(300) } else { rng.pick(&sizes) };
+            let (batch, heads_kv, group) = (size(), size(), 1 + size() % 4);
+            let mut problem = AttentionProblem::new(
+                batch,
+                heads_kv.saturating_mul(group),
+                heads_kv,
+                size(),
+                size(),
+                size(),
+                size(),
+            );
+            problem.weights = size() % 2 == 0;
+            problem.lse = size() % 2 == 0;
+            problem.dtype = Dtype::ALL[size() % 3];
+            if size() % 3 == 0 {
+                problem.similarity = Similarity::Bilinear { query_dim: size(), per_head: size() % 2 == 0 };
+                problem.q = Layout::bhsd(problem.heads_q, problem.seq_q, problem.query_dim());
+            }
+            if size() % 3 == 0 {
+                // One key for all positions: what is huge need not be large in memory.
+                (problem.k.strides[2], problem.v.strides[2]) = (0, 0);
+            }
+            let budget = [None, Some(u64::MAX), Some(1 << 12)][size() % 3];
+            let options = PlanOptions { scratch_budget: budget, ..PlanOptions::default() };
+            match Plan::new(&problem, &caps, &options) {
+                Ok(plan) => {
+                    check_plan(&plan, &caps, budget.unwrap_or(64 << 20));
+                    planned += 1;
+                }
+                Err(error) => {
+                    assert!(!error.to_string().is_empty());
+                    refused += 1;
+                }
+            }
+        }
+    }
+    assert!(planned > 500 && refused > 500, "{planned} planned, {refused} refused");
+}
+
+/// More workgroups than one dimension holds are folded into the others.
+#[test]
+fn dispatches_fold() {
+    // o has 64 MiB; the inputs are one element each.
+    let problem = AttentionProblem::new(1 << 14, 64, 1, 16, 1, 1, 1);
+    let one = Layout::broadcast([1; 4]);
+    let problem = AttentionProblem { q: one, k: one, v: one, ..problem };
+    for caps in devices() {
+        let options = PlanOptions { scratch_budget: Some(u64::MAX), ..PlanOptions::default() };
+        let plan = Plan::new(&problem, &caps, &options).expect("64 MiB in one binding");
+        let largest =
+            plan.dispatches().map(|dispatch| dispatch.groups.map(u64::from).iter().product::<u64>()).max();
+        assert!(largest.is_some_and(|groups| groups > 65_535), "{plan}");
+        check_plan(&plan, &caps, u64::MAX);
+    }
+}
+
+/// The explanation names the choice and its reason.
+#[test]
+fn plans_explain_themselves() {
+    let problem = AttentionProblem::new(2, 8, 2, 100, 300, 64, 80);
+    for caps in devices() {
+        for plan in plans(&problem, &caps, None) {
+            let text = plan.to_string();
+            for part in [
+                "2 x 8 heads",
+                "100 queries",
+                "300 keys",
+                "head_dim 64",
+                "head_dim_v 80",
+                "f32",
+                &caps.adapter,
+            ] {
+                assert!(text.contains(part), "{part:?} is missing: {text}");
+            }
+        }
+        let text = Plan::new(&problem, &caps, &PlanOptions::default()).expect("served").to_string();
+        for family in Family::ALL {
+            assert!(text.contains(&format!("{family} kernels")), "why {family} or why not: {text}");
+        }
+    }
+    // A device on which the tile kernels do not fit: the plan says which limit it was.
+    let phone = devices().pop().expect("the last one");
+    let text = Plan::new(&problem, &phone, &PlanOptions::default()).expect("served").to_string();
+    assert!(text.contains("128"), "{text}");
+    // What a device lacks is one phrase each.
+    assert!(Caps::minimal().missing().iter().all(|phrase| !phrase.is_empty()));
+    assert!(!Caps::minimal().missing().is_empty());
+}
+
+/// Names round-trip for command lines.
+#[test]
+fn names() {
+    for family in Family::ALL {
+        assert_eq!(family.to_string().parse(), Ok(family));
+    }
+    for path in Path::ALL {
+        assert_eq!(path.to_string().parse(), Ok(path));
+    }
+    assert!("no such family".parse::<Family>().is_err());
+    assert!("no such path".parse::<Path>().is_err());
+}
+
+/// What a plan for outputs says about their size.
+#[test]
+fn output_bytes() {
+    let problem = AttentionProblem { lse: true, weights: true, ..AttentionProblem::new(2, 4, 2, 3, 5, 8, 6) };
+    let plan = Plan::new(&problem, &Caps::minimal(), &PlanOptions::default()).expect("served");
+    let elements = |operand: Operand| problem.shape(operand).iter().product::<usize>() as u64;
+    let bytes = 4 * (elements(Operand::O) + elements(Operand::Lse) + elements(Operand::Weights));
+    assert_eq!(plan.output_bytes(), bytes);
+}
+
+/// Everything is accepted by wgpu itself on a device that computes nothing: default limits, no
+/// optional feature. Sizes here may be such that no oracle would end.
+#[test]
+fn the_noop_device_accepts_every_plan() {
+    use wgpu_attention::{Attention, Operands};
+    let (device, queue) = wgpu::Device::noop(&wgpu::DeviceDescriptor::default());
+    let attention = Attention::new(&device, &queue);
+    let mut rng = Rng::new(14);
+    let mut problems: Vec<AttentionProblem> = (0..120)
+        .map(|i| {
+            let mut axes = values::draw(&mut rng);
+            axes.lens = common::case::Lens::None;
+            axes.build(i).problem
+        })
+        .collect();
+    problems.push(AttentionProblem::new(1, 32, 8, 4096, 4096, 128, 128));
+    problems.push(AttentionProblem { lse: true, ..AttentionProblem::new(4, 8, 8, 1, 100_000, 8, 8) });
+    for problem in problems {
+        let buffer = |operand: Operand| {
+            problem.layout(operand)?;
+            let bytes = problem.extent(operand) as u64 * problem.element_bytes(operand) as u64;
+            Some(device.create_buffer(&wgpu::BufferDescriptor {
+                label: None,
+                size: bytes.next_multiple_of(4).max(4),
+                usage: wgpu::BufferUsages::STORAGE,
+                mapped_at_creation: false,
+            }))
+        };
+        let always = |operand| buffer(operand).expect("always there");
+        let (q, k, v, o) = (always(Operand::Q), always(Operand::K), always(Operand::V), always(Operand::O));
+        let optional = [
+            Operand::W,
+            Operand::Bias,
+            Operand::Mask,
+            Operand::AlibiSlopes,
+            Operand::Sinks,
+            Operand::KvLens,
+            Operand::Lse,
+            Operand::Weights,
+        ]
+        .map(buffer);
+        let [w, bias, mask, alibi_slopes, sinks, kv_lens, lse, weights] =
+            optional.each_ref().map(Option::as_ref);
+        let operands = Operands {
+            w,
+            bias,
+            mask,
+            alibi_slopes,
+            sinks,
+            kv_lens,
+            lse,
+            weights,
+            ..Operands::new(&q, &k, &v, &o)
+        };
+        for plan in plans(&problem, attention.caps(), None) {
+            let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+            attention.encode(&mut encoder, &plan, &operands).unwrap_or_else(|e| panic!("{e}\n{plan}"));
+            queue.submit([encoder.finish()]);
+        }
+    }
+}

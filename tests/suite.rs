@@ -1,0 +1,542 @@
+//! Every path against the oracle: a covering table over all options and sizes, seeded draws, and
+//! the numbers that break attention in practice.
+
+mod common;
+
+use std::sync::Arc;
+
+use common::case::{Axes, Case, Data, Lens, Sim, Spread, Storage, fill, values};
+use common::check::{Expected, Gap};
+use common::gpu::{self, Door, Kind};
+use common::rng::{Rng, env_number, fresh_seed};
+use common::subject::{Outcome, Subject, check_all};
+use wgpu_attention::{
+    Align, Attention, AttentionProblem, Bias, Dtype, Family, Layout, Operand, PlanOptions, Tensor, Window,
+};
+
+/// Multiplications that the oracle may spend on one case of a table.
+const WORK: usize = 2_000_000;
+
+/// Which GPU subject a row of the table runs on, and through which door.
+fn gpu_subject(turn: usize) -> Option<Subject> {
+    let gpus = Subject::gpus();
+    (!gpus.is_empty()).then(|| gpus[turn % gpus.len()])
+}
+
+/// The table has two halves, each covering: what is compiled in (element types, options on or off,
+/// who runs it), and what is not (sizes, kinds of masks, numbers). Each row of the first serves
+/// several of the second, since compiling is what takes the time on software adapters.
+fn covering_cases() -> Vec<(Case, Vec<Subject>)> {
+    const DTYPES: [(Dtype, Dtype); 6] = [
+        (Dtype::F32, Dtype::F32),
+        (Dtype::F32, Dtype::F32),
+        (Dtype::F16, Dtype::F16),
+        (Dtype::Bf16, Dtype::Bf16),
+        (Dtype::F16, Dtype::F32),
+        (Dtype::F32, Dtype::Bf16),
+    ];
+    // With every option on in every row, hardly a key would be left to look at: bias, mask and ALiBi
+    // are off more often than on, and so are the causal masks and windows below.
+    let compiled = common::pairs::covering(
+        &[
+            DTYPES.len(),
+            2 + Dtype::ALL.len(),
+            3,
+            3,
+            2,
+            2,
+            2,
+            3,
+            2,
+            3,
+            2,
+            values::DIM_V_ANY.len(),
+            // Turns of the GPU subjects: kinds x checks x (families and the plan's own choice).
+            2 * 2 * (Family::ALL.len() + 1),
+        ],
+        30,
+    );
+    let run = common::pairs::covering(
+        &[
+            values::SEQ.len(),
+            values::SEQ.len(),
+            values::HEADS.len(),
+            3,
+            values::DIM_ANY.len(),
+            2,
+            values::SIMILARITY.len(),
+            values::SCALE.len(),
+            values::SOFTCAP.len(),
+            Spread::ALL.len(),
+            2,
+            Spread::ALL.len(),
+            values::CAUSAL.len() + 1,
+            values::WINDOW.len() + 5,
+            2,
+            values::LENS.len() - 1,
+            values::STORAGE.len(),
+            3,
+        ],
+        31,
+    );
+    let cases = run.iter().enumerate().map(|(number, run)| {
+        let compiled = &compiled[number % compiled.len()];
+        let or_plain = |i: usize, n: usize| if i < n { i } else { 0 };
+        let vec4 = compiled[10] == 0;
+        let dims = if vec4 { values::DIM_VEC4 } else { values::DIM_ANY };
+        let dims_v = if vec4 { values::DIM_V_VEC4 } else { values::DIM_V_ANY };
+        let storage = values::STORAGE[run[16]];
+        let (bilinear, plain) = values::SIMILARITY.split_at(3);
+        let axes = Axes {
+            dtype: DTYPES[compiled[0]].0,
+            out_dtype: DTYPES[compiled[0]].1,
+            bias: compiled[1]
+                .checked_sub(2)
+                .map(|dtype| (Dtype::ALL[dtype], Spread::ALL[run[9]], run[10] == 0)),
+            alibi: compiled[2] == 0,
+            mask: (compiled[3] == 0).then_some(Spread::ALL[run[11]]),
+            lens: if compiled[4] == 0 { values::LENS[1 + run[15]] } else { Lens::None },
+            sinks: compiled[5] == 0,
+            softcap: (compiled[6] == 0).then_some(values::SOFTCAP[run[8]]),
+            similarity: if compiled[7] == 0 {
+                bilinear[run[6] % bilinear.len()]
+            } else {
+                plain[run[6] % plain.len()]
+            },
+            lse: compiled[8] == 0,
+            weights: compiled[9] == 0,
+            head_dim: dims[run[4]],
+            head_dim_v: dims_v[compiled[11]][run[5]],
+            seq_q: values::SEQ[run[0]],
+            seq_kv: values::SEQ[run[1]],
+            heads: values::HEADS[run[2]],
+            batch: run[3] + 1,
+            scale: values::SCALE[run[7]],
+            causal: values::CAUSAL[or_plain(run[12], values::CAUSAL.len())],
+            window: values::WINDOW[or_plain(run[13], values::WINDOW.len())],
+            align: values::ALIGN[run[14]],
+            storage: match storage {
+                Storage::Odd | Storage::DimMajor if vec4 => Storage::Padded,
+                storage => storage,
+            },
+            spread: [1.0, 3.0, 8.0][run[17]],
+        };
+        let mut subjects = Subject::cpu();
+        subjects.extend(gpu_subject(compiled[12]));
+        (axes.shrunk_to(WORK).build(number as u64), subjects)
+    });
+    cases.collect()
+}
+
+/// `WGPU_ATTENTION_TABLE=N` takes every Nth row: for slow adapters, and for hunting planted bugs.
+#[test]
+fn every_two_options_and_sizes_together() {
+    let every = env_number("WGPU_ATTENTION_TABLE").unwrap_or(1).max(1);
+    let cases: Vec<_> = covering_cases().into_iter().step_by(every as usize).collect();
+    check_all("covering table", &cases);
+}
+
+/// Sizes alone, on every subject: with no option on, nothing hides a wrong tile edge.
+#[test]
+fn plain_sizes() {
+    let mut rng = Rng::new(7);
+    let mut cases = Vec::new();
+    let edges = [(16, 16), (17, 63), (1, 257), (33, 65), (64, 64), (65, 127), (129, 31), (257, 2), (3, 128)];
+    for (i, (seq_q, seq_kv)) in edges.into_iter().enumerate() {
+        let axes = Axes {
+            dtype: Dtype::ALL[i % 3],
+            out_dtype: Dtype::ALL[i % 3],
+            seq_q,
+            seq_kv,
+            head_dim: rng.pick(&values::DIM),
+            head_dim_v: rng.pick(&values::DIM),
+            storage: values::STORAGE[i % values::STORAGE.len()],
+            ..Axes::default()
+        };
+        cases.push((axes.shrunk_to(WORK).build(i as u64), Subject::all()));
+    }
+    check_all("plain sizes", &cases);
+}
+
+/// `WGPU_ATTENTION_CASES` draws (default 40). A failure prints its seed; `WGPU_ATTENTION_SEED` and
+/// `WGPU_ATTENTION_CASES=1` repeat it.
+#[test]
+fn seeded_draws() {
+    let count = env_number("WGPU_ATTENTION_CASES").unwrap_or(40);
+    let first = fresh_seed();
+    let cases: Vec<_> = (0..count)
+        .map(|i| {
+            let seed = first.wrapping_add(i);
+            let mut rng = Rng::new(seed);
+            let mut case = values::draw(&mut rng).shrunk_to(WORK).build(seed);
+            case.name = format!("draw with WGPU_ATTENTION_SEED={seed:#x}: {}", case.name);
+            let mut subjects = Subject::cpu();
+            subjects.extend(gpu_subject(rng.below(1 << 16)));
+            (case, subjects)
+        })
+        .collect();
+    check_all("seeded draws", &cases);
+}
+
+/// Empty batches, no queries, no keys: legal, and defined.
+#[test]
+fn nothing_to_do() {
+    let mut cases = Vec::new();
+    for (i, (batch, seq_q, seq_kv)) in [(0, 5, 5), (2, 0, 5), (2, 5, 0), (0, 0, 0)].into_iter().enumerate() {
+        for sinks in [false, true] {
+            for lens in [Lens::None, Lens::Partial] {
+                let axes = Axes { batch, seq_q, seq_kv, sinks, lens, weights: true, ..Axes::default() };
+                cases.push((axes.build(i as u64), Subject::all()));
+            }
+        }
+    }
+    check_all("empty sizes", &cases);
+}
+
+/// Rows of any length: a hundred thousand keys and a million.
+#[test]
+fn long_rows() {
+    let mut cases = Vec::new();
+    for (i, (seq_kv, dtype)) in
+        [(100_000, Dtype::F32), (100_003, Dtype::F16), (1_000_000, Dtype::F32)].into_iter().enumerate()
+    {
+        let axes = Axes {
+            dtype,
+            out_dtype: dtype,
+            heads: (1, 1),
+            seq_q: 2,
+            seq_kv,
+            head_dim: 4,
+            head_dim_v: 3,
+            ..Axes::default()
+        };
+        let random = axes.build(i as u64);
+        // All keys alike and V = 1: the row is the mean of ones, however many there are.
+        let mut ones = random.clone();
+        let p = &ones.problem;
+        ones.name = format!("V = 1 over {}", ones.name);
+        ones.data.k = Tensor::zeros(dtype, p.extent(Operand::K) as usize).into();
+        ones.data.v = Tensor::from_f32(dtype, &vec![1.0; p.extent(Operand::V) as usize]).into();
+        cases.push((random, Subject::few()));
+        cases.push((ones, Subject::few()));
+    }
+    let causal = Axes {
+        causal: Some(Align::BottomRight),
+        window: Some(Window { left: Some(60_000), right: None }),
+        alibi: true,
+        lens: Lens::Partial,
+        weights: true,
+        heads: (2, 1),
+        seq_q: 3,
+        seq_kv: 70_001,
+        head_dim: 3,
+        head_dim_v: 1,
+        ..Axes::default()
+    };
+    cases.push((causal.build(9), Subject::few()));
+    check_all("long rows", &cases);
+}
+
+/// Budgets for scratch memory split the work over batch, heads and rows; the bits stay the same.
+#[test]
+fn any_scratch_budget_gives_the_same_bits() {
+    let base = Axes { batch: 2, heads: (6, 2), seq_q: 70, seq_kv: 129, ..Axes::default() };
+    let problems = [
+        base,
+        Axes { weights: true, lens: Lens::Partial, sinks: true, causal: Some(Align::BottomRight), ..base },
+        Axes {
+            dtype: Dtype::F16,
+            out_dtype: Dtype::F16,
+            similarity: Sim::Bilinear { extra: 3, per_head: true },
+            mask: Some(Spread::Full),
+            storage: Storage::Odd,
+            ..base
+        },
+        Axes { batch: 1, heads: (1, 1), seq_q: 257, seq_kv: 31, head_dim_v: 5, ..base },
+    ];
+    for (i, axes) in problems.into_iter().enumerate() {
+        let case = axes.build(i as u64);
+        let expected = Expected::of(&case);
+        for subject in Subject::few() {
+            let Subject::Gpu { kind, checks, family, .. } = subject else { continue };
+            let gpu = gpu::get(kind, checks).expect("listed");
+            let mut whole: Option<wgpu_attention::Outputs> = None;
+            for scratch_budget in [None, Some(1 << 20), Some(64 << 10), Some(16 << 10)] {
+                let options = PlanOptions { family, scratch_budget, ..PlanOptions::default() };
+                let plan = gpu.attention.plan_with(&case.problem, &options).expect("the problem is served");
+                let context = format!("{subject:?} within {scratch_budget:?}, {} chunks", plan.chunks());
+                if let Some(budget) = scratch_budget {
+                    assert!(plan.scratch_bytes() <= budget, "{context}: {} bytes", plan.scratch_bytes());
+                    assert!(budget > 16 << 10 || plan.chunks() > 1, "{context}");
+                }
+                let Ok(Outcome::Done(out, gap)) = subject.run_within(&case, scratch_budget) else {
+                    panic!("{context} is not served\n  {}", case.name);
+                };
+                if let Err(what) = expected.check(&case, &out, gap) {
+                    panic!("{context}: {what}\n  {}", case.name);
+                }
+                let same = whole.get_or_insert_with(|| (*out).clone());
+                assert!(same_bits(same, &out), "{context} differs from the default\n  {}", case.name);
+            }
+        }
+    }
+}
+
+fn same_bits(a: &wgpu_attention::Outputs, b: &wgpu_attention::Outputs) -> bool {
+    let bits = |x: &Option<Vec<f32>>| x.as_ref().map(|x| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>());
+    a.o.as_ref().bytes() == b.o.as_ref().bytes()
+        && bits(&a.lse) == bits(&b.lse)
+        && bits(&a.weights) == bits(&b.weights)
+}
+
+/// Trusted shaders and those with run-time checks are the same arithmetic.
+#[test]
+fn runtime_checks_do_not_change_a_bit() {
+    let all = Axes {
+        batch: 2,
+        heads: (4, 2),
+        seq_q: 65,
+        seq_kv: 77,
+        head_dim: 20,
+        head_dim_v: 33,
+        bias: Some((Dtype::Bf16, Spread::PerHead, true)),
+        mask: Some(Spread::Shared),
+        alibi: true,
+        sinks: true,
+        softcap: Some(30.0),
+        causal: Some(Align::BottomRight),
+        lens: Lens::Partial,
+        weights: true,
+        storage: Storage::Odd,
+        ..Axes::default()
+    };
+    let half = Axes { dtype: Dtype::F16, out_dtype: Dtype::F16, ..all };
+    let plain = Axes { seq_q: 64, seq_kv: 128, head_dim: 64, head_dim_v: 64, ..Axes::default() };
+    for (i, axes) in [plain, all, half].into_iter().enumerate() {
+        let case = axes.build(i as u64);
+        for kind in [Kind::Full, Kind::Minimal] {
+            for family in Family::ALL.into_iter().map(Some) {
+                let run = |checks| {
+                    gpu::get(kind, checks)?;
+                    Subject::Gpu { kind, checks, family, door: Door::Encode }.outputs(&case)
+                };
+                if let (Some(trusted), Some(checked)) = (run(false), run(true)) {
+                    assert!(same_bits(&trusted, &checked), "{kind:?} {family:?}\n  {}", case.name);
+                }
+            }
+        }
+    }
+}
+
+/// NaN in a kept q, k or v reaches exactly the rows that read it. What a mask, a causal edge, a
+/// window or a key length drops reaches nothing.
+#[test]
+fn nan_goes_where_it_is_read_and_nowhere_else() {
+    let base = Axes { batch: 2, heads: (4, 2), seq_q: 37, seq_kv: 70, spread: 1.0, ..Axes::default() };
+    let drops = [
+        base,
+        Axes { causal: Some(Align::TopLeft), ..base },
+        Axes { causal: Some(Align::BottomRight), weights: true, ..base },
+        Axes { window: Some(Window { left: Some(5), right: Some(3) }), ..base },
+        Axes { mask: Some(Spread::Full), ..base },
+        Axes { bias: Some((Dtype::F32, Spread::PerHead, true)), ..base },
+        Axes { lens: Lens::Partial, sinks: true, ..base },
+        Axes { dtype: Dtype::F16, out_dtype: Dtype::F16, mask: Some(Spread::Shared), ..base },
+        Axes {
+            dtype: Dtype::Bf16,
+            out_dtype: Dtype::Bf16,
+            storage: Storage::Odd,
+            mask: Some(Spread::Keys),
+            ..base
+        },
+    ];
+    let mut cases = Vec::new();
+    for (i, axes) in drops.into_iter().enumerate() {
+        for (j, operand) in [Operand::Q, Operand::K, Operand::V].into_iter().enumerate() {
+            for bad in [f32::NAN, f32::INFINITY] {
+                let mut case = axes.build((3 * i + j) as u64);
+                let mut rng = Rng::new(i as u64);
+                let p = &case.problem;
+                let layout = p.layout(operand).expect("every problem has q, k and v");
+                let shape = p.shape(operand);
+                let data = &mut case.data;
+                if bad == f32::INFINITY {
+                    // Positive products: an infinite key then has an infinite score, not its negative.
+                    for tensor in [&mut data.q, &mut data.k] {
+                        let values: Vec<f32> = tensor.to_f32().into_iter().map(f32::abs).collect();
+                        *tensor = Tensor::from_f32(p.dtype, &values).into();
+                    }
+                }
+                let tensor = match operand {
+                    Operand::Q => &mut data.q,
+                    Operand::K => &mut data.k,
+                    _ => &mut data.v,
+                };
+                let tensor = Arc::make_mut(tensor);
+                for _ in 0..2 {
+                    let at = shape.map(|n| rng.below(n));
+                    tensor.set(layout.index(at), bad);
+                    case.name = format!("{bad} at {operand}{at:?}, {}", case.name);
+                }
+                cases.push((case, Subject::few()));
+            }
+        }
+    }
+    // A whole column of dropped keys, K and V alike: beyond the causal edge of every row.
+    let mut case = Axes { causal: Some(Align::TopLeft), seq_q: 20, seq_kv: 90, ..base }.build(77);
+    for operand in [Operand::K, Operand::V] {
+        let (p, shape) = (&case.problem, case.problem.shape(operand));
+        let layout = p.layout(operand).expect("every problem has k and v");
+        let data = if operand == Operand::K { &mut case.data.k } else { &mut case.data.v };
+        for at in common::case::indices(shape).filter(|at| at[2] >= 20) {
+            Arc::make_mut(data).set(layout.index(at), f32::NAN);
+        }
+    }
+    case.name = format!("NaN beyond the causal edge, {}", case.name);
+    assert!(Expected::of(&case).oracle.o.iter().all(|x| x.is_finite()));
+    cases.push((case, Subject::all()));
+    check_all("NaN and infinity", &cases);
+}
+
+/// What another call left in scratch memory, NaN included, is never read.
+#[test]
+fn stale_scratch_reaches_nothing() {
+    let base = Axes { batch: 2, heads: (4, 2), seq_q: 70, seq_kv: 150, weights: true, ..Axes::default() };
+    let mut poison = Axes { similarity: Sim::Bilinear { extra: 0, per_head: false }, ..base }.build(1);
+    poison.data.k = Tensor::from_f32(Dtype::F32, &vec![f32::NAN; poison.data.k.to_f32().len()]).into();
+    let after = [
+        Axes { causal: Some(Align::TopLeft), ..base },
+        Axes { window: Some(Window { left: Some(3), right: Some(2) }), seq_q: 33, seq_kv: 77, ..base },
+        Axes { lens: Lens::Partial, similarity: Sim::Bilinear { extra: 0, per_head: false }, ..base },
+        Axes { causal: Some(Align::BottomRight), seq_q: 90, seq_kv: 31, ..base },
+    ];
+    for kind in [Kind::Full, Kind::Minimal] {
+        let Some(gpu) = gpu::get(kind, false) else { return };
+        // An object of the test's own: nothing else writes to its scratch.
+        let own = Attention::new(gpu.attention.device(), gpu.attention.queue());
+        for (i, axes) in after.into_iter().enumerate() {
+            let case = axes.build(i as u64);
+            for family in Family::ALL {
+                let options = PlanOptions { family: Some(family), ..PlanOptions::default() };
+                for case in [&poison, &case] {
+                    let plan = own.plan_with(&case.problem, &options).expect("served");
+                    let out = own.run_plan_blocking(&plan, &case.data.inputs()).expect("served");
+                    if let Err(what) = Expected::of(case).check(case, &out, Gap::Zero) {
+                        panic!("{kind:?} {family}: {what}\n  {}", case.name);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A bias given by a function of `[b, h, i, j]`, on top of `axes`.
+fn with_bias(axes: Axes, seed: u64, value: impl Fn([usize; 4]) -> f32) -> Case {
+    let mut case = axes.build(seed);
+    let shape = case.problem.shape(Operand::Bias);
+    let layout = Layout::broadcast(shape);
+    case.problem.bias = Some(Bias { dtype: Dtype::F32, layout });
+    case.data.bias = Some(fill(Dtype::F32, layout, shape, 0, |at| Some(value(at))));
+    case
+}
+
+/// -inf excludes; the lowest finite number, which others use as a mask, is a number like any.
+#[test]
+fn finite_huge_biases_are_ordinary_numbers() {
+    let axes = Axes { heads: (1, 1), seq_q: 9, seq_kv: 67, weights: true, ..Axes::default() };
+    let mut cases = vec![];
+    let lowest = with_bias(axes, 1, |_| f32::MIN);
+    // The scores vanish beside the bias: the row is the mean of all values, not an empty row.
+    let mean = Expected::of(&lowest).oracle.weights.expect("asked for");
+    assert!(mean.iter().all(|w| (w - 1.0 / 67.0).abs() < 1e-12));
+    cases.push(lowest);
+    cases.push(with_bias(axes, 2, |[_, _, i, j]| if (i + j) % 3 == 0 { f32::MIN } else { 0.0 }));
+    cases.push(with_bias(axes, 3, |[_, _, i, j]| if j == i { f32::MIN } else { f32::NEG_INFINITY }));
+    cases.push(with_bias(axes, 4, |[_, _, i, _]| if i % 2 == 0 { f32::NEG_INFINITY } else { f32::MIN }));
+    cases.push(with_bias(axes, 5, |[_, _, i, _]| if i % 2 == 0 { f32::NEG_INFINITY } else { 0.5 }));
+    cases.push(with_bias(axes, 6, |[_, _, _, j]| if j < 40 { -1e30 } else { -1e4 }));
+    let cases: Vec<_> = cases.into_iter().map(|case| (case, Subject::all())).collect();
+    check_all("huge biases", &cases);
+}
+
+/// WGSL's tanh may be wrong by 1e-5, which a cap of 50 turns into 5e-4 on a score. The contract's
+/// f32 budget does not allow that.
+#[test]
+fn soft_caps_keep_the_f32_budget() {
+    let mut cases = Vec::new();
+    for (i, cap) in [0.01, 1.0, 30.0, 50.0, 1000.0].into_iter().enumerate() {
+        for spread in [0.1, 5.0, 40.0] {
+            let axes =
+                Axes { softcap: Some(cap), spread, seq_q: 16, seq_kv: 64, head_dim: 8, ..Axes::default() };
+            cases.push((axes.build(i as u64), Subject::few()));
+        }
+    }
+    check_all("soft caps", &cases);
+}
+
+/// Scores of +-10^4: without subtracting the maximum, every exponential would overflow or vanish.
+/// Whole numbers with gaps, so that rounding decides nothing.
+#[test]
+fn large_scores_do_not_overflow() {
+    let mut cases = Vec::new();
+    for (i, (shift, scale)) in
+        [(0.0, 1.0), (9000.0, 1.0), (-9000.0, 1.0), (0.0, -1.0)].into_iter().enumerate()
+    {
+        let axes = Axes {
+            similarity: Sim::Dot,
+            scale: Some(scale),
+            head_dim: 2,
+            seq_q: 5,
+            seq_kv: 130,
+            weights: true,
+            ..Axes::default()
+        };
+        let mut case = axes.build(i as u64);
+        let mut rng = Rng::new(i as u64);
+        let p = &case.problem;
+        let q = fill(p.dtype, p.q, p.shape(Operand::Q), 0, |at| Some([64.0, 1.0][at[3]]));
+        let k = fill(p.dtype, p.k, p.shape(Operand::K), 0, |at| {
+            Some(if at[3] == 0 { rng.below(33) as f32 - 16.0 } else { shift })
+        });
+        (case.data.q, case.data.k) = (q.into(), k.into());
+        cases.push((case, Subject::all()));
+    }
+    check_all("large scores", &cases);
+}
+
+/// Inputs may share one array: q, k and v are only read.
+#[test]
+fn one_array_as_query_key_and_value() {
+    let (heads, seq, dim) = (3, 40, 24);
+    let mut rng = Rng::new(5);
+    let problem =
+        AttentionProblem { lse: true, ..AttentionProblem::new(2, heads, heads, seq, seq, dim, dim) };
+    let x = fill(Dtype::F32, problem.q, problem.shape(Operand::Q), 0, |_| Some(rng.normal()));
+    let mut data = Data::new(x.clone(), x.clone(), x);
+    (data.k, data.v) = (data.q.clone(), data.q.clone());
+    check_all("one array", &[(Case::new("q = k = v", problem, data), Subject::all())]);
+}
+
+/// The harness itself: the oracle passes as a path, and a wrong answer does not.
+#[test]
+fn the_comparison_sees_what_is_wrong() {
+    let case = Axes { weights: true, storage: Storage::Odd, ..Axes::default() }.build(3);
+    let expected = Expected::of(&case);
+    let Ok(Outcome::Done(right, gap)) = Subject::Oracle.run(&case) else { panic!("the oracle serves all") };
+    assert!(expected.check(&case, &right, gap).is_ok());
+    let o = case.problem.o;
+    let budget = expected.o as f32;
+    let wrong = |change: &dyn Fn(&mut wgpu_attention::Outputs)| {
+        let mut out = right.clone();
+        change(&mut out);
+        expected.check(&case, &out, gap).expect_err("a wrong answer passed")
+    };
+    let at = o.index([0, 1, 3, 2]);
+    let value = right.o.as_ref().get(at);
+    assert!(wrong(&|out| out.o.set(at, value + 3.0 * budget)).contains("o[0, 1, 3, 2]"));
+    wrong(&|out| out.o.set(at, f32::NAN));
+    wrong(&|out| out.o.set(0, 1.0));
+    wrong(&|out| out.lse.as_mut().expect("asked for")[5] += 1e-3);
+    wrong(&|out| out.weights.as_mut().expect("asked for")[5] = 0.0);
+    wrong(&|out| out.weights = None);
+}
