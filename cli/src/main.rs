@@ -1,4 +1,6 @@
 //! `wgpu-attention`: benchmark, run, verify and picture attention on any wgpu adapter.
+// The docs of arguments are the terminal's help, where brackets hold shapes.
+#![allow(rustdoc::broken_intra_doc_links)]
 
 mod adapters;
 mod archive;
