@@ -100,18 +100,16 @@ const ELEMENT_LANES: u32 = 64;
 /// The one place where tile sizes are chosen.
 pub(crate) fn tiles(family: Family, problem: &AttentionProblem, caps: &Caps) -> Tiles {
     let quads_v = (problem.head_dim_v as u32).div_ceil(4);
-    let softmax = |lanes: u32, rows: u32| (lanes, rows);
     match family {
         // 16 x 16 threads, 4 x 4 results each: 64 x 64 tiles, the classic shape that feeds each
         // multiplication-add from two quarter loads; 10 KiB (scores) and 9 KiB (values), inside the
         // default 16 KiB, so that at least one workgroup fits everywhere.
         Family::Tile => {
-            let widest = caps.max_invocations.min(caps.max_workgroup_size[0]).min(256);
+            // The reduction halves the lanes: a power of two.
+            let widest = 1 << caps.max_invocations.min(caps.max_workgroup_size[0]).clamp(1, 256).ilog2();
             // A lane walks four keys at a time: more lanes than quads would idle.
             let quads = (problem.seq_kv as u32).div_ceil(4).max(1).next_power_of_two();
-            let lanes = quads.clamp(1, widest);
-            let rows = (64 / lanes).max(1);
-            let (softmax_lanes, softmax_rows) = softmax(lanes, rows);
+            let softmax_lanes = quads.min(widest);
             Tiles {
                 family,
                 scores_rows: 64,
@@ -119,21 +117,19 @@ pub(crate) fn tiles(family: Family, problem: &AttentionProblem, caps: &Caps) -> 
                 scores_lanes: 16,
                 scores_step: 4,
                 softmax_lanes,
-                softmax_rows,
+                softmax_rows: (64 / softmax_lanes).max(1),
                 values_rows: 64,
                 values_lanes: 16,
                 values_step: 16,
             }
         }
         // 16 x 4 scores or 16 quads of output a lane: fewer leave too many loads for each
-        // multiplication-addition, more spill. A workgroup no wider
-        // than a subgroup of 8 wastes least at the edges. One lane walks a whole softmax row, since
-        // every barrier costs more there than a row's length saves.
+        // multiplication-addition, more no longer compile to registers. A score workgroup of 8 lanes
+        // wastes least at the edges. One lane walks a whole softmax row, since every barrier costs
+        // more there than sharing a row saves.
         Family::Direct => {
             // Long rows of few queries still want several lanes: the cores would idle.
-            let rows = problem.rows() as u32;
-            let lanes = if rows < 64 && problem.seq_kv > 4096 { 16 } else { 1 };
-            let (softmax_lanes, softmax_rows) = softmax(lanes, 16 / lanes);
+            let softmax_lanes = if problem.rows() < 64 && problem.seq_kv > 4096 { 16 } else { 1 };
             Tiles {
                 family,
                 scores_rows: 16,
@@ -141,7 +137,7 @@ pub(crate) fn tiles(family: Family, problem: &AttentionProblem, caps: &Caps) -> 
                 scores_lanes: 8,
                 scores_step: 1,
                 softmax_lanes,
-                softmax_rows,
+                softmax_rows: 16 / softmax_lanes,
                 values_rows: 16,
                 values_lanes: quads_v.next_power_of_two().clamp(1, 32),
                 values_step: 4,
