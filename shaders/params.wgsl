@@ -17,6 +17,9 @@ struct Params {
     // Scratch rows.
     score_stride: u32,
     projected_stride: u32,
+    // The value kernel's part of the keys: [key_first, key_end); the last part has no end.
+    key_first: u32,
+    key_end: u32,
     // Scores.
     scale: f32,
     softcap: f32,

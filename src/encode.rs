@@ -29,7 +29,7 @@ impl Dispatches {
             let (pipeline, bind_group) = &self.stages[dispatch.stage];
             let [x, y, z] = dispatch.groups;
             pass.set_pipeline(&pipeline.pipeline);
-            pass.set_bind_group(0, bind_group, &[dispatch.chunk as u32 * self.params_step]);
+            pass.set_bind_group(0, bind_group, &[dispatch.block as u32 * self.params_step]);
             pass.dispatch_workgroups(x, y, z);
         }
     }
@@ -54,9 +54,9 @@ pub(crate) fn prepare(shared: &Shared, plan: &Plan, operands: &Operands<'_>) -> 
         .map(|stage| shared.pipelines.get(&shared.device, stage, shared.options.runtime_checks))
         .collect::<Result<Vec<_>>>()?;
 
-    let mut params = vec![0; plan.chunks() * step as usize];
-    for (chunk, block) in params.chunks_exact_mut(step as usize).enumerate() {
-        block[..size_of::<Params>()].copy_from_slice(bytemuck::bytes_of(&plan.params(chunk)));
+    let mut params = vec![0; plan.blocks() * step as usize];
+    for (index, block) in params.chunks_exact_mut(step as usize).enumerate() {
+        block[..size_of::<Params>()].copy_from_slice(bytemuck::bytes_of(&plan.params(index)));
     }
     let mut scratch = shared.scratch.lock().unwrap_or_else(PoisonError::into_inner);
     let made = scoped(&shared.device, "scratch memory and bind groups", || {

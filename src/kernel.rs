@@ -94,6 +94,16 @@ pub(crate) struct Tiles {
     pub(crate) values_step: u32,
 }
 
+/// Keys of a part of the value kernels' work, a multiple of every value step. A thread of either
+/// family loops fewer than 40000 times for it even where a driver unrolls nothing; lavapipe ends a
+/// thread's loops after 65535 iterations in all.
+pub(crate) const PART_KEYS: usize = 8192;
+
+/// Parts of the keys that the value kernels take one after the other.
+pub(crate) fn key_parts(problem: &AttentionProblem) -> usize {
+    problem.seq_kv.div_ceil(PART_KEYS).max(1)
+}
+
 /// Threads of the element-wise kernels (project, weights).
 const ELEMENT_LANES: u32 = 64;
 
@@ -129,7 +139,11 @@ pub(crate) fn tiles(family: Family, problem: &AttentionProblem, caps: &Caps) -> 
         // more there than sharing a row saves.
         Family::Direct => {
             // Long rows of few queries still want several lanes: the cores would idle.
-            let softmax_lanes = if problem.rows() < 64 && problem.seq_kv > 4096 { 16 } else { 1 };
+            let wanted = if problem.rows() < 64 && problem.seq_kv > 4096 { 16 } else { 1 };
+            // And no lane may pass lavapipe's 65535 iterations, two for every four keys.
+            let needed = (problem.seq_kv / 65536).next_power_of_two().min(256) as u32;
+            let widest = 1 << caps.max_invocations.min(caps.max_workgroup_size[0]).clamp(1, 256).ilog2();
+            let softmax_lanes = needed.max(wanted).min(widest);
             Tiles {
                 family,
                 scores_rows: 16,
@@ -137,7 +151,7 @@ pub(crate) fn tiles(family: Family, problem: &AttentionProblem, caps: &Caps) -> 
                 scores_lanes: 8,
                 scores_step: 1,
                 softmax_lanes,
-                softmax_rows: 16 / softmax_lanes,
+                softmax_rows: (16 / softmax_lanes).max(1),
                 values_rows: 16,
                 values_lanes: quads_v.next_power_of_two().clamp(1, 32),
                 values_step: 4,
@@ -189,6 +203,8 @@ pub(crate) struct Blueprint {
     pub(crate) kv_lens: bool,
     pub(crate) sinks: bool,
     pub(crate) lse: bool,
+    /// Values come in several parts of the keys.
+    pub(crate) parts: bool,
 }
 
 impl Blueprint {
@@ -214,6 +230,7 @@ impl Blueprint {
             kv_lens: kernel != Kernel::Project && problem.kv_lens,
             sinks: softmax && problem.sinks,
             lse: softmax && problem.lse,
+            parts: kernel.is_values() && key_parts(problem) > 1,
         }
     }
 
@@ -322,7 +339,11 @@ impl Blueprint {
                 }
             }
             Kernel::ValuesTile | Kernel::ValuesDirect => {
-                all.extend([read(Slot::Scores), read(Slot::InverseSums), write(Slot::Operand(Operand::O))])
+                let out = Slot::Operand(Operand::O);
+                all.extend([read(Slot::Scores), read(Slot::InverseSums), write(out)]);
+                if self.parts {
+                    all.push(write(Slot::Carried));
+                }
             }
             Kernel::Weights => all.extend([
                 read(Slot::Scores),
@@ -343,6 +364,7 @@ pub(crate) enum Slot {
     Scores,
     InverseSums,
     Projected,
+    Carried,
 }
 
 impl Slot {
@@ -366,6 +388,7 @@ impl Slot {
             Self::Scores => 11,
             Self::InverseSums => 14,
             Self::Projected => 15,
+            Self::Carried => 16,
         }
     }
 }

@@ -19,6 +19,8 @@ pub(crate) struct Params {
     pub(crate) row_count: u32,
     pub(crate) score_stride: u32,
     pub(crate) projected_stride: u32,
+    pub(crate) key_first: u32,
+    pub(crate) key_end: u32,
     pub(crate) scale: f32,
     pub(crate) softcap: f32,
     pub(crate) w_head_stride: u32,

@@ -3,7 +3,7 @@
 
 use crate::caps::Caps;
 use crate::error::{Error, Operand, Result};
-use crate::kernel::{Blueprint, Family, Kernel, Slot, Tiles, tiles};
+use crate::kernel::{Blueprint, Family, Kernel, PART_KEYS, Slot, Tiles, key_parts, tiles};
 use crate::layout::Layout;
 use crate::mask::Align;
 use crate::params::{ParamLayout, Params};
@@ -64,7 +64,8 @@ pub struct Dispatch {
     /// Workgroups along x, y and z.
     pub groups: [u32; 3],
     pub(crate) stage: usize,
-    pub(crate) chunk: usize,
+    /// Its uniform block.
+    pub(crate) block: usize,
 }
 
 /// A kernel's composed text, for reading and validating.
@@ -210,7 +211,8 @@ impl Plan {
 
     /// Bytes of scratch memory: exactly what is allocated for this plan alone.
     pub fn scratch_bytes(&self) -> u64 {
-        [Slot::Scores, Slot::InverseSums, Slot::Projected].map(|slot| self.scratch_of(slot)).iter().sum()
+        let slots = [Slot::Scores, Slot::InverseSums, Slot::Projected, Slot::Carried];
+        slots.map(|slot| self.scratch_of(slot)).iter().sum()
     }
 
     /// Bytes of o, lse and weights.
@@ -238,13 +240,15 @@ impl Plan {
     pub fn dispatches(&self) -> impl Iterator<Item = Dispatch> + '_ {
         (0..self.chunks()).flat_map(move |index| {
             let chunk = self.chunk(index);
-            self.stages.iter().enumerate().filter_map(move |(stage, blueprint)| {
+            let parts = key_parts(&self.problem);
+            self.stages.iter().enumerate().flat_map(move |(stage, blueprint)| {
                 let groups = blueprint.groups(&self.problem, chunk.heads as u64, chunk.rows as u64);
-                (groups > 0).then(|| Dispatch {
+                let repeats = if blueprint.parts { parts } else { usize::from(groups > 0) };
+                (0..repeats).map(move |part| Dispatch {
                     kernel: blueprint.kernel.name(),
                     groups: fold(groups, self.caps.max_dispatch),
                     stage,
-                    chunk: index,
+                    block: index * parts + part,
                 })
             })
         })
@@ -285,15 +289,22 @@ impl Plan {
         }
     }
 
-    /// Bytes from one chunk's uniform block to the next.
+    /// Bytes from one uniform block to the next.
     pub(crate) fn params_step(&self) -> u32 {
         (size_of::<Params>() as u32).next_multiple_of(self.caps.uniform_alignment.max(4))
     }
 
-    /// The uniform block of a chunk.
-    pub(crate) fn params(&self, index: usize) -> Params {
+    /// How many uniform blocks there are: one for each part of the keys of each chunk.
+    pub(crate) fn blocks(&self) -> usize {
+        self.chunks() * key_parts(&self.problem)
+    }
+
+    /// A uniform block.
+    pub(crate) fn params(&self, block: usize) -> Params {
         let p = &self.problem;
-        let chunk = self.chunk(index);
+        let parts = key_parts(p);
+        let chunk = self.chunk(block / parts);
+        let part = block % parts;
         let align = |align: Align| match align {
             Align::TopLeft => 1,
             Align::BottomRight => 2,
@@ -321,6 +332,8 @@ impl Plan {
             row_count: chunk.rows as u32,
             score_stride: self.score_stride() as u32,
             projected_stride: self.projected_stride() as u32,
+            key_first: (part * PART_KEYS) as u32,
+            key_end: if part + 1 == parts { u32::MAX } else { ((part + 1) * PART_KEYS) as u32 },
             scale: p.effective_scale() as f32,
             softcap: p.softcap.unwrap_or(1.0),
             w_head_stride: if per_head { (p.query_dim() * p.head_dim) as u32 } else { 0 },
@@ -363,6 +376,7 @@ impl Plan {
             // Whole quads, so that the buffer can be bound whatever it is read as.
             Slot::InverseSums => 4 * rows.next_multiple_of(4),
             Slot::Projected => 4 * rows * self.projected_stride(),
+            Slot::Carried => rows * self.carried_bytes(),
             Slot::Params | Slot::Operand(_) => 0,
         }
     }
@@ -377,6 +391,11 @@ impl Plan {
             Similarity::Bilinear { .. } => (self.problem.head_dim as u64).next_multiple_of(4),
             _ => 0,
         }
+    }
+
+    /// Bytes of a row's sums between two parts of the keys.
+    fn carried_bytes(&self) -> u64 {
+        if key_parts(&self.problem) > 1 { 16 * (self.problem.head_dim_v as u64).div_ceil(4) } else { 0 }
     }
 
     fn check_windows(&self) -> Result<()> {
@@ -403,15 +422,16 @@ impl Plan {
         let score_bytes = 4 * self.score_stride();
         let projected_bytes = 4 * self.projected_stride();
         let binding = self.caps.max_storage_binding.min(self.caps.max_buffer);
-        if score_bytes.max(projected_bytes) > binding {
+        let widest = score_bytes.max(projected_bytes).max(self.carried_bytes());
+        if widest > binding {
             return Err(Error::LimitExceeded {
-                what: "scratch: bytes of one row of scores in one storage binding".into(),
-                need: score_bytes.max(projected_bytes),
+                what: "scratch: bytes of one row in one storage binding".into(),
+                need: widest,
                 got: binding,
             });
         }
         // 12: the row sums are allocated in whole quads.
-        let row_bytes = score_bytes + projected_bytes + 4;
+        let row_bytes = score_bytes + projected_bytes + self.carried_bytes() + 4;
         if row_bytes + 12 > self.budget {
             return Err(Error::LimitExceeded {
                 what: "scratch_budget: bytes of scratch for one row".into(),
@@ -420,10 +440,8 @@ impl Plan {
             });
         }
         // Kernels index scratch by u32.
-        let rows = ((self.budget - 12) / row_bytes)
-            .min(binding / score_bytes)
-            .min(binding.checked_div(projected_bytes).unwrap_or(u64::MAX))
-            .min(u64::from(u32::MAX) / self.score_stride().max(self.projected_stride()));
+        let rows =
+            ((self.budget - 12) / row_bytes).min(binding / widest).min(u64::from(u32::MAX) / (widest / 4));
         let rows = usize::try_from(rows).unwrap_or(usize::MAX);
         if rows >= p.seq_q {
             self.heads_per_chunk = (rows / p.seq_q).min(p.batch * p.heads_q);
@@ -433,8 +451,8 @@ impl Plan {
             let tile = self.tiles.scores_rows.max(self.tiles.values_rows) as usize;
             self.rows_per_chunk = if rows >= tile { rows / tile * tile } else { rows };
         }
-        // Each chunk has a uniform block, and dynamic offsets are u32.
-        let blocks = self.chunks() as u64 * u64::from(self.params_step());
+        // Dynamic offsets of uniform blocks are u32.
+        let blocks = self.blocks() as u64 * u64::from(self.params_step());
         let most = self.caps.max_buffer.min(u64::from(u32::MAX));
         if blocks > most {
             return Err(Error::LimitExceeded {

@@ -184,9 +184,9 @@ impl AttentionProblem {
         head / (self.heads_q / self.heads_kv)
     }
 
-    /// Query rows over all batch entries and heads.
+    /// Query rows over all batch entries and heads (`usize::MAX` where that overflows).
     pub fn rows(&self) -> usize {
-        self.batch * self.heads_q * self.seq_q
+        self.batch.saturating_mul(self.heads_q).saturating_mul(self.seq_q)
     }
 
     /// Floating-point operations of the two products, counting no masked-out work as saved except

@@ -83,6 +83,7 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
     if let Some(io) = b.o {
         add(&named(part!("io/row"), Operand::O));
         add(&store(io));
+        add(if b.parts { part!("io/finish_part") } else { part!("io/finish_whole") });
         add(part!("careful"));
     }
     add(match b.kernel {

@@ -93,10 +93,12 @@ fn main(
     if stores && lane == 0u {
         // A row without a key (and without a sink) has weights of zero, whatever their factor.
         let empty = row_sum == 0.0;
+        // Some software adapters lose a NaN in log2.
+        let lse = select(row_max + log2(row_sum) * LN_2, row_sum, is_nan(row_sum));
         inverse_sums[index] = select(1.0 / row_sum, 0.0, empty);
         store_lse(
             (params.head_first + head) * params.seq_q + params.row_first + row,
-            select(row_max + log2(row_sum) * LN_2, bitcast<f32>(neg_inf_bits()), empty),
+            select(lse, bitcast<f32>(neg_inf_bits()), empty),
         );
     }
 }

@@ -6,7 +6,6 @@
 // long row does not grow with it.
 
 @group(0) @binding(11) var<storage, read> weights: array<vec4<f32>>;
-@group(0) @binding(14) var<storage, read> inverse_sums: array<f32>;
 
 @compute @workgroup_size(LANES)
 fn main(
@@ -26,7 +25,7 @@ fn main(
     let bh = batch_head(head);
     let kv_head = bh.y / params.group_size;
     let len_k = key_length(bh.x);
-    let visited = values_range(row, len_k);
+    let visited = own_part(values_range(row, len_k));
     if d >= params.head_dim_v {
         return;
     }
@@ -66,8 +65,8 @@ fn main(
             if !is_finite4(sum) {
                 sum = careful_value(at[r], visited, bh.x, kv_head, len_k, d);
             }
-            let factor = inverse_sums[head * params.row_count + row + r];
-            store4_o(row_o(bh.x, bh.y, params.row_first + row + r), d, sum * factor);
+            let index = head * params.row_count + row + r;
+            finish_value(index, row_o(bh.x, bh.y, params.row_first + row + r), d, sum);
         }
     }
 }

@@ -10,7 +10,6 @@ const QUADS = VALUES_STEP / 4u;
 const SKEW = QUADS + 1u;
 
 @group(0) @binding(11) var<storage, read> weights: array<vec4<f32>>;
-@group(0) @binding(14) var<storage, read> inverse_sums: array<f32>;
 
 var<workgroup> wg_weights: array<vec4<f32>, VALUES_ROWS * SKEW>;
 var<workgroup> wg_v: array<vec4<f32>, VALUES_STEP * SIDE>;
@@ -34,7 +33,7 @@ fn main(
     let bh = batch_head(head);
     let kv_head = bh.y / params.group_size;
     let len_k = key_length(bh.x);
-    let visited = values_range(row, len_k);
+    let visited = own_part(values_range(row, len_k));
 
     var acc: array<vec4<f32>, 4>;
     for (var j = visited.x; j < visited.y; j += VALUES_STEP) {
@@ -79,7 +78,7 @@ fn main(
             if !is_finite4(sum) {
                 sum = careful_value(index * params.score_stride, visited, bh.x, kv_head, len_k, d);
             }
-            store4_o(row_o(bh.x, bh.y, params.row_first + query), d, sum * inverse_sums[index]);
+            finish_value(index, row_o(bh.x, bh.y, params.row_first + query), d, sum);
         }
     }
 }
