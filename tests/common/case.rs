@@ -203,11 +203,14 @@ pub struct Case {
     pub name: String,
     pub problem: AttentionProblem,
     pub data: Data,
+    /// What an infinity in the operands makes of a result is not said beyond "not finite": adapters
+    /// read and multiply infinities in their own ways.
+    pub has_infinity: bool,
 }
 
 impl Case {
     pub fn new(name: impl Into<String>, problem: AttentionProblem, data: Data) -> Self {
-        Self { name: name.into(), problem, data }
+        Self { name: name.into(), problem, data, has_infinity: false }
     }
 }
 

@@ -80,15 +80,15 @@ impl Expected {
 
     /// The largest error in o as a share of its budget, or what is wrong.
     pub fn check(&self, case: &Case, got: &Outputs, gap: Gap) -> Result<f64, String> {
-        let p = &case.problem;
+        let (p, loose) = (&case.problem, case.has_infinity);
         if let Some(want) = &self.oracle.weights {
             let got = got.weights.as_deref().ok_or("no weights")?;
-            each("weights", got, want, p.shape(Operand::Weights), |_| self.weights)?;
+            each("weights", got, want, p.shape(Operand::Weights), loose, |_| self.weights)?;
         }
         if p.lse {
             let got = got.lse.as_deref().ok_or("no lse")?;
             let score = self.oracle.max_score.max(1.0);
-            each("lse", got, &self.oracle.lse, p.shape(Operand::Lse), |want| {
+            each("lse", got, &self.oracle.lse, p.shape(Operand::Lse), loose, |want| {
                 self.lse * (want.abs() / score).max(1.0)
             })?;
         }
@@ -99,7 +99,9 @@ impl Expected {
         check_gaps(case, got, gap)?;
         let rounding = narrowing(p.dtype, p.out_dtype);
         let o = got.o_contiguous(p);
-        each("o", &o, &self.oracle.o, p.shape(Operand::O), |want| self.o + rounding * (want.abs() + 1e-4))?;
+        each("o", &o, &self.oracle.o, p.shape(Operand::O), loose, |want| {
+            self.o + rounding * (want.abs() + 1e-4)
+        })?;
         let share = o.iter().zip(&self.oracle.o).map(|(&got, want)| {
             (f64::from(got) - want).abs() / (self.o + rounding * (want.abs() + 1e-4)).max(f64::MIN_POSITIVE)
         });
@@ -117,12 +119,14 @@ fn narrowing(from: Dtype, to: Dtype) -> f64 {
     }
 }
 
-/// Compares element by element; equal infinities and two NaNs are equal.
+/// Compares element by element; equal infinities and two NaNs are equal, and where `loose` all that
+/// is not finite is.
 fn each(
     what: &str,
     got: &[f32],
     want: &[f64],
     shape: [usize; 4],
+    loose: bool,
     budget: impl Fn(f64) -> f64,
 ) -> Result<(), String> {
     if got.len() != want.len() {
@@ -132,7 +136,8 @@ fn each(
     let mut first = String::new();
     for (i, (&got, &want)) in got.iter().zip(want).enumerate() {
         let got = f64::from(got);
-        let fine = got == want || (got.is_nan() && want.is_nan()) || (got - want).abs() <= budget(want);
+        let alike = if loose { !got.is_finite() && !want.is_finite() } else { got.is_nan() && want.is_nan() };
+        let fine = got == want || alike || (got - want).abs() <= budget(want);
         if !fine {
             if wrong == 0 {
                 let at = indices(shape).nth(i).unwrap_or_default();
