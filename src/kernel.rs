@@ -140,8 +140,8 @@ pub(crate) fn tiles(family: Family, problem: &AttentionProblem, caps: &Caps) -> 
         Family::Direct => {
             // Long rows of few queries still want several lanes: the cores would idle.
             let wanted = if problem.rows() < 64 && problem.seq_kv > 4096 { 16 } else { 1 };
-            // And no lane may pass lavapipe's 65535 iterations, two for every four keys.
-            let needed = (problem.seq_kv / 65536).next_power_of_two().min(256) as u32;
+            // And no lane may pass the 65535 iterations: two for every four keys.
+            let needed = problem.seq_kv.div_ceil(65536).next_power_of_two().min(256) as u32;
             let widest = 1 << caps.max_invocations.min(caps.max_workgroup_size[0]).clamp(1, 256).ilog2();
             let softmax_lanes = needed.max(wanted).min(widest);
             Tiles {

@@ -234,6 +234,10 @@ fn long_rows() {
         ..Axes::default()
     };
     cases.push((causal.build(9), Subject::few()));
+    // Rows enough that a lane would walk one alone, and as many keys as that may still take.
+    let many = Axes { heads: (1, 1), seq_q: 64, seq_kv: 131_000, head_dim: 4, head_dim_v: 3, ..causal };
+    let many = Axes { causal: None, window: None, weights: false, lens: Lens::None, ..many };
+    cases.push((many.build(10), Subject::few()));
     check_all("long rows", &cases);
 }
 
