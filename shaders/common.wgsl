@@ -37,3 +37,18 @@ fn batch_head(index: u32) -> vec2<u32> {
     let head = params.head_first + index;
     return vec2<u32>(head / params.heads_q, head % params.heads_q);
 }
+
+// exp2 of something at most 0. Some software adapters clamp the argument and so lose a NaN.
+fn exp_of(x: vec4<f32>) -> vec4<f32> {
+    let nan = (bitcast<vec4<u32>>(x) & vec4<u32>(0x7fffffffu)) > vec4<u32>(0x7f800000u);
+    return select(exp2(x), x, nan);
+}
+
+fn exp_of_one(x: f32) -> f32 {
+    return select(exp2(x), x, is_nan(x));
+}
+
+// Not a constant expression, since WGSL rejects a constant that is infinite.
+fn neg_inf_bits() -> u32 {
+    return NEG_INF_BITS + min(params.row_first, 0u);
+}

@@ -26,3 +26,8 @@ fn tile_kv_range(row: u32, row_end: u32, len_k: u32) -> vec2<u32> {
     // An early row before the first key has an empty range at 0, a late row an empty one at its end.
     return vec2<u32>(min(first.x, last.y), last.y);
 }
+
+// [lo, hi) of the keys that all of the queries [row, row_end) see; empty where lo >= hi.
+fn tile_full_range(row: u32, row_end: u32, len_k: u32) -> vec2<u32> {
+    return vec2<u32>(kv_range(row_end - 1u, len_k).x, kv_range(row, len_k).y);
+}

@@ -25,7 +25,15 @@ fn soft_cap(s: f32) -> f32 {
 
 // The score of query `i` and key `j`, or DROPPED. `range` is kv_range(i).
 fn finish_score(dot: f32, b: u32, h: u32, i: u32, j: u32, range: vec2<u32>, len_k: u32) -> f32 {
-    if j < range.x || j >= range.y || !mask_keeps(b, h, i, j) {
+    if j < range.x || j >= range.y {
+        return DROPPED;
+    }
+    return finish_kept(dot, b, h, i, j, len_k);
+}
+
+// The same for a key inside the range.
+fn finish_kept(dot: f32, b: u32, h: u32, i: u32, j: u32, len_k: u32) -> f32 {
+    if !mask_keeps(b, h, i, j) {
         return DROPPED;
     }
     let bias = load_bias(b, h, i, j);

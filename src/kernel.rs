@@ -3,29 +3,57 @@
 use crate::caps::Caps;
 use crate::dtype::Dtype;
 use crate::error::Operand;
+use crate::fused::{self, FusedRow, FusedTile};
+use crate::plan::Path;
 use crate::problem::AttentionProblem;
 
-/// How the staged products reach their operands.
+/// A family of kernels: one way to compute attention. Each belongs to a [`Path`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Family {
-    /// Tiles of both operands in workgroup memory: for GPUs.
-    Tile,
-    /// Registers fed straight from storage, one operand at workgroup-uniform addresses and no
-    /// barrier: for adapters that run on a CPU.
-    Direct,
+    /// Staged products, tiles of both operands in workgroup memory: for GPUs.
+    StagedTile,
+    /// Staged products from registers fed straight from storage, one operand at workgroup-uniform
+    /// addresses and no barrier: for adapters that run on a CPU.
+    StagedDirect,
+    /// One kernel, a workgroup for a tile of query rows, keys and values in workgroup memory: for
+    /// GPUs, at any limits.
+    FusedTile,
+    /// One kernel, a thread for a few query rows, no workgroup memory: for adapters that run on a CPU.
+    FusedRow,
 }
 
 impl Family {
     /// Every family.
-    pub const ALL: [Self; 2] = [Self::Tile, Self::Direct];
+    pub const ALL: [Self; 4] = [Self::StagedTile, Self::StagedDirect, Self::FusedTile, Self::FusedRow];
+
+    /// The path that these kernels make up.
+    pub fn path(self) -> Path {
+        match self {
+            Self::StagedTile | Self::StagedDirect => Path::Staged,
+            Self::FusedTile | Self::FusedRow => Path::Fused,
+        }
+    }
+
+    /// Its name among the families of its path.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::StagedTile | Self::FusedTile => "tile",
+            Self::StagedDirect => "direct",
+            Self::FusedRow => "row",
+        }
+    }
+
+    /// The families of a path.
+    pub fn of(path: Path) -> impl Iterator<Item = Self> {
+        Self::ALL.into_iter().filter(move |family| family.path() == path)
+    }
 }
 
+/// `staged:tile`, `fused:tile`, ...
 impl std::fmt::Display for Family {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::Tile => "tile",
-            Self::Direct => "direct",
-        })
+        write!(f, "{}:{}", self.path(), self.name())
     }
 }
 
@@ -33,10 +61,10 @@ impl std::str::FromStr for Family {
     type Err = String;
 
     fn from_str(s: &str) -> Result<Self, String> {
-        Self::ALL
-            .into_iter()
-            .find(|family| family.to_string() == s)
-            .ok_or_else(|| format!("{s:?} is no kernel family; there are tile and direct"))
+        Self::ALL.into_iter().find(|family| family.to_string() == s).ok_or_else(|| {
+            let all: Vec<_> = Self::ALL.iter().map(Self::to_string).collect();
+            format!("{s:?} is no kernel family; there are {}", all.join(", "))
+        })
     }
 }
 
@@ -50,6 +78,9 @@ pub(crate) enum Kernel {
     ValuesTile,
     ValuesDirect,
     Weights,
+    Bundle,
+    FusedTile,
+    FusedRow,
 }
 
 impl Kernel {
@@ -62,7 +93,14 @@ impl Kernel {
             Self::ValuesTile => "values_tile",
             Self::ValuesDirect => "values_direct",
             Self::Weights => "weights",
+            Self::Bundle => "bundle",
+            Self::FusedTile => "fused_tile",
+            Self::FusedRow => "fused_row",
         }
+    }
+
+    pub(crate) fn is_fused(self) -> bool {
+        matches!(self, Self::FusedTile | Self::FusedRow)
     }
 
     pub(crate) fn is_scores(self) -> bool {
@@ -92,6 +130,30 @@ pub(crate) struct Tiles {
     pub(crate) values_rows: u32,
     pub(crate) values_lanes: u32,
     pub(crate) values_step: u32,
+    /// Those of the fused tile kernel.
+    pub(crate) fused: FusedTile,
+    /// Those of the fused row kernel.
+    pub(crate) row: FusedRow,
+}
+
+impl Tiles {
+    /// Of kernels that have no tiles.
+    const fn none(family: Family) -> Self {
+        Self {
+            family,
+            scores_rows: 0,
+            scores_keys: 0,
+            scores_lanes: 0,
+            scores_step: 0,
+            softmax_lanes: 0,
+            softmax_rows: 0,
+            values_rows: 0,
+            values_lanes: 0,
+            values_step: 0,
+            fused: FusedTile::NONE,
+            row: FusedRow::NONE,
+        }
+    }
 }
 
 /// Keys of a part of the value kernels' work, a multiple of every value step. A thread of either
@@ -104,7 +166,12 @@ pub(crate) fn key_parts(problem: &AttentionProblem) -> usize {
     problem.seq_kv.div_ceil(PART_KEYS).max(1)
 }
 
-/// Threads of the element-wise kernels (project, weights).
+/// Words of the buffer that holds slopes, sinks and key lengths together.
+pub(crate) fn bundle_words(problem: &AttentionProblem) -> u64 {
+    2 * problem.heads_q as u64 + problem.batch as u64
+}
+
+/// Threads of the element-wise kernels (project, weights, bundle).
 const ELEMENT_LANES: u32 = 64;
 
 /// The one place where tile sizes are chosen.
@@ -114,14 +181,13 @@ pub(crate) fn tiles(family: Family, problem: &AttentionProblem, caps: &Caps) -> 
         // 16 x 16 threads, 4 x 4 results each: 64 x 64 tiles, the classic shape that feeds each
         // multiplication-add from two quarter loads; 10 KiB (scores) and 9 KiB (values), inside the
         // default 16 KiB, so that at least one workgroup fits everywhere.
-        Family::Tile => {
+        Family::StagedTile => {
             // The reduction halves the lanes: a power of two.
             let widest = 1 << caps.max_invocations.min(caps.max_workgroup_size[0]).clamp(1, 256).ilog2();
             // A lane walks four keys at a time: more lanes than quads would idle.
             let quads = (problem.seq_kv as u32).div_ceil(4).max(1).next_power_of_two();
             let softmax_lanes = quads.min(widest);
             Tiles {
-                family,
                 scores_rows: 64,
                 scores_keys: 64,
                 scores_lanes: 16,
@@ -131,13 +197,14 @@ pub(crate) fn tiles(family: Family, problem: &AttentionProblem, caps: &Caps) -> 
                 values_rows: 64,
                 values_lanes: 16,
                 values_step: 16,
+                ..Tiles::none(family)
             }
         }
         // 16 x 4 scores or 16 quads of output a lane: fewer leave too many loads for each
         // multiplication-addition, more no longer compile to registers. A score workgroup of 8 lanes
         // wastes least at the edges. One lane walks a whole softmax row, since every barrier costs
         // more there than sharing a row saves.
-        Family::Direct => {
+        Family::StagedDirect => {
             // Long rows of few queries still want several lanes: the cores would idle.
             let wanted = if problem.rows() < 64 && problem.seq_kv > 4096 { 16 } else { 1 };
             // And no lane may pass the 65535 iterations: two for every four keys.
@@ -145,7 +212,6 @@ pub(crate) fn tiles(family: Family, problem: &AttentionProblem, caps: &Caps) -> 
             let widest = 1 << caps.max_invocations.min(caps.max_workgroup_size[0]).clamp(1, 256).ilog2();
             let softmax_lanes = needed.max(wanted).min(widest);
             Tiles {
-                family,
                 scores_rows: 16,
                 scores_keys: 32,
                 scores_lanes: 8,
@@ -155,8 +221,17 @@ pub(crate) fn tiles(family: Family, problem: &AttentionProblem, caps: &Caps) -> 
                 values_rows: 16,
                 values_lanes: quads_v.next_power_of_two().clamp(1, 32),
                 values_step: 4,
+                ..Tiles::none(family)
             }
         }
+        Family::FusedTile => Tiles {
+            fused: fused::tile(problem.seq_q, problem.head_dim, problem.head_dim_v, caps),
+            ..Tiles::none(family)
+        },
+        Family::FusedRow => Tiles {
+            row: fused::row(problem.seq_q, problem.head_dim, problem.head_dim_v),
+            ..Tiles::none(family)
+        },
     }
 }
 
@@ -203,8 +278,11 @@ pub(crate) struct Blueprint {
     pub(crate) kv_lens: bool,
     pub(crate) sinks: bool,
     pub(crate) lse: bool,
-    /// Values come in several parts of the keys.
+    /// Keys come in several parts.
     pub(crate) parts: bool,
+    /// Key lengths, slopes and sinks lie in one buffer, made by [`Kernel::Bundle`]: with a binding for
+    /// each there would be more of them than the device has.
+    pub(crate) bundled: bool,
 }
 
 impl Blueprint {
@@ -213,32 +291,52 @@ impl Blueprint {
     pub(crate) fn new(kernel: Kernel, tiles: Tiles, problem: &AttentionProblem, caps: &Caps) -> Self {
         let bilinear = problem.layout(Operand::W).is_some();
         let io = |wanted: bool, operand| if wanted { Io::of(problem, caps, operand) } else { None };
-        let scores = kernel.is_scores();
-        let softmax = kernel == Kernel::SoftmaxRow;
+        let bundles = kernel == Kernel::Bundle;
+        let scores = kernel.is_scores() || kernel.is_fused();
+        let softmax = kernel == Kernel::SoftmaxRow || kernel.is_fused();
+        let values = kernel.is_values() || kernel.is_fused();
         Self {
             kernel,
             tiles,
             q: io(kernel == Kernel::Project || (scores && !bilinear), Operand::Q),
             k: io(scores, Operand::K),
-            v: io(kernel.is_values(), Operand::V),
-            o: io(kernel.is_values(), Operand::O),
+            v: io(values, Operand::V),
+            o: io(values, Operand::O),
             bias: io(scores, Operand::Bias),
             projected: scores && bilinear,
             softcap: scores && problem.softcap.is_some(),
-            alibi: scores && problem.alibi,
+            alibi: (scores || bundles) && problem.alibi,
             mask: scores && problem.mask.is_some(),
             kv_lens: kernel != Kernel::Project && problem.kv_lens,
-            sinks: softmax && problem.sinks,
+            sinks: (softmax || bundles) && problem.sinks,
             lse: softmax && problem.lse,
-            parts: kernel.is_values() && key_parts(problem) > 1,
+            parts: values && key_parts(problem) > 1,
+            bundled: false,
         }
+    }
+
+    /// The same kernel with its lists in one buffer.
+    pub(crate) fn bundled(self) -> Self {
+        Self { bundled: true, ..self }
+    }
+
+    fn storage_buffers(&self) -> u32 {
+        self.bindings().iter().filter(|b| b.slot != Slot::Params).count() as u32
+    }
+
+    /// Whether there are more bindings than the device has, and bundling could mend that.
+    pub(crate) fn wants_bundle(&self, caps: &Caps) -> bool {
+        self.storage_buffers() > caps.max_storage_buffers
+            && [self.kv_lens, self.alibi, self.sinks].iter().filter(|&&has| has).count() > 1
     }
 
     /// Threads of a workgroup.
     pub(crate) fn threads(&self) -> u32 {
         let t = &self.tiles;
         match self.kernel {
-            Kernel::Project | Kernel::Weights => ELEMENT_LANES,
+            Kernel::Project | Kernel::Weights | Kernel::Bundle => ELEMENT_LANES,
+            Kernel::FusedTile => t.fused.threads(),
+            Kernel::FusedRow => FusedRow::LANES,
             Kernel::ScoresTile => t.scores_lanes * t.scores_lanes,
             Kernel::ScoresDirect => t.scores_lanes,
             Kernel::SoftmaxRow => t.softmax_lanes * t.softmax_rows,
@@ -253,6 +351,7 @@ impl Blueprint {
         match self.kernel {
             Kernel::ScoresTile => 16 * 2 * t.scores_rows * (t.scores_step + 1),
             Kernel::SoftmaxRow => 4 * self.threads(),
+            Kernel::FusedTile => t.fused.workgroup_bytes(),
             Kernel::ValuesTile => {
                 16 * (t.values_rows * (t.values_step / 4 + 1) + t.values_step * t.values_lanes)
             }
@@ -275,31 +374,43 @@ impl Blueprint {
                 heads * tiles(rows, t.values_rows) * tiles(problem.head_dim_v as u64, 4 * t.values_lanes)
             }
             Kernel::Weights => heads * rows * tiles(keys, ELEMENT_LANES),
+            Kernel::Bundle => tiles(bundle_words(problem), ELEMENT_LANES),
+            Kernel::FusedTile => heads * tiles(rows, t.fused.tile_q()),
+            Kernel::FusedRow => heads * tiles(rows, t.row.tile_q()),
         }
     }
 
     /// Why this kernel cannot run on a device; `None` when it can.
     pub(crate) fn unfit(&self, caps: &Caps) -> Option<String> {
         let [x, y, _] = self.workgroup_size();
-        let buffers = self.bindings().iter().filter(|b| b.slot != Slot::Params).count() as u32;
+        let t = self.tiles.fused;
         for (what, need, got) in [
             ("threads a workgroup", self.threads(), caps.max_invocations),
             ("threads along x", x, caps.max_workgroup_size[0]),
             ("threads along y", y, caps.max_workgroup_size[1]),
             ("bytes of workgroup memory", self.workgroup_bytes(), caps.max_workgroup_bytes),
-            ("storage buffers", buffers, caps.max_storage_buffers),
+            ("storage buffers", self.storage_buffers(), caps.max_storage_buffers),
         ] {
             if need > got {
                 return Some(format!("{} needs {need} {what}, the device has {got}", self.kernel.name()));
             }
         }
-        None
+        if self.kernel == Kernel::FusedTile && t.registers() > fused::MOST_REGISTERS {
+            let need = t.registers();
+            let most = fused::MOST_REGISTERS;
+            return Some(format!(
+                "{} needs {need} registers a thread, {most} is the most",
+                self.kernel.name()
+            ));
+        }
+        if self.kernel == Kernel::FusedRow { self.tiles.row.unfit() } else { None }
     }
 
     fn workgroup_size(&self) -> [u32; 3] {
         match self.kernel {
             Kernel::ScoresTile => [self.tiles.scores_lanes, self.tiles.scores_lanes, 1],
             Kernel::ValuesTile => [self.tiles.values_lanes, self.tiles.values_lanes, 1],
+            Kernel::FusedTile => [self.tiles.fused.lanes, self.tiles.fused.row_lanes, 1],
             _ => [self.threads(), 1, 1],
         }
     }
@@ -315,36 +426,35 @@ impl Blueprint {
             (self.v.is_some(), Operand::V),
             (self.bias.is_some(), Operand::Bias),
             (self.mask, Operand::Mask),
-            (self.alibi, Operand::AlibiSlopes),
-            (self.sinks, Operand::Sinks),
-            (self.kv_lens, Operand::KvLens),
+            (self.alibi && !self.bundled, Operand::AlibiSlopes),
+            (self.sinks && !self.bundled, Operand::Sinks),
+            (self.kv_lens && !self.bundled, Operand::KvLens),
             (self.kernel == Kernel::Project, Operand::W),
         ] {
             if present {
                 all.push(read(Slot::Operand(operand)));
             }
         }
+        for (present, binding) in [
+            (self.projected, read(Slot::Projected)),
+            (self.lse, write(Slot::Operand(Operand::Lse))),
+            (self.parts, write(Slot::Carried)),
+            (self.bundled, read(Slot::Bundle)),
+        ] {
+            if present {
+                all.push(binding);
+            }
+        }
         match self.kernel {
             Kernel::Project => all.push(write(Slot::Projected)),
-            Kernel::ScoresTile | Kernel::ScoresDirect => {
-                all.push(write(Slot::Scores));
-                if self.projected {
-                    all.push(read(Slot::Projected));
-                }
-            }
-            Kernel::SoftmaxRow => {
-                all.extend([write(Slot::Scores), write(Slot::InverseSums)]);
-                if self.lse {
-                    all.push(write(Slot::Operand(Operand::Lse)));
-                }
-            }
+            Kernel::ScoresTile | Kernel::ScoresDirect => all.push(write(Slot::Scores)),
+            Kernel::SoftmaxRow => all.extend([write(Slot::Scores), write(Slot::InverseSums)]),
             Kernel::ValuesTile | Kernel::ValuesDirect => {
                 let out = Slot::Operand(Operand::O);
                 all.extend([read(Slot::Scores), read(Slot::InverseSums), write(out)]);
-                if self.parts {
-                    all.push(write(Slot::Carried));
-                }
             }
+            Kernel::Bundle => all.push(write(Slot::Bundle)),
+            Kernel::FusedTile | Kernel::FusedRow => all.push(write(Slot::Operand(Operand::O))),
             Kernel::Weights => all.extend([
                 read(Slot::Scores),
                 read(Slot::InverseSums),
@@ -365,6 +475,7 @@ pub(crate) enum Slot {
     InverseSums,
     Projected,
     Carried,
+    Bundle,
 }
 
 impl Slot {
@@ -389,6 +500,7 @@ impl Slot {
             Self::InverseSums => 14,
             Self::Projected => 15,
             Self::Carried => 16,
+            Self::Bundle => 17,
         }
     }
 }

@@ -50,6 +50,7 @@ pub mod cpu;
 mod dtype;
 mod encode;
 mod error;
+mod fused;
 mod host;
 mod kernel;
 mod layout;
@@ -65,6 +66,7 @@ mod scope;
 mod scratch;
 mod shader;
 mod timing;
+mod unroll;
 
 pub use attention::{Attention, DeviceRequest, Operands, Options, adapters};
 pub use caps::Caps;

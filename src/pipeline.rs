@@ -125,11 +125,15 @@ fn module(device: &wgpu::Device, blueprint: &Blueprint, runtime_checks: bool) ->
     //
     // Scratch: rows of `score_stride` elements for each of the chunk's rows, as `Plan::scratch_of`
     // allocates and `choose_chunks` bounds below u32::MAX. Scores are stored below `score_stride`
-    // alone, and `values_range` ends at a multiple of the step that divides it.
+    // alone, and `values_range` ends at a multiple of the step that divides it. Carried rows and the
+    // bundle are as large as `Plan::scratch_of` says of the indices that `end_part` and `bundle` make.
+    //
+    // The row kernel's mask on the index of a quad changes none: `stages` refuses longer k and v.
     //
     // Workgroup memory: declared with the constants that index it.
     //
-    // Loops: each has a bound from params, from a constant or from `kv_range`, and a step above 0.
+    // Loops: each has a bound from params, from a constant or from `kv_range` (whole or cut to a part),
+    // and a step above 0.
     //
     // The test suite runs with checks on and off, and both give the same bits.
     unsafe { device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }

@@ -3,7 +3,7 @@
 
 use crate::caps::Caps;
 use crate::error::{Error, Operand, Result};
-use crate::kernel::{Blueprint, Family, Kernel, PART_KEYS, Slot, Tiles, key_parts, tiles};
+use crate::kernel::{Blueprint, Family, Kernel, PART_KEYS, Slot, Tiles, bundle_words, key_parts, tiles};
 use crate::layout::Layout;
 use crate::mask::Align;
 use crate::params::{ParamLayout, Params};
@@ -13,23 +13,33 @@ use crate::shader::compose;
 /// Scratch that a plan takes unless told otherwise, where the device's limits allow it.
 const DEFAULT_BUDGET: u64 = 64 << 20;
 
+/// Most floating-point operations of a fused dispatch: a second on a GPU that does 0.3 TFLOP/s, and
+/// still thousands of workgroups for one that does a thousand times as many.
+const DISPATCH_FLOP: u64 = 300_000_000_000;
+
+/// Elements of k or v that the row kernel's masked index reaches: 2^26 quads.
+const MOST_ROW_ELEMENTS: u128 = 1 << 28;
+
 /// How attention is computed on the GPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Path {
     /// Scores, softmax and values as three kernels, the scores in scratch memory.
     Staged,
+    /// All in one kernel by online softmax: no score leaves it (FlashAttention, Dao 2022).
+    Fused,
 }
 
 impl Path {
     /// Every path.
-    pub const ALL: [Self; 1] = [Self::Staged];
+    pub const ALL: [Self; 2] = [Self::Staged, Self::Fused];
 }
 
 impl std::fmt::Display for Path {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Staged => "staged",
+            Self::Fused => "fused",
         })
     }
 }
@@ -41,7 +51,7 @@ impl std::str::FromStr for Path {
         Self::ALL
             .into_iter()
             .find(|path| path.to_string() == s)
-            .ok_or_else(|| format!("{s:?} is no GPU path; there is staged"))
+            .ok_or_else(|| format!("{s:?} is no GPU path; there are staged and fused"))
     }
 }
 
@@ -130,49 +140,40 @@ impl Plan {
     /// scratch budget smaller than one row of scores.
     pub fn new(problem: &AttentionProblem, caps: &Caps, options: &PlanOptions) -> Result<Self> {
         problem.validate()?;
+        let mut chosen = None;
         let mut reasons = Vec::new();
-        let stages = |tiles: Tiles| -> Result<Vec<Blueprint>, String> {
-            let mut kernels = match tiles.family {
-                Family::Tile => vec![Kernel::ScoresTile, Kernel::SoftmaxRow, Kernel::ValuesTile],
-                Family::Direct => vec![Kernel::ScoresDirect, Kernel::SoftmaxRow, Kernel::ValuesDirect],
-            };
-            if problem.layout(Operand::W).is_some() {
-                kernels.insert(0, Kernel::Project);
+        let mut unfit = None;
+        for (family, what_for) in preference(caps) {
+            let asked = options.family.is_none_or(|asked| asked == family)
+                && options.path.is_none_or(|path| path == family.path());
+            if !asked {
+                reasons.push(format!("{family} kernels: not what the caller asks for"));
+                continue;
             }
-            if problem.weights {
-                kernels.push(Kernel::Weights);
-            }
-            let stages: Vec<_> =
-                kernels.into_iter().map(|kernel| Blueprint::new(kernel, tiles, problem, caps)).collect();
-            match stages.iter().find_map(|stage| stage.unfit(caps)) {
-                Some(why) => Err(why),
-                None => Ok(stages),
-            }
-        };
-        let choose = |family| {
             let tiles = tiles(family, problem, caps);
-            stages(tiles).map(|stages| (tiles, stages))
-        };
-        let unfit = |family: Family| {
-            move |why| Error::KernelUnfit { kernel: format!("{}/{family}", Path::Staged), why }
-        };
-        let (tiles, stages) = if let Some(family) = options.family {
-            reasons.push(format!("{family} kernels: the caller forces them"));
-            choose(family).map_err(unfit(family))?
-        } else if caps.on_cpu() {
-            reasons.push("direct kernels: the adapter runs on a CPU, where a barrier costs more than the reuse that tiles in workgroup memory give; tile kernels: for GPUs".into());
-            choose(Family::Direct).map_err(unfit(Family::Direct))?
-        } else {
-            match choose(Family::Tile) {
-                Ok(chosen) => {
-                    reasons.push("tile kernels: they fit this device's workgroups; direct kernels: for adapters on a CPU".into());
-                    chosen
+            match (stages(tiles, problem, caps), &chosen) {
+                (Ok(stages), None) => {
+                    reasons.push(format!("{family} kernels, {what_for}: taken"));
+                    chosen = Some((tiles, stages));
                 }
-                Err(why) => {
-                    reasons.push(format!("direct kernels, because the tile kernels do not fit: {why}"));
-                    choose(Family::Direct).map_err(unfit(Family::Direct))?
+                (Ok(_), Some(_)) => {
+                    reasons.push(format!("{family} kernels, {what_for}: they would fit, too"))
+                }
+                (Err(why), _) => {
+                    reasons.push(format!("{family} kernels do not fit: {why}"));
+                    unfit = unfit.or(Some((family, why)));
                 }
             }
+        }
+        let Some((tiles, stages)) = chosen else {
+            let (kernel, why) = match (unfit, options.family) {
+                (Some((family, why)), _) => (family.to_string(), why),
+                (None, Some(family)) => {
+                    (family.to_string(), "it belongs to another path than the one asked for".into())
+                }
+                (None, None) => ("any kernel".into(), "the path has none".into()),
+            };
+            return Err(Error::KernelUnfit { kernel, why });
         };
         let mut plan = Self {
             problem: problem.clone(),
@@ -196,7 +197,7 @@ impl Plan {
 
     /// How attention is computed.
     pub fn path(&self) -> Path {
-        Path::Staged
+        self.family().path()
     }
 
     /// The family of kernels.
@@ -211,7 +212,7 @@ impl Plan {
 
     /// Bytes of scratch memory: exactly what is allocated for this plan alone.
     pub fn scratch_bytes(&self) -> u64 {
-        let slots = [Slot::Scores, Slot::InverseSums, Slot::Projected, Slot::Carried];
+        let slots = [Slot::Scores, Slot::InverseSums, Slot::Projected, Slot::Carried, Slot::Bundle];
         slots.map(|slot| self.scratch_of(slot)).iter().sum()
     }
 
@@ -371,10 +372,14 @@ impl Plan {
         if self.problem.rows() == 0 {
             return 0;
         }
+        let staged = self.path() == Path::Staged;
         match slot {
-            Slot::Scores => 4 * rows * self.score_stride(),
+            Slot::Scores if staged => 4 * rows * self.score_stride(),
             // Whole quads, so that the buffer can be bound whatever it is read as.
-            Slot::InverseSums => 4 * rows.next_multiple_of(4),
+            Slot::InverseSums if staged => 4 * rows.next_multiple_of(4),
+            Slot::Scores | Slot::InverseSums => 0,
+            Slot::Bundle if self.stages.iter().any(|stage| stage.bundled) => 4 * bundle_words(&self.problem),
+            Slot::Bundle => 0,
             Slot::Projected => 4 * rows * self.projected_stride(),
             Slot::Carried => rows * self.carried_bytes(),
             Slot::Params | Slot::Operand(_) => 0,
@@ -395,7 +400,20 @@ impl Plan {
 
     /// Bytes of a row's sums between two parts of the keys.
     fn carried_bytes(&self) -> u64 {
-        if key_parts(&self.problem) > 1 { 16 * (self.problem.head_dim_v as u64).div_ceil(4) } else { 0 }
+        // The fused kernels carry a row's maximum and sum as well.
+        let quads = (self.problem.head_dim_v as u64).div_ceil(4) + u64::from(self.path() == Path::Fused);
+        if key_parts(&self.problem) > 1 { 16 * quads } else { 0 }
+    }
+
+    /// Rows that one dispatch of a fused kernel may take before a slow GPU's watchdog (2 s, some) sees
+    /// it: a part of the keys of so many rows is at most [`DISPATCH_FLOP`].
+    fn rows_of_a_dispatch(&self) -> u64 {
+        if self.path() == Path::Staged {
+            return u64::MAX;
+        }
+        let p = &self.problem;
+        let keys = p.seq_kv.clamp(1, PART_KEYS) as u64;
+        (DISPATCH_FLOP / (2 * keys * (p.head_dim + p.head_dim_v) as u64)).max(64)
     }
 
     fn check_windows(&self) -> Result<()> {
@@ -419,7 +437,8 @@ impl Plan {
         if p.rows() == 0 {
             return Ok(());
         }
-        let score_bytes = 4 * self.score_stride();
+        let staged = self.path() == Path::Staged;
+        let score_bytes = if staged { 4 * self.score_stride() } else { 0 };
         let projected_bytes = 4 * self.projected_stride();
         let binding = self.caps.max_storage_binding.min(self.caps.max_buffer);
         let widest = score_bytes.max(projected_bytes).max(self.carried_bytes());
@@ -431,24 +450,33 @@ impl Plan {
             });
         }
         // 12: the row sums are allocated in whole quads.
-        let row_bytes = score_bytes + projected_bytes + self.carried_bytes() + 4;
-        if row_bytes + 12 > self.budget {
+        let (sum_bytes, fixed) = if staged { (4, 12) } else { (0, self.scratch_of(Slot::Bundle)) };
+        let row_bytes = score_bytes + projected_bytes + self.carried_bytes() + sum_bytes;
+        if row_bytes + fixed > self.budget {
             return Err(Error::LimitExceeded {
                 what: "scratch_budget: bytes of scratch for one row".into(),
-                need: row_bytes + 12,
+                need: row_bytes + fixed,
                 got: self.budget,
             });
         }
         // Kernels index scratch by u32.
-        let rows =
-            ((self.budget - 12) / row_bytes).min(binding / widest).min(u64::from(u32::MAX) / (widest / 4));
+        let by_scratch = |bytes: u64, each: u64| bytes.checked_div(each).unwrap_or(u64::MAX);
+        let rows = by_scratch(self.budget - fixed, row_bytes)
+            .min(by_scratch(binding, widest))
+            .min(by_scratch(u64::from(u32::MAX), widest / 4))
+            .min(self.rows_of_a_dispatch());
         let rows = usize::try_from(rows).unwrap_or(usize::MAX);
         if rows >= p.seq_q {
             self.heads_per_chunk = (rows / p.seq_q).min(p.batch * p.heads_q);
             self.rows_per_chunk = p.seq_q;
         } else {
             // Whole tiles where at least one fits.
-            let tile = self.tiles.scores_rows.max(self.tiles.values_rows) as usize;
+            let tile = self
+                .tiles
+                .scores_rows
+                .max(self.tiles.values_rows)
+                .max(self.tiles.fused.tile_q())
+                .max(self.tiles.row.tile_q()) as usize;
             self.rows_per_chunk = if rows >= tile { rows / tile * tile } else { rows };
         }
         // Dynamic offsets of uniform blocks are u32.
@@ -462,6 +490,55 @@ impl Plan {
             });
         }
         Ok(())
+    }
+}
+
+/// Every family, the best for a device first, with what it is for.
+fn preference(caps: &Caps) -> Vec<(Family, &'static str)> {
+    let fused_tile = (Family::FusedTile, "tiles in workgroup memory and no score in scratch, for GPUs");
+    let staged_tile = (Family::StagedTile, "tiles in workgroup memory, for GPUs and weights");
+    let direct = (Family::StagedDirect, "no barrier and no reuse but in registers, for adapters on a CPU");
+    let row = (Family::FusedRow, "no barrier and no score in scratch, for adapters on a CPU");
+    if caps.on_cpu() {
+        vec![row, direct, fused_tile, staged_tile]
+    } else {
+        vec![fused_tile, staged_tile, row, direct]
+    }
+}
+
+/// The kernels of a family for a problem, in the order of their dispatches; or why one does not fit.
+fn stages(tiles: Tiles, problem: &AttentionProblem, caps: &Caps) -> Result<Vec<Blueprint>, String> {
+    let new = |kernel| Blueprint::new(kernel, tiles, problem, caps);
+    let mut stages = match tiles.family {
+        Family::StagedTile => [Kernel::ScoresTile, Kernel::SoftmaxRow, Kernel::ValuesTile].map(new).to_vec(),
+        Family::StagedDirect => {
+            [Kernel::ScoresDirect, Kernel::SoftmaxRow, Kernel::ValuesDirect].map(new).to_vec()
+        }
+        Family::FusedTile => vec![new(Kernel::FusedTile)],
+        Family::FusedRow => vec![new(Kernel::FusedRow)],
+    };
+    if tiles.family.path() == Path::Fused {
+        if problem.weights {
+            return Err("it makes no weights, which are as large as the scores".into());
+        }
+        let longest = problem.extent(Operand::K).max(problem.extent(Operand::V));
+        if tiles.family == Family::FusedRow && longest > MOST_ROW_ELEMENTS {
+            return Err(format!("it indexes k and v up to {MOST_ROW_ELEMENTS} elements, not {longest}"));
+        }
+        if stages[0].wants_bundle(caps) {
+            stages[0] = stages[0].bundled();
+            stages.insert(0, new(Kernel::Bundle));
+        }
+    }
+    if problem.layout(Operand::W).is_some() {
+        stages.insert(0, new(Kernel::Project));
+    }
+    if problem.weights {
+        stages.push(new(Kernel::Weights));
+    }
+    match stages.iter().find_map(|stage| stage.unfit(caps)) {
+        Some(why) => Err(why),
+        None => Ok(stages),
     }
 }
 
@@ -485,7 +562,11 @@ impl std::fmt::Display for Plan {
             p.batch, p.heads_q, p.heads_kv, p.seq_q, p.seq_kv, p.head_dim, p.head_dim_v, p.dtype
         )?;
         writeln!(f, "on {}", self.caps.adapter)?;
-        writeln!(f, "path {}: scores in scratch memory, then softmax, then values", self.path())?;
+        let how = match self.path() {
+            Path::Staged => "scores in scratch memory, then softmax, then values",
+            Path::Fused => "online softmax, no score leaves the kernel",
+        };
+        writeln!(f, "path {}: {how}", self.path())?;
         for reason in &self.reasons {
             writeln!(f, "  {reason}")?;
         }
@@ -501,7 +582,21 @@ impl std::fmt::Display for Plan {
                     4 * t.values_lanes,
                     t.values_step
                 ),
-                Kernel::Project | Kernel::Weights => "element by element".into(),
+                Kernel::Project | Kernel::Weights | Kernel::Bundle => "element by element".into(),
+                Kernel::FusedTile => format!(
+                    "{} queries x {} keys, {} of a row at a time, {} registers a thread",
+                    t.fused.tile_q(),
+                    t.fused.tile_kv(),
+                    4 * t.fused.slice,
+                    t.fused.registers()
+                ),
+                Kernel::FusedRow => format!(
+                    "{} queries x {} keys, {} queries and {} variables a thread",
+                    t.row.tile_q(),
+                    t.row.keys,
+                    t.row.rows,
+                    t.row.variables()
+                ),
             };
             writeln!(
                 f,

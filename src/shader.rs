@@ -3,7 +3,9 @@
 
 use crate::dtype::Dtype;
 use crate::error::Operand;
+use crate::fused::FusedRow;
 use crate::kernel::{Blueprint, Io, Kernel, Slot};
+use crate::unroll::unroll;
 
 macro_rules! part {
     ($name:literal) => {
@@ -23,7 +25,7 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
     for (name, value) in constants(b) {
         out.push_str(&format!("const {name}: u32 = {value}u;\n"));
     }
-    if b.kernel.is_scores() {
+    if b.kernel.is_scores() || b.kernel.is_fused() {
         out.push_str(&format!("const SOFTCAP: bool = {};\n", b.softcap));
     }
     let mut add = |text: &str| {
@@ -42,7 +44,17 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
             add(&load(io, operand));
             add(&named(part!("io/row"), operand));
             if !io.vec4 {
-                add(&named(part!("io/load4_by_element"), operand).replace("WIDTH", width));
+                // An unrolled kernel knows at compile time which elements there are.
+                let known = [("head_dim", b.tiles.row.width), ("head_dim_v", b.tiles.row.width_v)];
+                let known = known.iter().find(|(name, size)| *name == width && *size > 0);
+                let text = named(part!("io/load4_by_element"), operand);
+                add(&match known {
+                    Some((_, size)) => text.replace("params.WIDTH", &format!("{size}u")),
+                    None => text.replace("WIDTH", width),
+                });
+            }
+            if b.kernel == Kernel::FusedRow && operand != Operand::Q {
+                add(&named(if io.vec4 { part!("io/quad_vec4") } else { part!("io/quad_any") }, operand));
             }
         }
     }
@@ -51,9 +63,15 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         add(part!("kernel/project"));
         return out;
     }
+    lists(&mut add, b);
+    if b.kernel == Kernel::Bundle {
+        add(part!("kernel/bundle"));
+        return out;
+    }
     add(part!("mask"));
-    optional(&mut add, b.kv_lens, Operand::KvLens, [part!("io/kv_lens"), part!("io/kv_lens_none")]);
-    if b.kernel.is_scores() {
+    add(if b.kv_lens { part!("io/kv_lens") } else { part!("io/kv_lens_none") });
+    let fused = b.kernel.is_fused();
+    if b.kernel.is_scores() || fused {
         if b.projected {
             let number = Slot::Projected.number().to_string();
             add(&part!("io/query_projected").replace("BINDING", &number));
@@ -69,33 +87,69 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         }
         if b.mask {
             add(&named(part!("io/row"), Operand::Mask));
+            add(&named(part!("io/mask"), Operand::Mask));
+        } else {
+            add(part!("io/mask_none"));
         }
-        optional(&mut add, b.mask, Operand::Mask, [part!("io/mask"), part!("io/mask_none")]);
-        optional(&mut add, b.alibi, Operand::AlibiSlopes, [part!("io/alibi"), part!("io/alibi_none")]);
+        add(if b.alibi { part!("io/alibi") } else { part!("io/alibi_none") });
         add(part!("score"));
     } else {
         add(part!("values_range"));
     }
-    if b.kernel == Kernel::SoftmaxRow {
-        optional(&mut add, b.sinks, Operand::Sinks, [part!("io/sink"), part!("io/sink_none")]);
-        optional(&mut add, b.lse, Operand::Lse, [part!("io/lse"), part!("io/lse_none")]);
+    if b.kernel == Kernel::SoftmaxRow || fused {
+        add(if b.sinks { part!("io/sink") } else { part!("io/sink_none") });
+        if b.lse {
+            add(&named(part!("io/lse"), Operand::Lse));
+        } else {
+            add(part!("io/lse_none"));
+        }
     }
     if let Some(io) = b.o {
         add(&named(part!("io/row"), Operand::O));
         add(&store(io));
-        add(if b.parts { part!("io/finish_part") } else { part!("io/finish_whole") });
-        add(part!("careful"));
+        add(match (fused, b.parts) {
+            (false, false) => part!("io/finish_whole"),
+            (false, true) => part!("io/finish_part"),
+            (true, false) => part!("io/end_whole"),
+            (true, true) => part!("io/end_part"),
+        });
+        add(if fused { part!("online_softmax") } else { part!("careful") });
     }
     add(match b.kernel {
-        Kernel::Project => unreachable!("composed above"),
+        Kernel::Project | Kernel::Bundle => unreachable!("composed above"),
         Kernel::ScoresTile => part!("kernel/scores_tile"),
         Kernel::ScoresDirect => part!("kernel/scores_direct"),
         Kernel::SoftmaxRow => part!("kernel/softmax_row"),
         Kernel::ValuesTile => part!("kernel/values_tile"),
         Kernel::ValuesDirect => part!("kernel/values_direct"),
         Kernel::Weights => part!("kernel/weights"),
+        Kernel::FusedTile => part!("kernel/fused_tile"),
+        Kernel::FusedRow => {
+            add(&unroll(part!("kernel/fused_row"), &constants(b)));
+            return out;
+        }
     });
     out
+}
+
+/// Key lengths, slopes and sinks: each from its own buffer, or all from one.
+fn lists(add: &mut impl FnMut(&str), b: &Blueprint) {
+    if b.bundled {
+        add(&part!("io/bundle").replace("BINDING", &Slot::Bundle.number().to_string()));
+    }
+    for (present, operand, first) in [
+        (b.alibi, Operand::AlibiSlopes, "0u"),
+        (b.sinks, Operand::Sinks, "params.heads_q"),
+        (b.kv_lens, Operand::KvLens, "2u * params.heads_q"),
+    ] {
+        let text = match (present, b.bundled) {
+            (true, false) => part!("io/list"),
+            (true, true) => part!("io/list_bundled"),
+            (false, _) if b.kernel == Kernel::Bundle => part!("io/list_none"),
+            (false, _) => continue,
+        };
+        add(&named(text, operand).replace("FIRST", first));
+    }
 }
 
 /// The kernel's own compile-time sizes.
@@ -103,7 +157,7 @@ fn constants(b: &Blueprint) -> Vec<(&'static str, u32)> {
     let t = &b.tiles;
     let values = [("VALUES_ROWS", t.values_rows), ("VALUES_STEP", t.values_step)];
     let own: &[(&str, u32)] = match b.kernel {
-        Kernel::Project => &[("LANES", b.threads())],
+        Kernel::Project | Kernel::Bundle => &[("LANES", b.threads())],
         Kernel::ScoresTile => &[("SIDE", t.scores_lanes), ("STEP", t.scores_step)],
         Kernel::ScoresDirect => {
             &[("LANES", t.scores_lanes), ("ROWS", t.scores_rows), ("KEYS", t.scores_keys / t.scores_lanes)]
@@ -112,9 +166,23 @@ fn constants(b: &Blueprint) -> Vec<(&'static str, u32)> {
         Kernel::ValuesTile => &[("SIDE", t.values_lanes)],
         Kernel::ValuesDirect => &[("LANES", t.values_lanes)],
         Kernel::Weights => &[("LANES", b.threads())],
+        Kernel::FusedTile => &[
+            ("LANES", t.fused.lanes),
+            ("ROW_LANES", t.fused.row_lanes),
+            ("ROWS", t.fused.rows),
+            ("SLICE", t.fused.slice),
+            ("QUADS", t.fused.quads),
+        ],
+        Kernel::FusedRow => &[
+            ("LANES", FusedRow::LANES),
+            ("ROWS", t.row.rows),
+            ("KEYS", t.row.keys),
+            ("QUADS", t.row.width.div_ceil(4)),
+            ("QUADS_V", t.row.width_v.div_ceil(4)),
+        ],
     };
     let mut all = own.to_vec();
-    if b.kernel != Kernel::Project && !b.kernel.is_scores() {
+    if matches!(b.kernel, Kernel::SoftmaxRow | Kernel::ValuesTile | Kernel::ValuesDirect | Kernel::Weights) {
         all.extend(values);
     }
     all
@@ -123,10 +191,6 @@ fn constants(b: &Blueprint) -> Vec<(&'static str, u32)> {
 fn named(text: &str, operand: Operand) -> String {
     text.replace("OPERAND", &operand.to_string())
         .replace("BINDING", &Slot::Operand(operand).number().to_string())
-}
-
-fn optional(add: &mut impl FnMut(&str), present: bool, operand: Operand, [with, without]: [&str; 2]) {
-    if present { add(&named(with, operand)) } else { add(without) }
 }
 
 fn load(io: Io, operand: Operand) -> String {

@@ -10,7 +10,7 @@ use common::check::{Expected, Gap, poison};
 use common::gpu::{self, Gpu, Guarded, Kind, download, upload};
 use wgpu_attention::{
     Attention, AttentionProblem, Bias, Caps, DeviceRequest, Dtype, Error, Family, Inputs, Layout, Operand,
-    Operands, Plan, PlanOptions, Similarity, TensorRef,
+    Operands, Path, Plan, PlanOptions, Similarity, TensorRef,
 };
 
 fn problem() -> AttentionProblem {
@@ -411,9 +411,16 @@ fn an_output_beside_an_input() {
     both.resize(problem.extent(Operand::O) as usize, f32::NAN);
     let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
     let buffer = upload(device, "k and o", bytemuck::cast_slice(&both), usage);
-    let plan = gpu.attention.plan(&problem).expect("served");
+    let on = |path| {
+        let options = PlanOptions { path: Some(path), ..PlanOptions::default() };
+        gpu.attention.plan_with(&problem, &options).expect("served")
+    };
     let operands = Operands { k: &buffer, o: &buffer, ..guarded.operands() };
     let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+    // One kernel that does both is refused.
+    let refused = gpu.attention.encode(&mut encoder, &on(Path::Fused), &operands);
+    assert!(matches!(refused, Err(Error::Aliased { operand: Operand::O, with: Operand::K })), "{refused:?}");
+    let plan = on(Path::Staged);
     gpu.attention.encode(&mut encoder, &plan, &operands).expect("no dispatch reads k and writes o");
     queue.submit([encoder.finish()]);
     let bytes = download(device, queue, &buffer);
@@ -480,17 +487,30 @@ fn plans() {
     assert!(what.starts_with('k'), "{what}");
     assert_eq!((need, got), (256 << 20, caps.max_storage_binding));
     // A budget below one row.
-    let options = PlanOptions { scratch_budget: Some(15), ..PlanOptions::default() };
+    let staged = PlanOptions { path: Some(Path::Staged), ..PlanOptions::default() };
+    let options = PlanOptions { scratch_budget: Some(15), ..staged.clone() };
     let Err(Error::LimitExceeded { what, need, got: 15 }) = plan(&problem(), &caps, &options) else {
         panic!("a row of scores in 15 bytes")
     };
     assert!(what.contains("scratch_budget") && need > 15, "{what} {need}");
     // What the error says is needed is enough.
-    let options = PlanOptions { scratch_budget: Some(need), ..PlanOptions::default() };
+    let options = PlanOptions { scratch_budget: Some(need), ..staged };
     assert!(plan(&problem(), &caps, &options).is_ok());
 
+    // The fused kernels make no weights; the plan's own choice does.
+    let weights = AttentionProblem { weights: true, ..problem() };
+    let options = PlanOptions { path: Some(Path::Fused), ..PlanOptions::default() };
+    let Err(Error::KernelUnfit { why, .. }) = plan(&weights, &caps, &options) else {
+        panic!("weights from a kernel that has none")
+    };
+    assert!(why.contains("weights"), "{why}");
+    assert_eq!(plan(&weights, &caps, &PlanOptions::default()).expect("served").path(), Path::Staged);
+    // A family of another path than the one asked for.
+    let options = PlanOptions { family: Some(Family::StagedTile), ..options };
+    assert!(matches!(plan(&problem(), &caps, &options), Err(Error::KernelUnfit { .. })));
+
     let few = Caps { max_invocations: 64, ..Caps::minimal() };
-    let options = PlanOptions { family: Some(Family::Tile), ..PlanOptions::default() };
+    let options = PlanOptions { family: Some(Family::StagedTile), ..PlanOptions::default() };
     let Err(Error::KernelUnfit { kernel, why }) = plan(&problem(), &few, &options) else {
         panic!("256 threads on a device that has 64")
     };

@@ -48,6 +48,7 @@ fn check(case: &Case, golden: Golden) {
     let mut subjects = vec![Subject::Oracle];
     subjects.extend(Subject::few());
     for subject in subjects {
+        let case = &subject.asked(case);
         match subject.run(case) {
             Ok(Outcome::Done(out, gap)) => {
                 for (against, expected) in [("the fixture", &expected), ("the oracle", &own)] {

@@ -161,7 +161,7 @@ fn check_shader(shader: &Shader, caps: &Caps) {
 fn check_plan(plan: &Plan, caps: &Caps, budget: u64) {
     let context = || format!("{plan}{:?}", plan.problem());
     assert!(plan.scratch_bytes() <= budget, "{} of {budget}: {}", plan.scratch_bytes(), context());
-    assert_eq!(plan.path(), Path::Staged);
+    assert_eq!(plan.path(), plan.family().path());
     assert_eq!(plan.kernels(), plan.shaders().iter().map(|shader| shader.name).collect::<Vec<_>>());
     let kernels: HashSet<_> = plan.kernels().into_iter().collect();
     let mut dispatched = HashSet::new();
@@ -202,9 +202,18 @@ fn every_composed_shader_is_valid_and_declares_what_the_plan_says() {
             }
         }
     }
-    for name in
-        ["project", "scores_tile", "scores_direct", "softmax_row", "values_tile", "values_direct", "weights"]
-    {
+    for name in [
+        "project",
+        "scores_tile",
+        "scores_direct",
+        "softmax_row",
+        "values_tile",
+        "values_direct",
+        "weights",
+        "bundle",
+        "fused_tile",
+        "fused_row",
+    ] {
         assert!(names.contains(name), "{name} was never planned: {names:?}");
     }
     common::say(&format!("{} different shaders are valid", seen.len()));
@@ -250,20 +259,27 @@ fn any_budget_is_kept() {
             axes.batch = axes.batch.max(1);
             axes.seq_q = axes.seq_q.max(1);
             let problem = axes.build(i).problem;
-            let mut budget = 1;
-            let least = loop {
-                let options = PlanOptions { scratch_budget: Some(budget), ..PlanOptions::default() };
-                match Plan::new(&problem, &caps, &options) {
-                    Ok(_) => break budget,
-                    Err(Error::LimitExceeded { need, got, .. }) => {
-                        assert!(need > got && got == budget);
-                        budget = need;
+            for family in Family::ALL.into_iter().map(Some).chain([None]) {
+                let plan = |budget| {
+                    let options =
+                        PlanOptions { family, scratch_budget: Some(budget), ..PlanOptions::default() };
+                    Plan::new(&problem, &caps, &options)
+                };
+                let mut budget = 1;
+                let least = loop {
+                    match plan(budget) {
+                        Ok(_) => break Some(budget),
+                        Err(Error::LimitExceeded { need, got, .. }) => {
+                            assert!(need > got && got == budget);
+                            budget = need;
+                        }
+                        Err(Error::KernelUnfit { .. }) if family.is_some() => break None,
+                        Err(error) => panic!("{error}"),
                     }
-                    Err(error) => panic!("{error}"),
-                }
-            };
-            for budget in [least, least + 1, 3 * least, 10_000.max(least), 1 << 20, u64::MAX] {
-                for plan in plans(&problem, &caps, Some(budget)) {
+                };
+                let Some(least) = least else { continue };
+                for budget in [least, least + 1, 3 * least, 10_000.max(least), 1 << 20, u64::MAX] {
+                    let Ok(plan) = plan(budget) else { panic!("{budget} after {least} was enough") };
                     check_plan(&plan, &caps, budget);
                     let per_chunk = plan.kernels().len();
                     let dispatches = plan.dispatches().count();
@@ -363,7 +379,7 @@ fn plans_explain_themselves() {
         }
         let text = Plan::new(&problem, &caps, &PlanOptions::default()).expect("served").to_string();
         for family in Family::ALL {
-            assert!(text.contains(&format!("{family} kernels")), "why {family} or why not: {text}");
+            assert!(text.contains(&family.to_string()), "why {family} or why not: {text}");
         }
     }
     // A device on which the tile kernels do not fit: the plan says which limit it was.

@@ -11,7 +11,8 @@ use common::gpu::{self, Door, Kind};
 use common::rng::{Rng, env_number, fresh_seed};
 use common::subject::{Outcome, Subject, check_all};
 use wgpu_attention::{
-    Align, Attention, AttentionProblem, Bias, Dtype, Family, Layout, Operand, PlanOptions, Tensor, Window,
+    Align, Attention, AttentionProblem, Bias, Dtype, Family, Layout, Operand, Path, PlanOptions, Tensor,
+    Window,
 };
 
 /// Multiplications that the oracle may spend on one case of a table.
@@ -263,6 +264,9 @@ fn any_scratch_budget_gives_the_same_bits() {
         let expected = Expected::of(&case);
         for subject in Subject::few() {
             let Subject::Gpu { kind, checks, family, .. } = subject else { continue };
+            let case = subject.asked(&case);
+            // The fused kernels only have scratch for what bilinear problems project.
+            let staged = subject.gives_weights();
             let gpu = gpu::get(kind, checks).expect("listed");
             let mut whole: Option<wgpu_attention::Outputs> = None;
             for scratch_budget in [None, Some(1 << 20), Some(64 << 10), Some(16 << 10)] {
@@ -271,7 +275,7 @@ fn any_scratch_budget_gives_the_same_bits() {
                 let context = format!("{subject:?} within {scratch_budget:?}, {} chunks", plan.chunks());
                 if let Some(budget) = scratch_budget {
                     assert!(plan.scratch_bytes() <= budget, "{context}: {} bytes", plan.scratch_bytes());
-                    assert!(budget > 16 << 10 || plan.chunks() > 1, "{context}");
+                    assert!(budget > 16 << 10 || !staged || plan.chunks() > 1, "{context}");
                 }
                 let Ok(Outcome::Done(out, gap)) = subject.run_within(&case, scratch_budget) else {
                     panic!("{context} is not served\n  {}", case.name);
@@ -423,7 +427,9 @@ fn stale_scratch_reaches_nothing() {
             let case = axes.build(i as u64);
             for family in Family::ALL {
                 let options = PlanOptions { family: Some(family), ..PlanOptions::default() };
-                for case in [&poison, &case] {
+                let (mut poison, mut case) = (poison.clone(), case.clone());
+                for case in [&mut poison, &mut case] {
+                    case.problem.weights &= family.path() == Path::Staged;
                     let plan = own.plan_with(&case.problem, &options).expect("served");
                     let out = own.run_plan_blocking(&plan, &case.data.inputs()).expect("served");
                     if let Err(what) = Expected::of(case).check(case, &out, Gap::Zero) {

@@ -6,7 +6,7 @@ mod common;
 use common::case::{Axes, Case, Sim};
 use common::check::{Expected, Gap, poison};
 use common::gpu::{self, Guarded, Kind, download};
-use wgpu_attention::{Align, Attention, Dtype, Outputs};
+use wgpu_attention::{Align, Attention, Dtype, Outputs, Path, PlanOptions};
 
 fn cases() -> Vec<Case> {
     let base = Axes { heads: (2, 1), seq_q: 33, seq_kv: 65, ..Axes::default() };
@@ -145,7 +145,11 @@ fn futures_resolve_by_themselves() {
     let case = &cases()[0];
     let out = pollster::block_on(attention.run(&case.problem, &case.data.inputs())).expect("served");
     assert!(Expected::of(case).check(case, &out, Gap::Zero).is_ok());
-    assert!(attention.scratch_bytes() > 0);
+    // Scores are what takes scratch.
+    let staged = PlanOptions { path: Some(Path::Staged), ..PlanOptions::default() };
+    let staged = attention.plan_with(&case.problem, &staged).expect("served");
+    pollster::block_on(attention.run_plan(&staged, &case.data.inputs())).expect("served");
+    assert_eq!(attention.scratch_bytes(), staged.scratch_bytes());
     attention.free_scratch();
     assert_eq!(attention.scratch_bytes(), 0);
     assert_eq!(run(&attention, case), out);

@@ -1,7 +1,7 @@
 //! `adapters`: what there is, and what this crate can do on it.
 
 use clap::Args;
-use wgpu_attention::{AttentionProblem, Caps, Dtype, Error, Family, Path, Plan, PlanOptions};
+use wgpu_attention::{AttentionProblem, Caps, Dtype, Error, Family, Plan, PlanOptions};
 
 use crate::backend;
 use crate::failure::Result;
@@ -69,7 +69,7 @@ fn describe(caps: &Caps) -> String {
         ("dispatch", format!("{} workgroups a dimension", caps.max_dispatch)),
     ];
     for family in Family::ALL {
-        lines.push(("kernels", format!("{}:{family}: {}", Path::Staged, fits(caps, family))));
+        lines.push(("kernels", format!("{family}: {}", fits(caps, family))));
     }
     let missing = caps.missing();
     let missing = if missing.is_empty() { "nothing".into() } else { missing.join("; ") };
@@ -83,7 +83,7 @@ fn describe(caps: &Caps) -> String {
 
 /// For which element types the planner accepts a middling problem.
 fn fits(caps: &Caps, family: Family) -> String {
-    let options = PlanOptions { path: Some(Path::Staged), family: Some(family), ..PlanOptions::default() };
+    let options = PlanOptions { family: Some(family), ..PlanOptions::default() };
     let mut serves = Vec::new();
     let mut refuses = Vec::new();
     for dtype in Dtype::ALL {

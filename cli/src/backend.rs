@@ -38,26 +38,18 @@ impl FromStr for Backend {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let (path, family) = match text.split_once(':') {
-            Some((path, family)) => (path, Some(family)),
+        let (path, named) = match text.split_once(':') {
+            Some((path, named)) => (path, Some(named)),
             None => (text, None),
         };
-        match (path, family) {
+        match (path, named) {
             ("oracle", None) => return Ok(Self::Oracle),
             ("cpu", None) => return Ok(Self::Cpu),
             _ => {}
         }
         let path: Path =
-            path.parse().map_err(|_| format!("no path '{path}'; there are cpu, oracle, staged"))?;
-        let family = family
-            .map(|name| {
-                name.parse().map_err(|_| {
-                    let all: Vec<String> = Family::ALL.iter().map(Family::to_string).collect();
-                    format!("no kernel family '{name}'; there are {}", all.join(", "))
-                })
-            })
-            .transpose()?;
-        Ok(Self::Gpu(path, family))
+            path.parse().map_err(|_| format!("no path '{path}'; there are cpu, oracle, staged, fused"))?;
+        Ok(Self::Gpu(path, named.map(|name| family(path, name)).transpose()?))
     }
 }
 
@@ -67,7 +59,7 @@ impl fmt::Display for Backend {
             Self::Oracle => f.write_str("oracle"),
             Self::Cpu => f.write_str("cpu"),
             Self::Gpu(path, None) => write!(f, "{path}"),
-            Self::Gpu(path, Some(family)) => write!(f, "{path}:{family}"),
+            Self::Gpu(path, Some(family)) => write!(f, "{path}:{}", family.name()),
         }
     }
 }
@@ -79,6 +71,30 @@ pub(crate) enum Choice {
     Auto,
     /// That one.
     Only(Backend),
+}
+
+impl Choice {
+    /// The same with a kernel forced; `auto` means the fused path then.
+    pub(crate) fn with_kernel(self, name: &str) -> Result<Self> {
+        let path = match self {
+            Self::Auto => Path::Fused,
+            Self::Only(Backend::Gpu(path, None)) => path,
+            Self::Only(other) => {
+                return Err(Failure::input(format!(
+                    "--kernel {name} forces a kernel of a GPU path, not of {other}"
+                )));
+            }
+        };
+        Ok(Self::Only(Backend::Gpu(path, Some(family(path, name).map_err(Failure::input)?))))
+    }
+}
+
+/// A family by its name among those of a path.
+pub(crate) fn family(path: Path, name: &str) -> Result<Family, String> {
+    Family::of(path).find(|family| family.name() == name).ok_or_else(|| {
+        let all: Vec<_> = Family::of(path).map(Family::name).collect();
+        format!("no kernel '{name}' on the {path} path; there are {}", all.join(", "))
+    })
 }
 
 impl FromStr for Choice {

@@ -17,10 +17,10 @@ pub(crate) struct ExplainArgs {
     /// Element type of q, k and v
     #[arg(long, value_enum, default_value = "f32")]
     dtype: DtypeArg,
-    /// Plan for that path (staged)
+    /// Plan for that path (staged, fused)
     #[arg(long, value_name = "PATH", value_parser = parse_path)]
     path: Option<Path>,
-    /// Plan with that kernel family (tile, direct)
+    /// Plan with that kernel family (staged:tile, fused:tile, ...)
     #[arg(long, value_name = "NAME", value_parser = parse_family)]
     family: Option<Family>,
     /// Bytes that scratch may take
@@ -46,7 +46,7 @@ pub(crate) struct ExplainArgs {
 }
 
 fn parse_path(text: &str) -> Result<Path, String> {
-    text.parse().map_err(|_| "there is: staged".into())
+    text.parse().map_err(|_| "there are: staged, fused".into())
 }
 
 fn parse_family(text: &str) -> Result<Family, String> {

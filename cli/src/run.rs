@@ -38,9 +38,12 @@ pub(crate) struct RunArgs {
     /// Order of the dimensions of q, k, v and o
     #[arg(long, value_enum, default_value = "bhsd")]
     layout: LayoutArg,
-    /// auto, staged, cpu or oracle; auto is the adapter if there is one, else the CPU
+    /// auto, fused, staged, cpu or oracle; auto is the adapter if there is one, else the CPU
     #[arg(long, value_name = "PATH", default_value = "auto")]
     path: Choice,
+    /// Force a kernel of the path: row or tile (fused), tile or direct (staged)
+    #[arg(long, value_name = "NAME")]
+    kernel: Option<String>,
     /// A part of the adapter's name
     #[arg(long, value_name = "TEXT")]
     adapter: Option<String>,
@@ -59,12 +62,13 @@ pub(crate) struct RunArgs {
 
 /// Computes and writes.
 pub(crate) fn run(args: &RunArgs) -> Result<()> {
+    let path = args.kernel.as_deref().map_or(Ok(args.path), |name| args.path.with_kernel(name))?;
     let output = OutputFile::new(&args.output)?;
     let mut archive = Archive::open(&args.input)?;
     let out_dtype = args.out_dtype.map(|OutDtype::F32| Dtype::F32);
     let loaded = load::load(&mut archive, &args.contract, args.layout, out_dtype)?;
     let problem = AttentionProblem { lse: true, weights: args.weights, ..loaded.problem };
-    let computed = backend::compute(args.path, args.adapter.as_deref(), &problem, &loaded.data.inputs())?;
+    let computed = backend::compute(path, args.adapter.as_deref(), &problem, &loaded.data.inputs())?;
     output.write(&serialize(&problem, &computed.outputs, loaded.o_shape)?)?;
     if !args.quiet {
         eprintln!("{}: by {}", args.output.display(), computed.by);

@@ -124,8 +124,8 @@ fn verify_passes_and_repeats() {
 fn explain_needs_no_adapter() {
     let plain =
         succeed(&["explain", "1x32/8x100/300x64", "--minimal", "--dtype", "f16", "--causal", "top-left"]);
-    assert!(plain.contains("staged") && !plain.contains("@compute"), "{plain}");
-    let shaders = succeed(&["explain", "1x8x64x64", "--minimal", "--wgsl"]);
+    assert!(plain.contains("path fused") && !plain.contains("@compute"), "{plain}");
+    let shaders = succeed(&["explain", "1x8x64x64", "--minimal", "--path", "staged", "--wgsl"]);
     assert!(shaders.matches("@compute").count() >= 3, "{shaders}");
     succeed(&["explain", "1x8x64x64"]);
 }

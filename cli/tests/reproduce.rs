@@ -62,7 +62,7 @@ impl Case {
             let mut args = vec!["run", &from, "-o", &to, "--path", path, "--quiet"];
             args.extend(self.flags.iter().map(String::as_str));
             if self.weights.is_some() {
-                args.push("--weights");
+                args.extend(weights_flag(path));
             }
             succeed(&args);
             let got = read(Path::new(&to));
@@ -80,7 +80,7 @@ impl Case {
             if let Some(lse) = &self.lse {
                 near("lse", lse, 1e-4);
             }
-            if let Some(weights) = &self.weights {
+            if let (Some(weights), false) = (&self.weights, weights_flag(path).is_empty()) {
                 near("weights", weights, 1e-5);
             }
         }

@@ -13,7 +13,7 @@ fn run(path: &str, input: &Tensors, flags: &[&str]) -> Tensors {
     args.extend(flags);
     let output = program(&args);
     assert!(output.status.success(), "{args:?}: {output:?}");
-    assert!(output.stderr.is_empty() || path == "staged", "quiet: {output:?}");
+    assert!(output.stderr.is_empty() || ["staged", "fused"].contains(&path), "quiet: {output:?}");
     assert_eq!(folder.files(), ["in.safetensors", "out.safetensors"], "nothing else is left behind");
     read(&folder.path("out.safetensors"))
 }
@@ -29,13 +29,16 @@ fn two_keys_by_hand() {
     let one = |values: &[f32]| Stored::f32(&[values.len(), 1], values);
     let input = tensors([("q", one(&[1.0])), ("k", one(&[0.0, 3f32.ln()])), ("v", one(&[4.0, 8.0]))]);
     for path in paths() {
-        let got = run(path, &input, &["--weights"]);
+        let got = run(path, &input, weights_flag(path));
         assert_eq!(got["o"].shape, [1, 1], "rank 2 in, rank 2 out");
         assert_near(path, &got["o"].values(), &[7.0], 1e-5);
         assert_eq!(got["lse"].shape, [1, 1, 1]);
         assert_near(path, &got["lse"].values(), &[4f64.ln()], 1e-5);
-        assert_eq!(got["weights"].shape, [1, 1, 1, 2]);
-        assert_near(path, &got["weights"].values(), &[0.25, 0.75], 1e-5);
+        assert_eq!(got.contains_key("weights"), !weights_flag(path).is_empty());
+        if let Some(weights) = got.get("weights") {
+            assert_eq!(weights.shape, [1, 1, 1, 2]);
+            assert_near(path, &weights.values(), &[0.25, 0.75], 1e-5);
+        }
         let without = run(path, &input, &[]);
         assert_eq!((without.len(), without.contains_key("weights")), (2, false));
     }
@@ -83,13 +86,14 @@ fn every_option_gives_what_the_oracle_gives() {
     ];
     let paths = paths();
     let mut seen: Vec<Tensors> = Vec::new();
-    for (name, input, mut flags) in cases {
-        flags.push("--weights");
-        let want = run("oracle", &input, &flags);
+    for (name, input, flags) in cases {
+        let flags = |path| [&flags, weights_flag(path)].concat();
+        let want = run("oracle", &input, &flags("oracle"));
         assert!(name.starts_with("others") || !seen.contains(&want), "{name} changes something");
         for path in paths.iter().filter(|path| **path != "oracle") {
-            let got = run(path, &input, &flags);
-            for output in ["o", "lse", "weights"] {
+            let got = run(path, &input, &flags(path));
+            assert_eq!(got.len(), want.len() - usize::from(weights_flag(path).is_empty()), "{name} {path}");
+            for output in got.keys().map(String::as_str) {
                 assert_eq!(got[output].shape, want[output].shape, "{name} {path} {output}");
                 assert_eq!(got[output].dtype, Dtype::F32);
                 assert_near(
@@ -153,14 +157,14 @@ fn o_has_the_layout_rank_and_type_of_q() {
 #[test]
 fn empty_dimensions_are_legal() {
     for path in paths() {
-        let no_keys = run(path, &qkv([1, 2, 3, 4], [1, 2, 0, 4], [1, 2, 0, 5]), &["--weights"]);
+        let no_keys = run(path, &qkv([1, 2, 3, 4], [1, 2, 0, 4], [1, 2, 0, 5]), weights_flag(path));
         assert_eq!(
             (no_keys["o"].shape.as_slice(), no_keys["o"].values()),
             (&[1, 2, 3, 5][..], vec![0.0; 30])
         );
         assert_eq!(no_keys["lse"].values(), [f64::NEG_INFINITY; 6]);
-        assert_eq!(no_keys["weights"].shape, [1, 2, 3, 0]);
-        let no_queries = run(path, &qkv([1, 2, 0, 4], [1, 2, 3, 4], [1, 2, 3, 5]), &["--weights"]);
+        assert!(no_keys.get("weights").is_none_or(|weights| weights.shape == [1, 2, 3, 0]));
+        let no_queries = run(path, &qkv([1, 2, 0, 4], [1, 2, 3, 4], [1, 2, 3, 5]), weights_flag(path));
         assert_eq!(
             (no_queries["o"].shape.as_slice(), no_queries["lse"].shape.as_slice()),
             (&[1, 2, 0, 5][..], &[1, 2, 0][..])
@@ -208,11 +212,32 @@ fn an_existing_output_is_replaced_and_a_pipe_is_written_to() {
 }
 
 #[test]
+fn a_kernel_can_be_forced() {
+    let folder = Folder::new();
+    let (small, wide) = ([1, 2, 9, 8], [1, 1, 2, 600]);
+    let from = folder.write("in.safetensors", file(&qkv(small, small, small)));
+    let too_wide = folder.write("wide.safetensors", file(&qkv(wide, wide, wide)));
+    let to = folder.text("out.safetensors");
+    if paths().contains(&"fused") {
+        for (path, kernel) in [("fused", "row"), ("fused", "tile"), ("auto", "row"), ("staged", "direct")] {
+            let output = program(&["run", &from, "-o", &to, "--path", path, "--kernel", kernel]);
+            let stderr = String::from_utf8(output.stderr).unwrap();
+            let used = if path == "staged" { "scores_direct".into() } else { format!("fused_{kernel}") };
+            assert!(output.status.success() && stderr.contains(&used), "{stderr}");
+        }
+        let args = ["run", &too_wide, "-o", &to, "--path", "fused", "--kernel", "row"];
+        refuse("fused_row unrolls head_dim + head_dim_v = 1200", &args);
+    }
+    refuse("no kernel 'direct' on the fused path", &["run", &from, "-o", &to, "--kernel", "direct"]);
+    refuse("--kernel row", &["run", &from, "-o", &to, "--path", "cpu", "--kernel", "row"]);
+}
+
+#[test]
 fn auto_says_what_it_used() {
     let folder = Folder::new();
     let from = folder.write("in.safetensors", file(&qkv([1, 1, 2, 2], [1, 1, 2, 2], [1, 1, 2, 2])));
     let output = program(&["run", &from, "-o", &folder.text("out.safetensors")]);
     let stderr = String::from_utf8(output.stderr).unwrap();
-    let used = if paths().contains(&"staged") { "staged" } else { "the CPU" };
+    let used = if paths().contains(&"staged") { "fused" } else { "the CPU" };
     assert!(output.status.success() && stderr.contains(used), "{stderr}");
 }

@@ -1,7 +1,5 @@
-@group(0) @binding(BINDING) var<storage, read> alibi_slopes: array<f32>;
-
 // slope * |query position - key position| (Press 2021).
 fn alibi(h: u32, i: u32, j: u32, len_k: u32) -> f32 {
     let position = i32(i) + position_offset(params.alibi_align, len_k);
-    return alibi_slopes[h] * f32(abs(position - i32(j)));
+    return bitcast<f32>(read_alibi_slopes(h)) * f32(abs(position - i32(j)));
 }

@@ -1,7 +1,7 @@
 //! The things under test behind one call: the oracle (to prove the harness), the CPU path, and the
-//! staged GPU path on every device kind, kernel family, shader mode and way in.
+//! GPU paths on every device kind, kernel family, shader mode and way in.
 
-use wgpu_attention::{Error, Family, Outputs, PlanOptions, Tensor, reference};
+use wgpu_attention::{Error, Family, Outputs, Path, PlanOptions, Tensor, reference};
 
 use super::case::Case;
 use super::check::{Expected, Gap};
@@ -72,6 +72,18 @@ impl Subject {
         few
     }
 
+    /// Whether it makes the weights, if asked: a kernel without a score matrix does not.
+    pub fn gives_weights(self) -> bool {
+        !matches!(self, Self::Gpu { family: Some(family), .. } if family.path() == Path::Fused)
+    }
+
+    /// The case as this subject is asked it: the rest of it where it gives no weights.
+    pub fn asked(self, case: &Case) -> Case {
+        let mut case = case.clone();
+        case.problem.weights &= self.gives_weights();
+        case
+    }
+
     pub fn run(self, case: &Case) -> Result<Outcome, Error> {
         self.run_within(case, None)
     }
@@ -105,8 +117,9 @@ impl Subject {
     /// serve the case, or what went wrong.
     pub fn check(self, case: &Case, expected: &Expected) -> Result<Option<f64>, String> {
         let fail = |what: String| format!("{self:?}: {what}\n  {}", case.name);
-        match self.run(case) {
-            Ok(Outcome::Done(out, gap)) => expected.check(case, &out, gap).map(Some).map_err(fail),
+        let case = self.asked(case);
+        match self.run(&case) {
+            Ok(Outcome::Done(out, gap)) => expected.check(&case, &out, gap).map(Some).map_err(fail),
             Ok(Outcome::Unsupported(_)) => Ok(None),
             Err(e) => Err(fail(e.to_string())),
         }
@@ -117,6 +130,7 @@ impl Subject {
     /// # Panics
     /// When the outputs are outside the budget.
     pub fn outputs(self, case: &Case) -> Option<Outputs> {
+        let case = &self.asked(case);
         match self.run(case) {
             Ok(Outcome::Done(out, gap)) => {
                 if let Err(what) = Expected::of(case).check(case, &out, gap) {

@@ -43,10 +43,13 @@ pub(crate) struct BenchArgs {
     /// Element type of q, k and v (several: separated by commas)
     #[arg(long, value_enum, value_delimiter = ',', value_name = "LIST", default_value = "f32")]
     dtype: Vec<DtypeArg>,
-    /// Paths, separated by commas: cpu, oracle, staged (staged:tile, staged:direct force a kernel
-    /// family) [default: cpu,staged]
+    /// Paths, separated by commas: cpu, oracle, fused, staged (fused:row, fused:tile, staged:tile,
+    /// staged:direct force a kernel) [default: cpu,fused,staged]
     #[arg(long, value_delimiter = ',', value_name = "LIST")]
     path: Vec<Backend>,
+    /// Kernels of the fused path to set against each other, as --path fused:NAME,...
+    #[arg(long, value_delimiter = ',', value_name = "LIST", value_parser = parse_kernel)]
+    kernel: Vec<Backend>,
     /// A part of the adapter's name
     #[arg(long, value_name = "TEXT")]
     adapter: Option<String>,
@@ -69,12 +72,16 @@ pub(crate) struct BenchArgs {
     synthetic: SyntheticArgs,
 }
 
+fn parse_kernel(name: &str) -> std::result::Result<Backend, String> {
+    Ok(Backend::Gpu(Path::Fused, Some(backend::family(Path::Fused, name)?)))
+}
+
 /// Measures, prints and writes.
 pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     let file = |path: &Option<PathBuf>| path.as_deref().map(OutputFile::new).transpose();
     let (csv, json, plot) = (file(&args.csv)?, file(&args.json)?, file(&args.plot)?);
     let problems = problems(args)?;
-    let asked = !args.path.is_empty();
+    let asked = !(args.path.is_empty() && args.kernel.is_empty());
     let (backends, engine) = backends(args)?;
 
     let bar = progress(args.quiet, problems.len() * backends.len());
@@ -128,15 +135,16 @@ fn problems(args: &BenchArgs) -> Result<Vec<AttentionProblem>> {
 
 /// The paths to measure, and the adapter if one of them needs it.
 fn backends(args: &BenchArgs) -> Result<(Vec<Backend>, Option<Attention>)> {
-    if !args.path.is_empty() {
-        let needs_adapter = args.path.iter().any(|backend| matches!(backend, Backend::Gpu(..)));
+    let asked: Vec<_> = args.path.iter().chain(&args.kernel).copied().collect();
+    if !asked.is_empty() {
+        let needs_adapter = asked.iter().any(|backend| matches!(backend, Backend::Gpu(..)));
         let engine = if needs_adapter { Some(backend::open(args.adapter.as_deref())?) } else { None };
-        return Ok((args.path.clone(), engine));
+        return Ok((asked, engine));
     }
     let engine = backend::open_if_any(args.adapter.as_deref())?;
     let mut backends = vec![Backend::Cpu];
     if engine.is_some() {
-        backends.push(Backend::Gpu(Path::Staged, None));
+        backends.extend([Path::Fused, Path::Staged].map(|path| Backend::Gpu(path, None)));
     } else {
         output::print(&format!("no adapter: this is the CPU alone. For {}\n\n", backend::SOFTWARE_ADAPTER));
     }

@@ -7,9 +7,7 @@ mod tally;
 use clap::Args;
 use indicatif::ProgressBar;
 use wgpu_attention::reference::{self, Reference};
-use wgpu_attention::{
-    Attention, AttentionProblem, Dtype, Error, Family, Inputs, Outputs, Path, TensorRef, cpu,
-};
+use wgpu_attention::{Attention, AttentionProblem, Dtype, Error, Family, Inputs, Outputs, TensorRef, cpu};
 
 use crate::backend::{self, Backend};
 use crate::failure::{Failure, Result};
@@ -49,7 +47,7 @@ pub(crate) struct VerifyArgs {
 /// Runs the sweep and prints the table.
 pub(crate) fn run(args: &VerifyArgs) -> Result<()> {
     let backends = if args.path.is_empty() {
-        let families = Family::ALL.into_iter().map(|family| Backend::Gpu(Path::Staged, Some(family)));
+        let families = Family::ALL.into_iter().map(|family| Backend::Gpu(family.path(), Some(family)));
         [Backend::Cpu].into_iter().chain(families).collect()
     } else {
         args.path.clone()

@@ -1,0 +1,232 @@
+// Fused attention by rows (online softmax, Milakov & Gimelshein 2018; lazy rescaling, FlashAttention 4),
+// for adapters that run on a CPU. With m the running maximum and l the running sum, KEYS keys a step:
+//
+//   s = finish(q k)   m' = max(m, s) if that rises by more than LAZY, else m
+//   p = exp(s - m')   l' = l exp(m - m') + sum p   o' = o exp(m - m') + sum p v
+//
+// A thread owns ROWS query rows and all that belongs to them: q, o, m and l live in variables of their
+// own, hence the unrolled text (src/unroll.rs). K and V are read at workgroup-uniform addresses, which
+// such an adapter turns into broadcasts: nothing is gathered, scattered or exchanged in the loop, and
+// there is no workgroup memory. Sums run in two levels of LEVEL keys, so that the rounding error of a
+// long row does not grow with it.
+
+// Keys between two additions to the outer sums.
+const LEVEL = 256u;
+
+@compute @workgroup_size(LANES)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    // Orders nothing. With a barrier, lavapipe's compiler makes the shader a coroutine, and its bounds
+    // checks conditional moves beside the arithmetic instead of branches before it: 1.6 times as fast.
+    workgroupBarrier();
+    let tiles_q = div_ceil(params.row_count, LANES * ROWS);
+    let tile = linear_group(group, groups);
+    if tile >= tiles_q * params.head_count {
+        return;
+    }
+    let head = tile / tiles_q;
+    let first_row = tile % tiles_q * LANES * ROWS;
+    let row_end = min(first_row + LANES * ROWS, params.row_count);
+    let bh = batch_head(head);
+    let kv_head = bh.y / params.group_size;
+    let len_k = key_length(bh.x);
+    let seen = own_part(tile_kv_range(params.row_first + first_row, params.row_first + row_end, len_k));
+    let seen_by_all = own_part(tile_full_range(params.row_first + first_row, params.row_first + row_end, len_k));
+    let k_begin = row_k(bh.x, kv_head, 0u);
+    let v_begin = row_v(bh.x, kv_head, 0u);
+
+    // Rows past the end repeat the last one, and are not stored.
+    //$ for r in 0..ROWS
+    let row_$r = min(first_row + $ru * LANES + lane, params.row_count - 1u);
+    let query_$r = query_row(head, row_$r);
+    let start_$r = start_of(head * params.row_count + row_$r);
+    //$ for i in 0..QUADS
+    let q_$r_$i = load4_q(query_$r, 4u * $iu);
+    //$ end
+    //$ for i in 0..QUADS_V
+    var total_$r_$i = vec4<f32>();
+    //$ end
+    var m_$r = start_$r.x;
+    var l_$r = 0.0;
+    //$ end
+
+    for (var level = seen.x; level < seen.y; level += LEVEL) {
+        let level_end = min(level + LEVEL, seen.y);
+        //$ for r in 0..ROWS
+        //$ for i in 0..QUADS_V
+        var o_$r_$i = vec4<f32>();
+        //$ end
+        var sum_$r = 0.0;
+        var shrink_$r = 1.0;
+        //$ end
+        for (var j = level; j < level_end; j += KEYS) {
+            //$ for c in 0..KEYS
+            let j_$c = min(j + $cu, len_k - 1u);
+            let k_$c = quad_at_k(k_begin + j_$c * params.k_stride_s);
+            let v_$c = quad_at_v(v_begin + j_$c * params.v_stride_s);
+            //$ for r in 0..ROWS
+            var s_$r_$c = 0.0;
+            //$ end
+            //$ end
+            //$ for i in 0..QUADS
+            {
+                //$ for c in 0..KEYS
+                let k4_$c = quad_k(k_$c, $iu);
+                //$ end
+                //$ for c in 0..KEYS
+                //$ for r in 0..ROWS
+                s_$r_$c += q_$r_$i.x * k4_$c.x;
+                //$ end
+                //$ end
+                //$ for c in 0..KEYS
+                //$ for r in 0..ROWS
+                s_$r_$c += q_$r_$i.y * k4_$c.y;
+                //$ end
+                //$ end
+                //$ for c in 0..KEYS
+                //$ for r in 0..ROWS
+                s_$r_$c += q_$r_$i.z * k4_$c.z;
+                //$ end
+                //$ end
+                //$ for c in 0..KEYS
+                //$ for r in 0..ROWS
+                s_$r_$c += q_$r_$i.w * k4_$c.w;
+                //$ end
+                //$ end
+            }
+            //$ end
+            //$ for r in 0..ROWS
+            //$ for c in 0..KEYS
+            s_$r_$c = finish_kept(s_$r_$c, bh.x, bh.y, params.row_first + row_$r, j_$c, len_k);
+            //$ end
+            //$ end
+            if j < seen_by_all.x || j + KEYS > seen_by_all.y {
+                //$ for r in 0..ROWS
+                let range_$r = own_part(kv_range(params.row_first + row_$r, len_k));
+                //$ for c in 0..KEYS
+                if j + $cu < range_$r.x || j + $cu >= range_$r.y {
+                    s_$r_$c = DROPPED;
+                }
+                //$ end
+                //$ end
+            }
+            var rises = false;
+            //$ for r in 0..ROWS
+            var peak_$r = s_$r_0;
+            //$ for c in 1..KEYS
+            peak_$r = max(peak_$r, s_$r_$c);
+            //$ end
+            rises = rises || peak_$r > m_$r + LAZY;
+            //$ end
+            if rises {
+                //$ for r in 0..ROWS
+                let m_new_$r = max(m_$r, peak_$r);
+                let by_$r = shrinking(m_$r, m_new_$r);
+                m_$r = m_new_$r;
+                sum_$r *= by_$r;
+                shrink_$r *= by_$r;
+                //$ for i in 0..QUADS_V
+                o_$r_$i *= by_$r;
+                //$ end
+                //$ end
+            }
+            //$ for r in 0..ROWS
+            // A dropped key weighs exp of something huge and negative: 0, also where no key was seen.
+            let base_$r = select(m_$r, 0.0, m_$r == DROPPED);
+            //$ for c in 0..KEYS
+            let p_$r_$c = exp_of_one((s_$r_$c - base_$r) * LOG2_E);
+            sum_$r += p_$r_$c;
+            //$ end
+            //$ end
+            //$ for i in 0..QUADS_V
+            {
+                //$ for c in 0..KEYS
+                let v4_$c = quad_v(v_$c, $iu);
+                //$ end
+                //$ for r in 0..ROWS
+                //$ for c in 0..KEYS
+                o_$r_$i += p_$r_$c * v4_$c;
+                //$ end
+                //$ end
+            }
+            //$ end
+        }
+        //$ for r in 0..ROWS
+        l_$r = l_$r * shrink_$r + sum_$r;
+        //$ for i in 0..QUADS_V
+        total_$r_$i = total_$r_$i * shrink_$r + o_$r_$i;
+        //$ end
+        //$ end
+    }
+
+    var careful = 0u;
+    //$ for r in 0..ROWS
+    if first_row + $ru * LANES + lane < params.row_count {
+        var finite = true;
+        //$ for i in 0..QUADS_V
+        finite = finite && is_finite4(total_$r_$i);
+        //$ end
+        if finite {
+            let index = head * params.row_count + row_$r;
+            let end = end_of(index, bh.y, start_$r, m_$r, l_$r, true);
+            let at = row_o(bh.x, bh.y, params.row_first + row_$r);
+            //$ for i in 0..QUADS_V
+            end_quad(index, at, 4u * $iu, total_$r_$i, end);
+            //$ end
+        } else {
+            careful |= 1u << $ru;
+        }
+    }
+    //$ end
+    if careful == 0u {
+        return;
+    }
+
+    // The second look at a row that is not finite: 0 * NaN is NaN, so a NaN or an infinity in a value
+    // whose key is dropped must be stepped over, while one whose key is kept must spread.
+    for (var r = 0u; r < ROWS; r += 1u) {
+        if (careful & (1u << r)) == 0u {
+            continue;
+        }
+        var start = start_0;
+        var m = m_0;
+        var l = l_0;
+        //$ for r in 1..ROWS
+        if r == $ru {
+            start = start_$r;
+            m = m_$r;
+            l = l_$r;
+        }
+        //$ end
+        let row = first_row + r * LANES + lane;
+        let query = query_row(head, row);
+        let range = own_part(kv_range(params.row_first + row, len_k));
+        //$ for i in 0..QUADS_V
+        var sum_$i = vec4<f32>();
+        //$ end
+        for (var j = range.x; j < range.y; j += 1u) {
+            let k = row_k(bh.x, kv_head, j);
+            var s = 0.0;
+            //$ for i in 0..QUADS
+            s += dot(load4_q(query, 4u * $iu), load4_k(k, 4u * $iu));
+            //$ end
+            s = finish_kept(s, bh.x, bh.y, params.row_first + row, j, len_k);
+            if bitcast<u32>(s) != bitcast<u32>(DROPPED) {
+                let p = exp_of_one((s - m) * LOG2_E);
+                let v = row_v(bh.x, kv_head, j);
+                //$ for i in 0..QUADS_V
+                sum_$i += p * load4_v(v, 4u * $iu);
+                //$ end
+            }
+        }
+        let index = head * params.row_count + row;
+        let end = end_of(index, bh.y, start, m, l, true);
+        let at = row_o(bh.x, bh.y, params.row_first + row);
+        //$ for i in 0..QUADS_V
+        end_quad(index, at, 4u * $iu, sum_$i, end);
+        //$ end
+    }
+}

@@ -1,0 +1,214 @@
+// Fused attention through workgroup memory (FlashAttention, Dao 2022; 2: Dao 2023): no score leaves
+// the workgroup. With m the running maximum, l the running sum and keys in steps of TILE_KV:
+//
+//   S = finish(Q KT)                      (TILE_Q, head_dim) @ (head_dim, TILE_KV)
+//   m' = max(m, rowmax S) if that rises by more than LAZY, else m
+//   P = exp(S - m')   l' = l exp(m - m') + rowsum P
+//   O' = O exp(m - m') + P V              (TILE_Q, TILE_KV) @ (TILE_KV, head_dim_v)
+//
+// A workgroup of LANES x ROW_LANES threads owns TILE_Q = ROW_LANES ROWS query rows of one head. A
+// thread owns ROWS of them, of each step's scores the keys x + LANES c (c < 4), and of O the quads
+// x + LANES n: so m, l and the rescaling of O need no exchange but the maximum over a row's LANES.
+// K and V take turns in wg_kv, SLICE quads of a row at a time; Q comes from the caches. Workgroup
+// memory is priced in src/fused.rs; four barriers a step where a row is one slice, two more for each
+// further slice of K or V. Each step's P V is summed apart before it joins O, so that the rounding
+// error of a long row does not grow with it.
+
+const TILE_Q = ROW_LANES * ROWS;
+const TILE_KV = 4u * LANES;
+const THREADS = LANES * ROW_LANES;
+const KV_SKEW = SLICE + 1u;
+const P_SKEW = LANES + 1u;
+const SLICE_QUADS = SLICE / LANES;
+
+var<workgroup> wg_kv: array<vec4<f32>, TILE_KV * KV_SKEW>;
+var<workgroup> wg_p: array<vec4<f32>, TILE_Q * P_SKEW>;
+var<workgroup> wg_peak: array<f32, TILE_Q * LANES>;
+// Whether the staged values hold something that is not finite.
+var<workgroup> wg_careful: atomic<u32>;
+
+@compute @workgroup_size(LANES, ROW_LANES)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_id) local: vec3<u32>,
+    @builtin(local_invocation_index) thread: u32,
+) {
+    let tiles_q = div_ceil(params.row_count, TILE_Q);
+    let tile = linear_group(group, groups);
+    if tile >= tiles_q * params.head_count {
+        return;
+    }
+    let head = tile / tiles_q;
+    let row = tile % tiles_q * TILE_Q;
+    let row_end = min(row + TILE_Q, params.row_count);
+    let bh = batch_head(head);
+    let kv_head = bh.y / params.group_size;
+    let len_k = key_length(bh.x);
+    let seen = own_part(tile_kv_range(params.row_first + row, params.row_first + row_end, len_k));
+    let seen_by_all = tile_full_range(params.row_first + row, params.row_first + row_end, len_k);
+    let quads = div_ceil(params.head_dim, 4u);
+    let quads_v = div_ceil(params.head_dim_v, 4u);
+    let own_row = local.y * ROWS;
+
+    // Rows past the end repeat the last one, and are not stored.
+    var query: array<u32, ROWS>;
+    var start: array<vec2<f32>, ROWS>;
+    var m: array<f32, ROWS>;
+    var l: array<f32, ROWS>;
+    var acc: array<vec4<f32>, ROWS * QUADS>;
+    for (var r = 0u; r < ROWS; r += 1u) {
+        let own = min(row + own_row + r, params.row_count - 1u);
+        query[r] = query_row(head, own);
+        start[r] = start_of(head * params.row_count + own);
+        m[r] = start[r].x;
+        l[r] = 0.0;
+    }
+    for (var n = 0u; n < ROWS * QUADS; n += 1u) {
+        acc[n] = vec4<f32>();
+    }
+
+    for (var first = seen.x / TILE_KV * TILE_KV; first < seen.y; first += TILE_KV) {
+        var dots = array<vec4<f32>, ROWS>();
+        for (var begin = 0u; begin < quads; begin += SLICE) {
+            workgroupBarrier();
+            for (var at = thread; at < TILE_KV * SLICE; at += THREADS) {
+                let e = begin + at % SLICE;
+                var k = vec4<f32>();
+                if e < quads {
+                    k = load4_k(row_k(bh.x, kv_head, min(first + at / SLICE, len_k - 1u)), 4u * e);
+                }
+                wg_kv[at / SLICE * KV_SKEW + at % SLICE] = k;
+            }
+            if thread == 0u {
+                atomicStore(&wg_careful, 0u);
+            }
+            workgroupBarrier();
+            for (var e = 0u; e < min(SLICE, quads - begin); e += 1u) {
+                let k0 = wg_kv[local.x * KV_SKEW + e];
+                let k1 = wg_kv[(local.x + LANES) * KV_SKEW + e];
+                let k2 = wg_kv[(local.x + 2u * LANES) * KV_SKEW + e];
+                let k3 = wg_kv[(local.x + 3u * LANES) * KV_SKEW + e];
+                for (var r = 0u; r < ROWS; r += 1u) {
+                    let q = load4_q(query[r], 4u * (begin + e));
+                    dots[r] += vec4<f32>(dot(q, k0), dot(q, k1), dot(q, k2), dot(q, k3));
+                }
+            }
+        }
+
+        let inside = first >= seen_by_all.x && first + TILE_KV <= seen_by_all.y;
+        for (var r = 0u; r < ROWS; r += 1u) {
+            let i = params.row_first + min(row + own_row + r, params.row_count - 1u);
+            var range = vec2<u32>(0u, len_k);
+            if !inside {
+                range = own_part(kv_range(i, len_k));
+            }
+            for (var c = 0u; c < 4u; c += 1u) {
+                let j = first + local.x + c * LANES;
+                dots[r][c] = finish_score(dots[r][c], bh.x, bh.y, i, j, range, len_k);
+            }
+            let s = dots[r];
+            wg_peak[(own_row + r) * LANES + local.x] = max(max(s.x, s.y), max(s.z, s.w));
+        }
+        workgroupBarrier();
+        for (var r = 0u; r < ROWS; r += 1u) {
+            var peak = DROPPED;
+            for (var x = 0u; x < LANES; x += 1u) {
+                peak = max(peak, wg_peak[(own_row + r) * LANES + x]);
+            }
+            if peak > m[r] + LAZY {
+                let shrink = shrinking(m[r], peak);
+                m[r] = peak;
+                l[r] *= shrink;
+                for (var n = 0u; n < QUADS; n += 1u) {
+                    acc[r * QUADS + n] *= shrink;
+                }
+            }
+            let dropped = bitcast<vec4<u32>>(dots[r]) == vec4<u32>(bitcast<u32>(DROPPED));
+            let p = exp_of((dots[r] - m[r]) * LOG2_E);
+            let kept = select(p, vec4<f32>(), dropped);
+            l[r] += (kept.x + kept.y) + (kept.z + kept.w);
+            let mark = vec4<f32>(bitcast<f32>(DROPPED_WEIGHT_BITS));
+            wg_p[(own_row + r) * P_SKEW + local.x] = select(p, mark, dropped);
+        }
+
+        for (var begin = 0u; begin < QUADS; begin += SLICE_QUADS) {
+            if begin > 0u {
+                workgroupBarrier();
+            }
+            for (var at = thread; at < TILE_KV * SLICE; at += THREADS) {
+                let key = first + at / SLICE;
+                let e = begin * LANES + at % SLICE;
+                var v = vec4<f32>();
+                if key < len_k && e < quads_v {
+                    v = load4_v(row_v(bh.x, kv_head, key), 4u * e);
+                }
+                // 0 * NaN is NaN, also where the key is dropped: such quads are added by themselves.
+                if !is_finite4(v) {
+                    v = vec4<f32>();
+                    atomicStore(&wg_careful, 1u);
+                }
+                wg_kv[at / SLICE * KV_SKEW + at % SLICE] = v;
+            }
+            workgroupBarrier();
+            for (var n = 0u; n < min(SLICE_QUADS, QUADS - begin); n += 1u) {
+                var part = array<vec4<f32>, ROWS>();
+                let column = local.x + n * LANES;
+                for (var x = 0u; x < LANES; x += 1u) {
+                    let v0 = wg_kv[x * KV_SKEW + column];
+                    let v1 = wg_kv[(x + LANES) * KV_SKEW + column];
+                    let v2 = wg_kv[(x + 2u * LANES) * KV_SKEW + column];
+                    let v3 = wg_kv[(x + 3u * LANES) * KV_SKEW + column];
+                    for (var r = 0u; r < ROWS; r += 1u) {
+                        let p = wg_p[(own_row + r) * P_SKEW + x];
+                        part[r] += p.x * v0 + p.y * v1 + p.z * v2 + p.w * v3;
+                    }
+                }
+                for (var r = 0u; r < ROWS; r += 1u) {
+                    acc[r * QUADS + begin + n] += part[r];
+                }
+            }
+            if atomicLoad(&wg_careful) != 0u {
+                for (var n = 0u; n < min(SLICE_QUADS, QUADS - begin); n += 1u) {
+                    let d = 4u * (local.x + (begin + n) * LANES);
+                    for (var key = 0u; key < TILE_KV && first + key < len_k && d < params.head_dim_v; key += 1u) {
+                        let v = load4_v(row_v(bh.x, kv_head, first + key), d);
+                        if !is_finite4(v) {
+                            for (var r = 0u; r < ROWS; r += 1u) {
+                                let p = wg_p[(own_row + r) * P_SKEW + key % LANES][key / LANES];
+                                if !is_dropped_weight(p) {
+                                    acc[r * QUADS + begin + n] += p * v;
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    // A row's sum lies spread over its lanes.
+    workgroupBarrier();
+    for (var r = 0u; r < ROWS; r += 1u) {
+        wg_peak[(own_row + r) * LANES + local.x] = l[r];
+    }
+    workgroupBarrier();
+    for (var r = 0u; r < ROWS; r += 1u) {
+        let own = row + own_row + r;
+        if own < params.row_count {
+            var sum = 0.0;
+            for (var x = 0u; x < LANES; x += 1u) {
+                sum += wg_peak[(own_row + r) * LANES + x];
+            }
+            let index = head * params.row_count + own;
+            let end = end_of(index, bh.y, start[r], m[r], sum, local.x == 0u);
+            let at = row_o(bh.x, bh.y, params.row_first + own);
+            for (var n = 0u; n < QUADS; n += 1u) {
+                let d = 4u * (local.x + n * LANES);
+                if d < params.head_dim_v {
+                    end_quad(index, at, d, acc[r * QUADS + n], end);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,178 @@
+//! Tiles of the fused kernels: pure functions of widths, lengths and device, priced in bytes of
+//! workgroup memory and registers of a thread.
+
+use crate::caps::Caps;
+
+/// Keys of a lane in a step of the tile kernel: one vec4 of weights.
+pub(crate) const LANE_KEYS: u32 = 4;
+
+/// Most f32 registers that a thread of the tile kernel spends on its part of o. With the scores, the
+/// operands and a partial sum it stays under the 128 at which GPUs begin to hide no latency.
+const MOST_OUTPUT_REGISTERS: u32 = 64;
+
+/// Registers of a thread at which the tile kernel no longer makes sense.
+pub(crate) const MOST_REGISTERS: u32 = 160;
+
+/// The tile kernel's sizes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct FusedTile {
+    /// Threads that share a query row.
+    pub(crate) lanes: u32,
+    /// Threads along the rows.
+    pub(crate) row_lanes: u32,
+    /// Query rows of a thread.
+    pub(crate) rows: u32,
+    /// Quads of head_dim or head_dim_v that are staged at a time.
+    pub(crate) slice: u32,
+    /// Quads of head_dim_v of a thread.
+    pub(crate) quads: u32,
+}
+
+impl FusedTile {
+    /// Of kernels that are none.
+    pub(crate) const NONE: Self = Self { lanes: 0, row_lanes: 0, rows: 0, slice: 0, quads: 0 };
+
+    /// Query rows of a workgroup.
+    pub(crate) fn tile_q(self) -> u32 {
+        self.row_lanes * self.rows
+    }
+
+    /// Keys of a step.
+    pub(crate) fn tile_kv(self) -> u32 {
+        self.lanes * LANE_KEYS
+    }
+
+    pub(crate) fn threads(self) -> u32 {
+        self.lanes * self.row_lanes
+    }
+
+    /// Workgroup memory: a slice of the key or value tile and the weights (both skewed by a vec4, so
+    /// that rows begin in different banks), a partial maximum for each row and lane, and a flag.
+    pub(crate) fn workgroup_bytes(self) -> u32 {
+        let staged = self.tile_kv() * (self.slice + 1);
+        let weights = self.tile_q() * (self.lanes + 1);
+        16 * (staged + weights) + 4 * self.tile_q() * self.lanes + 4
+    }
+
+    /// Registers of a thread that live through a step: o, scores, a partial sum, maxima and sums, and
+    /// the operands of one product.
+    pub(crate) fn registers(self) -> u32 {
+        4 * self.rows * self.quads + self.rows * (LANE_KEYS + 4 + 2) + 4 * (LANE_KEYS + 1)
+    }
+}
+
+/// The tile kernel's sizes for a problem: the widest step of keys whose tiles fit the device's
+/// workgroup memory (barriers dominate small steps), then the widest slice.
+pub(crate) fn tile(seq_q: usize, head_dim: usize, head_dim_v: usize, caps: &Caps) -> FusedTile {
+    let quads = |width: usize| (width as u32).div_ceil(4);
+    let widest = quads(head_dim.max(head_dim_v));
+    let threads = caps.max_invocations.clamp(8, 128);
+    let candidate = |lanes: u32, slice: u32| {
+        let row_lanes = threads / lanes;
+        let own_quads = quads(head_dim_v).div_ceil(lanes);
+        // Rows that there are, and registers that there are.
+        let wanted = (seq_q as u32).div_ceil(row_lanes).next_power_of_two();
+        let rows = (MOST_OUTPUT_REGISTERS / 4 / own_quads).clamp(1, 4).min(wanted);
+        let rows = if rows == 3 { 2 } else { rows.max(1) };
+        FusedTile {
+            lanes,
+            row_lanes,
+            rows,
+            slice: slice.min(widest).next_multiple_of(lanes),
+            quads: own_quads,
+        }
+    };
+    let all = [8, 4, 2].into_iter().flat_map(|lanes| [32, 16, 8].map(|slice| candidate(lanes, slice)));
+    let fits = |tile: &FusedTile| tile.workgroup_bytes() <= caps.max_workgroup_bytes;
+    all.clone().find(fits).or(all.last()).unwrap_or(FusedTile::NONE)
+}
+
+/// The row kernel's sizes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct FusedRow {
+    /// Query rows of a thread.
+    pub(crate) rows: u32,
+    /// Keys of a step.
+    pub(crate) keys: u32,
+    /// head_dim and head_dim_v.
+    pub(crate) width: u32,
+    pub(crate) width_v: u32,
+}
+
+/// Widths of q and v together beyond which the row kernel's text takes too long to compile.
+const MOST_ROW_WIDTH: u32 = 512;
+
+impl FusedRow {
+    /// Of kernels that are none.
+    pub(crate) const NONE: Self = Self { rows: 0, keys: 0, width: 0, width_v: 0 };
+
+    /// Threads of a workgroup: a vector of most processors, so that no workgroup loops over several.
+    pub(crate) const LANES: u32 = 8;
+
+    /// Query rows of a workgroup.
+    pub(crate) fn tile_q(self) -> u32 {
+        self.rows * Self::LANES
+    }
+
+    /// Variables of a thread that live through a step: q, o in two levels, maxima and sums.
+    pub(crate) fn variables(self) -> u32 {
+        self.rows * (self.width + 2 * self.width_v + 4)
+    }
+
+    /// Why these widths do not fit; `None` when they do.
+    pub(crate) fn unfit(self) -> Option<String> {
+        let need = self.width + self.width_v;
+        (need > MOST_ROW_WIDTH).then(|| {
+            format!("fused_row unrolls head_dim + head_dim_v = {need} columns, {MOST_ROW_WIDTH} is the most")
+        })
+    }
+}
+
+/// The row kernel's sizes for a problem. More rows and keys use each load more often; but the loop has
+/// to stay inside a processor's instruction cache (32 KiB, some 5000 instructions), and the variables
+/// inside its data cache. Found by trial on lavapipe 26.1.
+pub(crate) fn row(seq_q: usize, head_dim: usize, head_dim_v: usize) -> FusedRow {
+    let (width, width_v) = (head_dim as u32, head_dim_v as u32);
+    let (rows, keys) = match width.next_multiple_of(4) + width_v.next_multiple_of(4) {
+        0..=64 => (6, 2),
+        65..=160 => (3, 2),
+        161..=256 => (3, 1),
+        _ => (1, 1),
+    };
+    // No more rows than there are.
+    let rows = rows.min((seq_q as u32).div_ceil(FusedRow::LANES).max(1));
+    FusedRow { rows, keys, width, width_v }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn default_limits_have_a_tile_for_every_width() {
+        for head_dim in [1, 4, 7, 32, 64, 80, 96, 128, 160, 256, 512] {
+            for head_dim_v in [1, 8, 64, 100, 128, 256, 512] {
+                for seq_q in [1, 17, 4096] {
+                    let t = tile(seq_q, head_dim, head_dim_v, &Caps::minimal());
+                    assert!(t.workgroup_bytes() <= 16 << 10, "{head_dim} {head_dim_v}: {t:?}");
+                    assert!(
+                        t.registers() <= MOST_REGISTERS,
+                        "{head_dim} {head_dim_v}: {t:?}, {}",
+                        t.registers()
+                    );
+                    assert!(
+                        t.slice.is_multiple_of(t.lanes) && t.quads * t.lanes * 4 >= head_dim_v as u32,
+                        "{t:?}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn more_workgroup_memory_takes_wider_slices() {
+        let roomy = Caps { max_workgroup_bytes: 32 << 10, ..Caps::minimal() };
+        let (wide, narrow) = (tile(4096, 128, 128, &roomy), tile(4096, 128, 128, &Caps::minimal()));
+        assert!(wide.slice > narrow.slice && wide.tile_kv() >= narrow.tile_kv(), "{wide:?} {narrow:?}");
+    }
+}
