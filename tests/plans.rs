@@ -9,7 +9,7 @@ use common::case::values;
 use common::rng::Rng;
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 use wgpu_attention::{
-    AttentionProblem, Caps, Dtype, Error, Family, Layout, Operand, Path, Plan, PlanOptions, Shader,
+    Align, AttentionProblem, Caps, Dtype, Error, Family, Layout, Operand, Path, Plan, PlanOptions, Shader,
     Similarity,
 };
 
@@ -473,5 +473,37 @@ fn the_noop_device_accepts_every_plan() {
             attention.encode(&mut encoder, &plan, &operands).unwrap_or_else(|e| panic!("{e}\n{plan}"));
             queue.submit([encoder.finish()]);
         }
+    }
+}
+
+/// A quarter of a million tokens against themselves: no matrix of scores, scratch of a few numbers a
+/// row, dispatches that no watchdog minds; and wgpu takes the commands.
+#[test]
+fn a_quarter_of_a_million_tokens_are_planned_and_encoded() {
+    use wgpu_attention::{Attention, Operands};
+    let (device, queue) = wgpu::Device::noop(&wgpu::DeviceDescriptor::default());
+    let attention = Attention::new(&device, &queue);
+    let (n, d) = (256 << 10, 64);
+    let problem =
+        AttentionProblem { causal: Some(Align::BottomRight), ..AttentionProblem::new(1, 1, 1, n, n, d, d) };
+    let [q, k, v, o] = [0; 4].map(|_| {
+        device.create_buffer(&wgpu::BufferDescriptor {
+            label: None,
+            size: (4 * n * d) as u64,
+            usage: wgpu::BufferUsages::STORAGE,
+            mapped_at_creation: false,
+        })
+    });
+    for family in Family::of(Path::Fused) {
+        let options = PlanOptions { family: Some(family), ..PlanOptions::default() };
+        let plan = attention.plan_with(&problem, &options).expect("served");
+        assert!(plan.scratch_bytes() <= 4 * (n * (d + 4)) as u64, "{plan}");
+        // The last chunk of rows against all keys, in parts: 2 n (D + Dv) FLOP a row, over the parts.
+        let rows = n.div_ceil(plan.chunks());
+        let parts = plan.dispatches().count() / plan.chunks();
+        assert!(parts > 1 && rows * (n / parts) * 4 * d < 400_000_000_000, "{plan}");
+        let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        attention.encode(&mut encoder, &plan, &Operands::new(&q, &k, &v, &o)).expect("encoded");
+        queue.submit([encoder.finish()]);
     }
 }

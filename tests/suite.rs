@@ -239,6 +239,10 @@ fn long_rows() {
     let many = Axes { heads: (1, 1), seq_q: 64, seq_kv: 131_000, head_dim: 4, head_dim_v: 3, ..causal };
     let many = Axes { causal: None, window: None, weights: false, lens: Lens::None, ..many };
     cases.push((many.build(10), Subject::few()));
+    // The end of a quarter of a million tokens that attend to themselves: their last rows.
+    let tokens = Axes { causal: Some(Align::BottomRight), heads: (1, 1), seq_q: 3, ..Axes::default() };
+    let tokens = Axes { seq_kv: 256 << 10, head_dim: 64, head_dim_v: 64, ..tokens };
+    cases.push((tokens.build(11), Subject::few()));
     check_all("long rows", &cases);
 }
 
