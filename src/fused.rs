@@ -2,6 +2,7 @@
 //! workgroup memory and registers of a thread.
 
 use crate::caps::Caps;
+use crate::problem::AttentionProblem;
 
 /// Keys of a lane in a step of the tile kernel: one vec4 of weights.
 pub(crate) const LANE_KEYS: u32 = 4;
@@ -97,14 +98,18 @@ pub(crate) struct FusedRow {
     /// head_dim and head_dim_v.
     pub(crate) width: u32,
     pub(crate) width_v: u32,
+    /// The widest q and v together that compile in time.
+    pub(crate) widest: u32,
 }
 
-/// Widths of q and v together beyond which the row kernel's text takes too long to compile.
-const MOST_ROW_WIDTH: u32 = 512;
+/// Widths of q and v together beyond which the row kernel's text takes too long to compile (some
+/// drivers' time grows with its square), and where each element of k or v is a load of its own.
+const MOST_ROW_WIDTH: u32 = 256;
+const MOST_ROW_WIDTH_BY_ELEMENT: u32 = 160;
 
 impl FusedRow {
     /// Of kernels that are none.
-    pub(crate) const NONE: Self = Self { rows: 0, keys: 0, width: 0, width_v: 0 };
+    pub(crate) const NONE: Self = Self { rows: 0, keys: 0, width: 0, width_v: 0, widest: 0 };
 
     /// Threads of a workgroup: a vector of most processors, so that no workgroup loops over several.
     pub(crate) const LANES: u32 = 8;
@@ -122,26 +127,33 @@ impl FusedRow {
     /// Why these widths do not fit; `None` when they do.
     pub(crate) fn unfit(self) -> Option<String> {
         let need = self.width + self.width_v;
-        (need > MOST_ROW_WIDTH).then(|| {
-            format!("fused_row unrolls head_dim + head_dim_v = {need} columns, {MOST_ROW_WIDTH} is the most")
+        let widest = self.widest;
+        (need > widest).then(|| {
+            format!("fused_row unrolls head_dim + head_dim_v = {need} columns, {widest} is the most here")
         })
     }
 }
 
 /// The row kernel's sizes for a problem. More rows and keys use each load more often; but the loop has
 /// to stay inside a processor's instruction cache (32 KiB, some 5000 instructions), and the variables
-/// inside its data cache. Found by trial on lavapipe 26.1.
-pub(crate) fn row(seq_q: usize, head_dim: usize, head_dim_v: usize) -> FusedRow {
-    let (width, width_v) = (head_dim as u32, head_dim_v as u32);
+/// inside its data cache. Found by trial on lavapipe 26.1. Each score's own finish, and elements that
+/// are loaded one by one, are text as well, which drivers take seconds to compile: then one key a step.
+pub(crate) fn row(problem: &AttentionProblem) -> FusedRow {
+    let (width, width_v) = (problem.head_dim as u32, problem.head_dim_v as u32);
+    let p = problem;
+    let finish = p.softcap.is_some() || p.bias.is_some() || p.alibi || p.mask.is_some();
+    let vec4 = p.k.is_vec4(p.head_dim) && p.v.is_vec4(p.head_dim_v);
     let (rows, keys) = match width.next_multiple_of(4) + width_v.next_multiple_of(4) {
+        _ if !vec4 => (2, 1),
+        _ if finish => (3, 1),
         0..=64 => (6, 2),
         65..=160 => (3, 2),
-        161..=256 => (3, 1),
-        _ => (1, 1),
+        _ => (3, 1),
     };
     // No more rows than there are.
-    let rows = rows.min((seq_q as u32).div_ceil(FusedRow::LANES).max(1));
-    FusedRow { rows, keys, width, width_v }
+    let rows = rows.min((problem.seq_q as u32).div_ceil(FusedRow::LANES).max(1));
+    let widest = if vec4 { MOST_ROW_WIDTH } else { MOST_ROW_WIDTH_BY_ELEMENT };
+    FusedRow { rows, keys, width, width_v, widest }
 }
 
 #[cfg(test)]

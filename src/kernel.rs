@@ -228,10 +228,7 @@ pub(crate) fn tiles(family: Family, problem: &AttentionProblem, caps: &Caps) -> 
             fused: fused::tile(problem.seq_q, problem.head_dim, problem.head_dim_v, caps),
             ..Tiles::none(family)
         },
-        Family::FusedRow => Tiles {
-            row: fused::row(problem.seq_q, problem.head_dim, problem.head_dim_v),
-            ..Tiles::none(family)
-        },
+        Family::FusedRow => Tiles { row: fused::row(problem), ..Tiles::none(family) },
     }
 }
 

@@ -162,71 +162,63 @@ fn main(
         //$ end
     }
 
-    var careful = 0u;
-    //$ for r in 0..ROWS
-    if first_row + $ru * LANES + lane < params.row_count {
-        var finite = true;
-        //$ for i in 0..QUADS_V
-        finite = finite && is_finite4(total_$r_$i);
-        //$ end
-        if finite {
-            let index = head * params.row_count + row_$r;
-            let end = end_of(index, bh.y, start_$r, m_$r, l_$r, true);
-            let at = row_o(bh.x, bh.y, params.row_first + row_$r);
-            //$ for i in 0..QUADS_V
-            end_quad(index, at, 4u * $iu, total_$r_$i, end);
-            //$ end
-        } else {
-            careful |= 1u << $ru;
-        }
-    }
-    //$ end
-    if careful == 0u {
-        return;
-    }
-
-    // The second look at a row that is not finite: 0 * NaN is NaN, so a NaN or an infinity in a value
-    // whose key is dropped must be stepped over, while one whose key is kept must spread.
+    // Once a row, so its text is written once: drivers take their time over long texts.
     for (var r = 0u; r < ROWS; r += 1u) {
-        if (careful & (1u << r)) == 0u {
-            continue;
+        let row = first_row + r * LANES + lane;
+        if row >= params.row_count {
+            break;
         }
         var start = start_0;
         var m = m_0;
         var l = l_0;
-        //$ for r in 1..ROWS
+        var total: array<vec4<f32>, QUADS_V>;
+        //$ for r in 0..ROWS
         if r == $ru {
             start = start_$r;
             m = m_$r;
             l = l_$r;
+            //$ for i in 0..QUADS_V
+            total[$i] = total_$r_$i;
+            //$ end
         }
         //$ end
-        let row = first_row + r * LANES + lane;
-        let query = query_row(head, row);
-        let range = own_part(kv_range(params.row_first + row, len_k));
-        //$ for i in 0..QUADS_V
-        var sum_$i = vec4<f32>();
-        //$ end
-        for (var j = range.x; j < range.y; j += 1u) {
-            let k = row_k(bh.x, kv_head, j);
-            var s = 0.0;
-            //$ for i in 0..QUADS
-            s += dot(load4_q(query, 4u * $iu), load4_k(k, 4u * $iu));
+        var finite = true;
+        for (var i = 0u; i < QUADS_V; i += 1u) {
+            finite = finite && is_finite4(total[i]);
+        }
+        if !finite {
+            // A second look: 0 * NaN is NaN, so a NaN or an infinity in a value whose key is dropped must
+            // be stepped over, while one whose key is kept must spread.
+            // (Unrolled, since lavapipe counts a thread's iterations, nested ones too, up to 65535.)
+            //$ for i in 0..QUADS_V
+            var sum_$i = vec4<f32>();
             //$ end
-            s = finish_kept(s, bh.x, bh.y, params.row_first + row, j, len_k);
-            if bitcast<u32>(s) != bitcast<u32>(DROPPED) {
-                let p = exp_of_one((s - m) * LOG2_E);
-                let v = row_v(bh.x, kv_head, j);
-                //$ for i in 0..QUADS_V
-                sum_$i += p * load4_v(v, 4u * $iu);
+            let query = query_row(head, row);
+            let range = own_part(kv_range(params.row_first + row, len_k));
+            for (var j = range.x; j < range.y; j += 1u) {
+                let k = row_k(bh.x, kv_head, j);
+                var s = 0.0;
+                //$ for i in 0..QUADS
+                s += dot(load4_q(query, 4u * $iu), load4_k(k, 4u * $iu));
                 //$ end
+                s = finish_kept(s, bh.x, bh.y, params.row_first + row, j, len_k);
+                if bitcast<u32>(s) != bitcast<u32>(DROPPED) {
+                    let p = exp_of_one((s - m) * LOG2_E);
+                    let v = row_v(bh.x, kv_head, j);
+                    //$ for i in 0..QUADS_V
+                    sum_$i += p * load4_v(v, 4u * $iu);
+                    //$ end
+                }
             }
+            //$ for i in 0..QUADS_V
+            total[$i] = sum_$i;
+            //$ end
         }
         let index = head * params.row_count + row;
         let end = end_of(index, bh.y, start, m, l, true);
         let at = row_o(bh.x, bh.y, params.row_first + row);
-        //$ for i in 0..QUADS_V
-        end_quad(index, at, 4u * $iu, sum_$i, end);
-        //$ end
+        for (var i = 0u; i < QUADS_V; i += 1u) {
+            end_quad(index, at, 4u * i, total[i], end);
+        }
     }
 }
