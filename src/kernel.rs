@@ -156,14 +156,17 @@ impl Tiles {
     }
 }
 
-/// Keys of a part of the value kernels' work, a multiple of every value step. A thread of either
-/// family loops fewer than 40000 times for it even where a driver unrolls nothing; lavapipe ends a
-/// thread's loops after 65535 iterations in all.
-pub(crate) const PART_KEYS: usize = 8192;
+/// Keys of a part of the work of the kernels that sum values, a multiple of every step of theirs. A
+/// thread of any family loops fewer than 40000 times for it, even where a driver unrolls nothing and
+/// where a NaN makes it look twice; lavapipe ends a thread's loops after 65535 iterations in all.
+pub(crate) fn part_keys(problem: &AttentionProblem) -> usize {
+    let widest = problem.head_dim.max(problem.head_dim_v).next_power_of_two();
+    8192 * 64 / widest.clamp(64, 512)
+}
 
-/// Parts of the keys that the value kernels take one after the other.
+/// Parts of the keys that those kernels take one after the other.
 pub(crate) fn key_parts(problem: &AttentionProblem) -> usize {
-    problem.seq_kv.div_ceil(PART_KEYS).max(1)
+    problem.seq_kv.div_ceil(part_keys(problem)).max(1)
 }
 
 /// Words of the buffer that holds slopes, sinks and key lengths together.

@@ -3,7 +3,7 @@
 
 use crate::caps::Caps;
 use crate::error::{Error, Operand, Result};
-use crate::kernel::{Blueprint, Family, Kernel, PART_KEYS, Slot, Tiles, bundle_words, key_parts, tiles};
+use crate::kernel::{Blueprint, Family, Kernel, Slot, Tiles, bundle_words, key_parts, part_keys, tiles};
 use crate::layout::Layout;
 use crate::mask::Align;
 use crate::params::{ParamLayout, Params};
@@ -333,8 +333,8 @@ impl Plan {
             row_count: chunk.rows as u32,
             score_stride: self.score_stride() as u32,
             projected_stride: self.projected_stride() as u32,
-            key_first: (part * PART_KEYS) as u32,
-            key_end: if part + 1 == parts { u32::MAX } else { ((part + 1) * PART_KEYS) as u32 },
+            key_first: (part * part_keys(p)) as u32,
+            key_end: if part + 1 == parts { u32::MAX } else { ((part + 1) * part_keys(p)) as u32 },
             scale: p.effective_scale() as f32,
             softcap: p.softcap.unwrap_or(1.0),
             w_head_stride: if per_head { (p.query_dim() * p.head_dim) as u32 } else { 0 },
@@ -412,7 +412,7 @@ impl Plan {
             return u64::MAX;
         }
         let p = &self.problem;
-        let keys = p.seq_kv.clamp(1, PART_KEYS) as u64;
+        let keys = p.seq_kv.clamp(1, part_keys(p)) as u64;
         (DISPATCH_FLOP / (2 * keys * (p.head_dim + p.head_dim_v) as u64)).max(64)
     }
 

@@ -9,7 +9,7 @@ use common::case::{Axes, Case, Data, Lens, Sim, Spread, Storage, fill, values};
 use common::check::{Expected, Gap};
 use common::gpu::{self, Door, Kind};
 use common::rng::{Rng, env_number, fresh_seed};
-use common::subject::{Outcome, Subject, check_all};
+use common::subject::{Outcome, Subject, check_all, every};
 use wgpu_attention::{
     Align, Attention, AttentionProblem, Bias, Dtype, Family, Layout, Operand, Path, PlanOptions, Tensor,
     Window,
@@ -129,11 +129,9 @@ fn covering_cases() -> Vec<(Case, Vec<Subject>)> {
     cases.collect()
 }
 
-/// `WGPU_ATTENTION_TABLE=N` takes every Nth row: for slow adapters, and for hunting planted bugs.
 #[test]
 fn every_two_options_and_sizes_together() {
-    let every = env_number("WGPU_ATTENTION_TABLE").unwrap_or(1).max(1);
-    let cases: Vec<_> = covering_cases().into_iter().step_by(every as usize).collect();
+    let cases: Vec<_> = covering_cases().into_iter().step_by(every()).collect();
     check_all("covering table", &cases);
 }
 
@@ -408,6 +406,16 @@ fn nan_goes_where_it_is_read_and_nowhere_else() {
     case.name = format!("NaN beyond the causal edge, {}", case.name);
     assert!(Expected::of(&case).oracle.o.iter().all(|x| x.is_finite()));
     cases.push((case, Subject::all()));
+    // A NaN that every row keeps, under as many keys as one dispatch takes: whoever looks twice at such
+    // rows must come to their end.
+    for (seq_q, dim) in [(48, 64), (8, 512)] {
+        let long = Axes { batch: 1, heads: (1, 1), seq_q, seq_kv: 8192, ..base };
+        let mut case = Axes { head_dim: dim, head_dim_v: dim, ..long }.build(78);
+        let at = case.problem.v.index([0, 0, 3, 5]);
+        Arc::make_mut(&mut case.data.v).set(at, f32::NAN);
+        case.name = format!("NaN in one column, {}", case.name);
+        cases.push((case, Subject::few()));
+    }
     check_all("NaN and infinity", &cases);
 }
 

@@ -156,6 +156,24 @@ fn oracle_outputs(case: &Case) -> Result<Outputs, Error> {
     Ok(Outputs { o, lse: p.lse.then(|| narrow(reference.lse)), weights: reference.weights.map(narrow) })
 }
 
+/// `WGPU_ATTENTION_TABLE=N` takes every Nth row of the covering table, and each other case on every Nth
+/// of its GPU subjects, by turns: for slow adapters, and for hunting planted bugs.
+pub fn every() -> usize {
+    super::rng::env_number("WGPU_ATTENTION_TABLE").unwrap_or(1).max(1) as usize
+}
+
+/// The share of the subjects that is a case's turn.
+fn in_turn(number: usize, subjects: &[Subject]) -> Vec<Subject> {
+    let gpus = subjects.iter().filter(|subject| matches!(subject, Subject::Gpu { .. })).count();
+    let every = every().min(gpus.max(1));
+    let mut turn = number;
+    let taken = subjects.iter().filter(|subject| {
+        turn += usize::from(matches!(subject, Subject::Gpu { .. }));
+        !matches!(subject, Subject::Gpu { .. }) || turn.is_multiple_of(every)
+    });
+    taken.copied().collect()
+}
+
 /// Runs `cases` on their subjects with as many threads as there are cores, and reports up to ten
 /// failures. Each forced kernel family has to serve at least half of what it was given.
 ///
@@ -172,9 +190,11 @@ pub fn check_all(what: &str, cases: &[(Case, Vec<Subject>)]) {
     let worst = Mutex::new(0.0_f64);
     let lock = |what| -> std::sync::MutexGuard<'_, Vec<String>> { what };
     let work = || {
-        while let Some((case, subjects)) = cases.get(next.fetch_add(1, Ordering::Relaxed)) {
+        loop {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            let Some((case, subjects)) = cases.get(number) else { break };
             let expected = Expected::of(case);
-            for &subject in subjects {
+            for subject in in_turn(number, subjects) {
                 let result = subject.check(case, &expected);
                 let mut served = served.lock().unwrap_or_else(|e| e.into_inner());
                 let entry = served.iter().position(|(of, ..)| same_kernels(*of, subject));
