@@ -2,6 +2,12 @@
 
 const TOP_LEFT: u32 = 1u;
 
+// What the boolean mask does to the pairs of a tile, where it has been mapped: it drops them all, some
+// (also where nobody knows), or none.
+const TILE_DROPPED: u32 = 0u;
+const TILE_MIXED: u32 = 1u;
+const TILE_KEPT: u32 = 2u;
+
 // The position of query 0, in keys.
 fn position_offset(alignment: u32, len_k: u32) -> i32 {
     return select(i32(len_k) - i32(params.seq_q), 0, alignment == TOP_LEFT);

@@ -23,17 +23,20 @@ fn soft_cap(s: f32) -> f32 {
     return select(capped, s, is_nan(s));
 }
 
-// The score of query `i` and key `j`, or DROPPED. `range` is kv_range(i).
-fn finish_score(dot: f32, b: u32, h: u32, i: u32, j: u32, range: vec2<u32>, len_k: u32) -> f32 {
+// The score of query `i` and key `j`, or DROPPED. `range` is kv_range(i), `tile` what the boolean mask
+// does to the tile of the pair.
+fn finish_score(
+    dot: f32, b: u32, h: u32, i: u32, j: u32, range: vec2<u32>, len_k: u32, tile: u32,
+) -> f32 {
     if j < range.x || j >= range.y {
         return DROPPED;
     }
-    return finish_kept(dot, b, h, i, j, len_k);
+    return finish_kept(dot, b, h, i, j, len_k, tile);
 }
 
 // The same for a key inside the range.
-fn finish_kept(dot: f32, b: u32, h: u32, i: u32, j: u32, len_k: u32) -> f32 {
-    if !mask_keeps(b, h, i, j) {
+fn finish_kept(dot: f32, b: u32, h: u32, i: u32, j: u32, len_k: u32, tile: u32) -> f32 {
+    if tile != TILE_KEPT && !mask_keeps(b, h, i, j) {
         return DROPPED;
     }
     let bias = load_bias(b, h, i, j);

@@ -7,6 +7,10 @@ use crate::problem::AttentionProblem;
 /// Keys of a lane in a step of the tile kernel: one vec4 of weights.
 pub(crate) const LANE_KEYS: u32 = 4;
 
+/// Keys of a tile of the mask's map for the row kernel, whose step is a key or two: long enough that
+/// looking it up costs nothing, and as fine as the tile kernel's. Divides the levels of its sums.
+pub(crate) const ROW_MAP_KEYS: u32 = 32;
+
 /// Most f32 registers that a thread of the tile kernel spends on its part of o. With the scores, the
 /// operands and a partial sum it stays under the 128 at which GPUs begin to hide no latency.
 const MOST_OUTPUT_REGISTERS: u32 = 64;

@@ -4,6 +4,7 @@ use crate::caps::Caps;
 use crate::dtype::Dtype;
 use crate::error::Operand;
 use crate::fused::{self, FusedRow, FusedTile};
+use crate::mask_map::{self, MapTile};
 use crate::plan::Path;
 use crate::problem::AttentionProblem;
 
@@ -79,6 +80,7 @@ pub(crate) enum Kernel {
     ValuesDirect,
     Weights,
     Bundle,
+    MaskMap,
     FusedTile,
     FusedRow,
 }
@@ -94,6 +96,7 @@ impl Kernel {
             Self::ValuesDirect => "values_direct",
             Self::Weights => "weights",
             Self::Bundle => "bundle",
+            Self::MaskMap => "mask_map",
             Self::FusedTile => "fused_tile",
             Self::FusedRow => "fused_row",
         }
@@ -101,6 +104,11 @@ impl Kernel {
 
     pub(crate) fn is_fused(self) -> bool {
         matches!(self, Self::FusedTile | Self::FusedRow)
+    }
+
+    /// Whether what it makes serves every chunk: it is dispatched before the first alone.
+    pub(crate) fn is_once(self) -> bool {
+        matches!(self, Self::Bundle | Self::MaskMap)
     }
 
     pub(crate) fn is_scores(self) -> bool {
@@ -154,6 +162,15 @@ impl Tiles {
             row: FusedRow::NONE,
         }
     }
+
+    /// Tiles of the mask's map; `None` where the family has no use for one.
+    pub(crate) fn map(&self) -> Option<MapTile> {
+        match self.family {
+            Family::FusedTile => Some(MapTile { rows: self.fused.tile_q(), keys: self.fused.tile_kv() }),
+            Family::FusedRow => Some(MapTile { rows: self.row.tile_q(), keys: fused::ROW_MAP_KEYS }),
+            Family::StagedTile | Family::StagedDirect => None,
+        }
+    }
 }
 
 /// Keys of a part of the work of the kernels that sum values, a multiple of every step of theirs. A
@@ -174,7 +191,7 @@ pub(crate) fn bundle_words(problem: &AttentionProblem) -> u64 {
     2 * problem.heads_q as u64 + problem.batch as u64
 }
 
-/// Threads of the element-wise kernels (project, weights, bundle).
+/// Threads of the element-wise kernels (project, weights, bundle) and of the mask's map.
 const ELEMENT_LANES: u32 = 64;
 
 /// The one place where tile sizes are chosen.
@@ -283,6 +300,8 @@ pub(crate) struct Blueprint {
     /// Key lengths, slopes and sinks lie in one buffer, made by [`Kernel::Bundle`]: with a binding for
     /// each there would be more of them than the device has.
     pub(crate) bundled: bool,
+    /// [`Kernel::MaskMap`] has mapped the mask's tiles.
+    pub(crate) mapped: bool,
 }
 
 impl Blueprint {
@@ -291,7 +310,7 @@ impl Blueprint {
     pub(crate) fn new(kernel: Kernel, tiles: Tiles, problem: &AttentionProblem, caps: &Caps) -> Self {
         let bilinear = problem.layout(Operand::W).is_some();
         let io = |wanted: bool, operand| if wanted { Io::of(problem, caps, operand) } else { None };
-        let bundles = kernel == Kernel::Bundle;
+        let (bundles, maps) = (kernel == Kernel::Bundle, kernel == Kernel::MaskMap);
         let scores = kernel.is_scores() || kernel.is_fused();
         let softmax = kernel == Kernel::SoftmaxRow || kernel.is_fused();
         let values = kernel.is_values() || kernel.is_fused();
@@ -306,18 +325,24 @@ impl Blueprint {
             projected: scores && bilinear,
             softcap: scores && problem.softcap.is_some(),
             alibi: (scores || bundles) && problem.alibi,
-            mask: scores && problem.mask.is_some(),
-            kv_lens: kernel != Kernel::Project && problem.kv_lens,
+            mask: (scores || maps) && problem.mask.is_some(),
+            kv_lens: kernel != Kernel::Project && !maps && problem.kv_lens,
             sinks: (softmax || bundles) && problem.sinks,
             lse: softmax && problem.lse,
             parts: values && key_parts(problem) > 1,
             bundled: false,
+            mapped: false,
         }
     }
 
     /// The same kernel with its lists in one buffer.
     pub(crate) fn bundled(self) -> Self {
         Self { bundled: true, ..self }
+    }
+
+    /// The same kernel with the mask's map.
+    pub(crate) fn mapped(self) -> Self {
+        Self { mapped: true, ..self }
     }
 
     fn storage_buffers(&self) -> u32 {
@@ -334,7 +359,7 @@ impl Blueprint {
     pub(crate) fn threads(&self) -> u32 {
         let t = &self.tiles;
         match self.kernel {
-            Kernel::Project | Kernel::Weights | Kernel::Bundle => ELEMENT_LANES,
+            Kernel::Project | Kernel::Weights | Kernel::Bundle | Kernel::MaskMap => ELEMENT_LANES,
             Kernel::FusedTile => t.fused.threads(),
             Kernel::FusedRow => FusedRow::LANES,
             Kernel::ScoresTile => t.scores_lanes * t.scores_lanes,
@@ -351,6 +376,8 @@ impl Blueprint {
         match self.kernel {
             Kernel::ScoresTile => 16 * 2 * t.scores_rows * (t.scores_step + 1),
             Kernel::SoftmaxRow => 4 * self.threads(),
+            // A bit for each tile of a word, twice.
+            Kernel::MaskMap => 8,
             Kernel::FusedTile => t.fused.workgroup_bytes(),
             Kernel::ValuesTile => {
                 16 * (t.values_rows * (t.values_step / 4 + 1) + t.values_step * t.values_lanes)
@@ -375,6 +402,7 @@ impl Blueprint {
             }
             Kernel::Weights => heads * rows * tiles(keys, ELEMENT_LANES),
             Kernel::Bundle => tiles(bundle_words(problem), ELEMENT_LANES),
+            Kernel::MaskMap => t.map().map_or(0, |tile| mask_map::words(problem, tile)),
             Kernel::FusedTile => heads * tiles(rows, t.fused.tile_q()),
             Kernel::FusedRow => heads * tiles(rows, t.row.tile_q()),
         }
@@ -440,6 +468,7 @@ impl Blueprint {
             (self.lse, write(Slot::Operand(Operand::Lse))),
             (self.parts, write(Slot::Carried)),
             (self.bundled, read(Slot::Bundle)),
+            (self.mapped, read(Slot::MaskMap)),
         ] {
             if present {
                 all.push(binding);
@@ -454,6 +483,7 @@ impl Blueprint {
                 all.extend([read(Slot::Scores), read(Slot::InverseSums), write(out)]);
             }
             Kernel::Bundle => all.push(write(Slot::Bundle)),
+            Kernel::MaskMap => all.push(write(Slot::MaskMap)),
             Kernel::FusedTile | Kernel::FusedRow => all.push(write(Slot::Operand(Operand::O))),
             Kernel::Weights => all.extend([
                 read(Slot::Scores),
@@ -476,6 +506,7 @@ pub(crate) enum Slot {
     Projected,
     Carried,
     Bundle,
+    MaskMap,
 }
 
 impl Slot {
@@ -501,6 +532,7 @@ impl Slot {
             Self::Projected => 15,
             Self::Carried => 16,
             Self::Bundle => 17,
+            Self::MaskMap => 18,
         }
     }
 }

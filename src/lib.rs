@@ -55,6 +55,7 @@ mod host;
 mod kernel;
 mod layout;
 mod mask;
+mod mask_map;
 mod params;
 mod pipeline;
 mod plan;

@@ -6,6 +6,7 @@ use crate::error::{Error, Operand, Result};
 use crate::kernel::{Blueprint, Family, Kernel, Slot, Tiles, bundle_words, key_parts, part_keys, tiles};
 use crate::layout::Layout;
 use crate::mask::Align;
+use crate::mask_map::{self, MapTile};
 use crate::params::{ParamLayout, Params};
 use crate::problem::{AttentionProblem, MAX_SEQ, Similarity};
 use crate::shader::compose;
@@ -186,6 +187,7 @@ impl Plan {
             reasons,
         };
         plan.check_windows()?;
+        plan.map_mask();
         plan.choose_chunks()?;
         Ok(plan)
     }
@@ -212,8 +214,26 @@ impl Plan {
 
     /// Bytes of scratch memory: exactly what is allocated for this plan alone.
     pub fn scratch_bytes(&self) -> u64 {
-        let slots = [Slot::Scores, Slot::InverseSums, Slot::Projected, Slot::Carried, Slot::Bundle];
+        let slots =
+            [Slot::Scores, Slot::InverseSums, Slot::Projected, Slot::Carried, Slot::Bundle, Slot::MaskMap];
         slots.map(|slot| self.scratch_of(slot)).iter().sum()
+    }
+
+    /// Query rows and keys of the tiles in which the boolean mask is mapped: a tile that it drops as a
+    /// whole costs nothing, one that it keeps costs what it would without a mask. `None` where no map
+    /// is made.
+    ///
+    /// ```
+    /// use wgpu_attention::{AttentionProblem, Caps, Layout, Plan, PlanOptions};
+    /// let mask = Some(Layout::broadcast([1, 1, 4096, 4096]));
+    /// let problem = AttentionProblem { mask, ..AttentionProblem::new(1, 32, 8, 4096, 4096, 128, 128) };
+    /// let plan = Plan::new(&problem, &Caps::minimal(), &PlanOptions::default())?;
+    /// assert!(plan.mask_tile().is_some_and(|[rows, keys]| rows * keys <= 64 * 64));
+    /// # Ok::<(), wgpu_attention::Error>(())
+    /// ```
+    pub fn mask_tile(&self) -> Option<[usize; 2]> {
+        let mapped = self.stages.iter().any(|stage| stage.mapped);
+        self.tiles.map().filter(|_| mapped).map(|tile| [tile.rows as usize, tile.keys as usize])
     }
 
     /// Bytes of o, lse and weights.
@@ -244,7 +264,8 @@ impl Plan {
             let parts = key_parts(&self.problem);
             self.stages.iter().enumerate().flat_map(move |(stage, blueprint)| {
                 let groups = blueprint.groups(&self.problem, chunk.heads as u64, chunk.rows as u64);
-                let repeats = if blueprint.parts { parts } else { usize::from(groups > 0) };
+                let due = groups > 0 && (index == 0 || !blueprint.kernel.is_once());
+                let repeats = if blueprint.parts { parts } else { usize::from(due) };
                 (0..repeats).map(move |part| Dispatch {
                     kernel: blueprint.kernel.name(),
                     groups: fold(groups, self.caps.max_dispatch),
@@ -380,6 +401,8 @@ impl Plan {
             Slot::Scores | Slot::InverseSums => 0,
             Slot::Bundle if self.stages.iter().any(|stage| stage.bundled) => 4 * bundle_words(&self.problem),
             Slot::Bundle => 0,
+            Slot::MaskMap if self.mask_tile().is_some() => self.map_bytes(),
+            Slot::MaskMap => 0,
             Slot::Projected => 4 * rows * self.projected_stride(),
             Slot::Carried => rows * self.carried_bytes(),
             Slot::Params | Slot::Operand(_) => 0,
@@ -431,17 +454,79 @@ impl Plan {
         Ok(())
     }
 
+    fn map_bytes(&self) -> u64 {
+        self.tiles.map().map_or(0, |tile| mask_map::words(&self.problem, tile).saturating_mul(4))
+    }
+
+    /// Puts the map of the boolean mask before the fused kernel where it may pay and there is room for it.
+    fn map_mask(&mut self) {
+        let Some(tile) = self.tiles.map().filter(|_| self.problem.mask.is_some()) else { return };
+        let reason = match self.mapped_stages(tile) {
+            Ok(stages) => {
+                self.stages = stages;
+                let bytes = self.map_bytes();
+                format!("the mask is mapped in tiles of {} x {} pairs, {bytes} B", tile.rows, tile.keys)
+            }
+            Err(why) => format!("the mask is not mapped: {why}"),
+        };
+        self.reasons.push(reason);
+    }
+
+    /// The stages with a map of the mask; or why there is none.
+    fn mapped_stages(&self, tile: MapTile) -> Result<Vec<Blueprint>, String> {
+        if let Some(why) = mask_map::futile(&self.problem, tile) {
+            return Err(why);
+        }
+        // What the rows need comes first, and most of the budget stays theirs.
+        let need = self.map_bytes();
+        let rows = self.row_bytes() + self.fixed_bytes();
+        let room = (self.budget / 4)
+            .min(self.budget.saturating_sub(rows))
+            .min(self.caps.max_storage_binding)
+            .min(self.caps.max_buffer);
+        if need > room {
+            return Err(format!("the map has {need} bytes, there is room for {room}"));
+        }
+        let map = Blueprint::new(Kernel::MaskMap, self.tiles, &self.problem, &self.caps);
+        let mut stages = vec![map];
+        stages.extend(self.stages.iter().map(
+            |stage| {
+                if stage.kernel.is_fused() { stage.mapped() } else { *stage }
+            },
+        ));
+        match stages.iter().find_map(|stage| stage.unfit(&self.caps)) {
+            Some(why) => Err(why),
+            None => Ok(stages),
+        }
+    }
+
+    /// Bytes of a row in the scratch buffer where it takes most.
+    fn widest_row_bytes(&self) -> u64 {
+        let score_bytes = if self.path() == Path::Staged { 4 * self.score_stride() } else { 0 };
+        score_bytes.max(4 * self.projected_stride()).max(self.carried_bytes())
+    }
+
+    /// Bytes of scratch for a row.
+    fn row_bytes(&self) -> u64 {
+        let score_bytes = if self.path() == Path::Staged { 4 * self.score_stride() + 4 } else { 0 };
+        score_bytes + 4 * self.projected_stride() + self.carried_bytes()
+    }
+
+    /// Bytes of scratch beside the rows'.
+    fn fixed_bytes(&self) -> u64 {
+        // The row sums are allocated in whole quads.
+        let sums = if self.path() == Path::Staged { 12 } else { 0 };
+        sums + self.scratch_of(Slot::Bundle) + self.scratch_of(Slot::MaskMap)
+    }
+
     /// Whole heads if at least one fits the budget, else rows of one head.
     fn choose_chunks(&mut self) -> Result<()> {
         let p = &self.problem;
         if p.rows() == 0 {
             return Ok(());
         }
-        let staged = self.path() == Path::Staged;
-        let score_bytes = if staged { 4 * self.score_stride() } else { 0 };
-        let projected_bytes = 4 * self.projected_stride();
         let binding = self.caps.max_storage_binding.min(self.caps.max_buffer);
-        let widest = score_bytes.max(projected_bytes).max(self.carried_bytes());
+        let widest = self.widest_row_bytes();
         if widest > binding {
             return Err(Error::LimitExceeded {
                 what: "scratch: bytes of one row in one storage binding".into(),
@@ -449,9 +534,7 @@ impl Plan {
                 got: binding,
             });
         }
-        // 12: the row sums are allocated in whole quads.
-        let (sum_bytes, fixed) = if staged { (4, 12) } else { (0, self.scratch_of(Slot::Bundle)) };
-        let row_bytes = score_bytes + projected_bytes + self.carried_bytes() + sum_bytes;
+        let (row_bytes, fixed) = (self.row_bytes(), self.fixed_bytes());
         if row_bytes + fixed > self.budget {
             return Err(Error::LimitExceeded {
                 what: "scratch_budget: bytes of scratch for one row".into(),
@@ -477,7 +560,14 @@ impl Plan {
                 .max(self.tiles.values_rows)
                 .max(self.tiles.fused.tile_q())
                 .max(self.tiles.row.tile_q()) as usize;
-            self.rows_per_chunk = if rows >= tile { rows / tile * tile } else { rows };
+            self.rows_per_chunk = match rows {
+                _ if rows >= tile => rows / tile * tile,
+                // So that no chunk straddles two tiles of the mask's map.
+                _ if self.scratch_of(Slot::MaskMap) > 0 => {
+                    (1..=rows).rev().find(|&rows| tile.is_multiple_of(rows)).unwrap_or(1)
+                }
+                _ => rows,
+            };
         }
         // Dynamic offsets of uniform blocks are u32.
         let blocks = self.blocks() as u64 * u64::from(self.params_step());
@@ -583,6 +673,10 @@ impl std::fmt::Display for Plan {
                     t.values_step
                 ),
                 Kernel::Project | Kernel::Weights | Kernel::Bundle => "element by element".into(),
+                Kernel::MaskMap => match t.map() {
+                    Some(tile) => format!("{} queries x {} keys, two bits each", tile.rows, tile.keys),
+                    None => "no tiles".into(),
+                },
                 Kernel::FusedTile => format!(
                     "{} queries x {} keys, {} of a row at a time, {} registers a thread",
                     t.fused.tile_q(),

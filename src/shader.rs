@@ -69,6 +69,12 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         return out;
     }
     add(part!("mask"));
+    if b.kernel == Kernel::MaskMap {
+        mask(&mut add);
+        add(part!("mask_map"));
+        add(part!("kernel/mask_map"));
+        return out;
+    }
     add(if b.kv_lens { part!("io/kv_lens") } else { part!("io/kv_lens_none") });
     let fused = b.kernel.is_fused();
     if b.kernel.is_scores() || fused {
@@ -86,13 +92,18 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
             add(part!("io/bias_none"));
         }
         if b.mask {
-            add(&named(part!("io/row"), Operand::Mask));
-            add(&named(part!("io/mask"), Operand::Mask));
+            mask(&mut add);
         } else {
             add(part!("io/mask_none"));
         }
         add(if b.alibi { part!("io/alibi") } else { part!("io/alibi_none") });
         add(part!("score"));
+        if b.mapped {
+            add(part!("mask_map"));
+            add(&part!("io/mask_map").replace("BINDING", &Slot::MaskMap.number().to_string()));
+        } else if fused {
+            add(part!("io/mask_map_none"));
+        }
     } else {
         add(part!("values_range"));
     }
@@ -116,7 +127,7 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         add(if fused { part!("online_softmax") } else { part!("careful") });
     }
     add(match b.kernel {
-        Kernel::Project | Kernel::Bundle => unreachable!("composed above"),
+        Kernel::Project | Kernel::Bundle | Kernel::MaskMap => unreachable!("composed above"),
         Kernel::ScoresTile => part!("kernel/scores_tile"),
         Kernel::ScoresDirect => part!("kernel/scores_direct"),
         Kernel::SoftmaxRow => part!("kernel/softmax_row"),
@@ -130,6 +141,12 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         }
     });
     out
+}
+
+/// The boolean mask.
+fn mask(add: &mut impl FnMut(&str)) {
+    add(&named(part!("io/row"), Operand::Mask));
+    add(&named(part!("io/mask"), Operand::Mask));
 }
 
 /// Key lengths, slopes and sinks: each from its own buffer, or all from one.
@@ -157,7 +174,7 @@ fn constants(b: &Blueprint) -> Vec<(&'static str, u32)> {
     let t = &b.tiles;
     let values = [("VALUES_ROWS", t.values_rows), ("VALUES_STEP", t.values_step)];
     let own: &[(&str, u32)] = match b.kernel {
-        Kernel::Project | Kernel::Bundle => &[("LANES", b.threads())],
+        Kernel::Project | Kernel::Bundle | Kernel::MaskMap => &[("LANES", b.threads())],
         Kernel::ScoresTile => &[("SIDE", t.scores_lanes), ("STEP", t.scores_step)],
         Kernel::ScoresDirect => {
             &[("LANES", t.scores_lanes), ("ROWS", t.scores_rows), ("KEYS", t.scores_keys / t.scores_lanes)]
@@ -182,6 +199,9 @@ fn constants(b: &Blueprint) -> Vec<(&'static str, u32)> {
         ],
     };
     let mut all = own.to_vec();
+    if let Some(tile) = t.map().filter(|_| b.mapped || b.kernel == Kernel::MaskMap) {
+        all.extend([("MAP_Q", tile.rows), ("MAP_KV", tile.keys)]);
+    }
     if matches!(b.kernel, Kernel::SoftmaxRow | Kernel::ValuesTile | Kernel::ValuesDirect | Kernel::Weights) {
         all.extend(values);
     }

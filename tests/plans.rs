@@ -211,12 +211,42 @@ fn every_composed_shader_is_valid_and_declares_what_the_plan_says() {
         "values_direct",
         "weights",
         "bundle",
+        "mask_map",
         "fused_tile",
         "fused_row",
     ] {
         assert!(names.contains(name), "{name} was never planned: {names:?}");
     }
     common::say(&format!("{} different shaders are valid", seen.len()));
+}
+
+/// Where the mask's map would be one buffer too many, or its bytes too many, the plan does without.
+#[test]
+fn a_mask_is_mapped_where_there_is_room() {
+    let mask = Some(Layout::broadcast([1, 1, 512, 512]));
+    let problem = AttentionProblem { mask, lse: true, ..AttentionProblem::new(1, 8, 8, 512, 512, 64, 64) };
+    let crowded = AttentionProblem {
+        bias: Some(wgpu_attention::Bias { dtype: Dtype::F32, layout: Layout::broadcast([1, 1, 512, 512]) }),
+        kv_lens: true,
+        ..problem.clone()
+    };
+    for family in Family::of(Path::Fused) {
+        let plan = |problem: &AttentionProblem, scratch_budget| {
+            let options = PlanOptions { family: Some(family), scratch_budget, ..PlanOptions::default() };
+            Plan::new(problem, &Caps::minimal(), &options).expect("served")
+        };
+        let mapped = plan(&problem, None);
+        let [rows, keys] = mapped.mask_tile().expect("eight heads share it");
+        assert_eq!(mapped.scratch_bytes() as usize, 4 * 512_usize.div_ceil(rows) * 512 / (16 * keys));
+        assert_eq!(mapped.kernels()[0], "mask_map");
+        // q, k, v, o, lse, mask, bias, key lengths: eight already.
+        for (without, why) in
+            [(plan(&crowded, None), "9 storage buffers"), (plan(&problem, Some(60)), "room")]
+        {
+            assert_eq!((without.mask_tile(), without.scratch_bytes()), (None, 0), "{without}");
+            assert!(without.to_string().contains(why), "{without}");
+        }
+    }
 }
 
 /// Everything about f16 that needs a feature is used only where the feature is.
@@ -281,11 +311,14 @@ fn any_budget_is_kept() {
                 for budget in [least, least + 1, 3 * least, 10_000.max(least), 1 << 20, u64::MAX] {
                     let Ok(plan) = plan(budget) else { panic!("{budget} after {least} was enough") };
                     check_plan(&plan, &caps, budget);
-                    let per_chunk = plan.kernels().len();
+                    let kernels = plan.kernels();
+                    // What is read from everywhere is made once.
+                    let once = kernels.iter().filter(|name| ["bundle", "mask_map"].contains(name)).count();
+                    let all = once + (kernels.len() - once) * plan.chunks();
                     let dispatches = plan.dispatches().count();
                     // Without keys there is nothing to score, and weights are empty.
-                    assert!(dispatches <= per_chunk * plan.chunks());
-                    assert!(problem.seq_kv == 0 || dispatches == per_chunk * plan.chunks());
+                    assert!(dispatches <= all);
+                    assert!(problem.seq_kv == 0 || dispatches == all);
                 }
             }
         }

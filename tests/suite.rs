@@ -5,7 +5,7 @@ mod common;
 
 use std::sync::Arc;
 
-use common::case::{Axes, Case, Data, Lens, Sim, Spread, Storage, fill, values};
+use common::case::{Axes, Case, Data, Lens, Sim, Spread, Storage, fill, indices, values};
 use common::check::{Expected, Gap};
 use common::gpu::{self, Door, Kind};
 use common::rng::{Rng, env_number, fresh_seed};
@@ -399,7 +399,7 @@ fn nan_goes_where_it_is_read_and_nowhere_else() {
         let (p, shape) = (&case.problem, case.problem.shape(operand));
         let layout = p.layout(operand).expect("every problem has k and v");
         let data = if operand == Operand::K { &mut case.data.k } else { &mut case.data.v };
-        for at in common::case::indices(shape).filter(|at| at[2] >= 20) {
+        for at in indices(shape).filter(|at| at[2] >= 20) {
             Arc::make_mut(data).set(layout.index(at), f32::NAN);
         }
     }
@@ -417,6 +417,155 @@ fn nan_goes_where_it_is_read_and_nowhere_else() {
         cases.push((case, Subject::few()));
     }
     check_all("NaN and infinity", &cases);
+}
+
+/// A mask in blocks of `tile` less `shift`: some dropped, some kept, some of either kind but for one pair
+/// in a corner. Keys that no query of a head keeps are poison.
+fn with_blocks(axes: Axes, spread: Spread, tile: [usize; 2], shift: [usize; 2], seed: u64) -> Case {
+    let mut case = axes.build(seed);
+    let p = &mut case.problem;
+    let shape = p.shape(Operand::Mask);
+    let dims = spread.dims(shape);
+    let layout = Layout::broadcast(dims).at(seed as usize % 4);
+    p.mask = Some(layout);
+    let blocks = [0, 1].map(|i| (shape[2 + i] + shift[i]) / tile[i] + 1);
+    let mut rng = Rng::new(seed);
+    let kinds: Vec<_> = indices([dims[0], dims[1], blocks[0], blocks[1]])
+        .map(|_| (rng.below(5), [0, 1].map(|i| if rng.chance(0.5) { 0 } else { tile[i] - 1 })))
+        .collect();
+    let mut mask = vec![0x55; layout.extent(dims) as usize];
+    for at in indices(dims) {
+        let [row, key] = [0, 1].map(|i| at[2 + i] + shift[i]);
+        let block = [row / tile[0], key / tile[1]];
+        let number = ((at[0] * dims[1] + at[1]) * blocks[0] + block[0]) * blocks[1] + block[1];
+        let (kind, corner) = kinds[number];
+        // A row or key that stands for all of them is every corner.
+        let is = |i: usize, at: usize| dims[2 + i] == 1 || at % tile[i] == corner[i];
+        let odd = is(0, row) && is(1, key);
+        let kept = matches!((kind, odd), (1, _) | (2, false) | (3, true)) || (kind == 4 && rng.chance(0.5));
+        mask[layout.index(at)] = u8::from(kept) << (number % 8);
+    }
+    let group = p.heads_q / p.heads_kv;
+    for at in indices([p.batch, p.heads_kv, p.seq_kv, 1]) {
+        let mut queries = indices([1, group, p.seq_q, 1]);
+        let [b, h, j, _] = at;
+        if queries.all(|[_, g, i, _]| mask[layout.index([b, h * group + g, i, j])] == 0) {
+            for (data, layout, dim) in
+                [(&mut case.data.k, p.k, p.head_dim), (&mut case.data.v, p.v, p.head_dim_v)]
+            {
+                (0..dim).for_each(|d| Arc::make_mut(data).set(layout.index([b, h, j, d]), f32::NAN));
+            }
+        }
+    }
+    case.data.mask = Some(mask);
+    case.name = format!("{spread:?} mask in blocks of {tile:?} less {shift:?}, {}", case.name);
+    case
+}
+
+/// The tile in which a subject's plan maps the mask of a case, if it does.
+fn mask_tile(subject: Subject, case: &Case, scratch_budget: Option<u64>) -> Option<[usize; 2]> {
+    let Subject::Gpu { kind, checks, family, .. } = subject else { return None };
+    let options = PlanOptions { family, scratch_budget, ..PlanOptions::default() };
+    let plan = gpu::get(kind, checks)?.attention.plan_with(&case.problem, &options);
+    plan.expect("the problem is served").mask_tile()
+}
+
+/// Subjects, with the tile in which they map the mask of `axes`; those that do not are in every share.
+fn by_mask_tile(axes: Axes, subjects: Vec<Subject>) -> Vec<([usize; 2], Vec<Subject>)> {
+    let case = with_blocks(axes, Spread::Full, [64, 32], [0, 0], 0);
+    let tile_of = |&subject: &Subject| mask_tile(subject, &case, None);
+    let mut tiles: Vec<_> = subjects.iter().filter_map(tile_of).collect();
+    tiles.sort_unstable();
+    tiles.dedup();
+    assert!(subjects.len() <= Subject::cpu().len() || !tiles.is_empty(), "no mask is mapped");
+    let share = |tile| subjects.iter().copied().filter(move |s| tile_of(s).is_none_or(|own| own == tile));
+    tiles.iter().map(|&tile| (tile, share(tile).collect())).collect()
+}
+
+/// Masks that drop or keep whole tiles, or do so but for one pair, at the tile's edge and one off it.
+#[test]
+fn masks_in_blocks() {
+    let base = Axes {
+        batch: 2,
+        heads: (4, 2),
+        seq_q: 77,
+        seq_kv: 531,
+        head_dim: 32,
+        head_dim_v: 32,
+        spread: 1.0,
+        ..Axes::default()
+    };
+    let small = Axes { dtype: Dtype::F16, out_dtype: Dtype::F16, lens: Lens::Partial, sinks: true, ..base };
+    let small = Axes { heads: (2, 2), seq_kv: 258, ..small };
+    let ranges = [
+        base,
+        Axes { causal: Some(Align::BottomRight), ..base },
+        Axes { window: Some(Window { left: Some(300), right: Some(9) }), ..base },
+        Axes { causal: Some(Align::TopLeft), seq_q: 130, seq_kv: 128, ..base },
+        small,
+        Axes { causal: Some(Align::BottomRight), lens: Lens::FirstEmpty, ..small },
+    ];
+    let mut cases = Vec::new();
+    for (tile, subjects) in by_mask_tile(base, Subject::all()) {
+        for (i, spread) in Spread::ALL.into_iter().enumerate() {
+            for (j, shift) in [[0, 0], [1, 0], [0, 1], [tile[0] - 1, tile[1] - 1]].into_iter().enumerate() {
+                // Each spread and each shift meets most of the ranges.
+                let axes = ranges[(i + j * 5 / 4) % ranges.len()];
+                cases.push((with_blocks(axes, spread, tile, shift, (4 * i + j) as u64), subjects.clone()));
+            }
+        }
+    }
+    check_all("masks in blocks", &cases);
+}
+
+/// Chunks of heads and of rows, fewer than a tile too, and parts of the keys find their place in the map,
+/// which is as large as the plan says.
+#[test]
+fn masks_in_blocks_are_mapped_once_for_all_chunks() {
+    // Bilinear queries take scratch: a budget then cuts them into chunks.
+    let similarity = Sim::Bilinear { extra: 0, per_head: false };
+    let base = Axes { batch: 2, heads: (4, 2), seq_q: 77, seq_kv: 300, ..Axes::default() };
+    let base = Axes { head_dim: 32, head_dim_v: 32, similarity, ..base };
+    let fused = |subject: &Subject| matches!(subject, Subject::Gpu { family: Some(family), .. } if family.path() == Path::Fused);
+    let subjects = || Subject::few().into_iter().filter(fused);
+    for (i, spread) in [Spread::Full, Spread::PerHead, Spread::PerBatch].into_iter().enumerate() {
+        for subject in subjects() {
+            let Subject::Gpu { kind, checks, family, .. } = subject else { continue };
+            let shape = with_blocks(base, spread, [64, 32], [0, 0], 0);
+            let tile = mask_tile(subject, &shape, None).expect("four heads share it");
+            let case = with_blocks(base, spread, tile, [0, 1], i as u64);
+            let expected = Expected::of(&case);
+            let own = gpu::get(kind, checks).expect("listed");
+            let own = Attention::new(own.attention.device(), own.attention.queue());
+            let mut whole = None;
+            for scratch_budget in [None, Some(40_000), Some(10_000), Some(2_500)] {
+                let options = PlanOptions { family, scratch_budget, ..PlanOptions::default() };
+                let plan = own.plan_with(&case.problem, &options).expect("the problem is served");
+                let context = format!("{subject:?} within {scratch_budget:?}\n{plan}\n  {}", case.name);
+                assert_eq!(plan.mask_tile(), Some(tile), "{context}");
+                assert!(scratch_budget.is_none() || plan.chunks() > 1, "{context}");
+                let out = own.run_plan_blocking(&plan, &case.data.inputs()).expect("served");
+                if scratch_budget.is_none() {
+                    assert_eq!(own.scratch_bytes(), plan.scratch_bytes(), "{context}");
+                }
+                if let Err(what) = expected.check(&case, &out, Gap::Zero) {
+                    panic!("{what}: {context}");
+                }
+                // The rows of a thread rescale together, so that less than a tile is other rounding.
+                if scratch_budget.is_none_or(|budget| budget > 2_500) {
+                    let same = whole.get_or_insert_with(|| out.clone());
+                    assert!(same_bits(same, &out), "other bits: {context}");
+                }
+            }
+        }
+    }
+    let long = Axes { batch: 1, heads: (2, 1), seq_q: 66, seq_kv: 4200, ..Axes::default() };
+    let long = Axes { head_dim: 128, head_dim_v: 128, ..long };
+    let cases: Vec<_> = by_mask_tile(long, subjects().collect())
+        .into_iter()
+        .map(|(tile, subjects)| (with_blocks(long, Spread::Shared, tile, [0, 0], 7), subjects))
+        .collect();
+    check_all("masks in blocks over long rows", &cases);
 }
 
 /// What another call left in scratch memory, NaN included, is never read.

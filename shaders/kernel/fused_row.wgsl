@@ -53,7 +53,8 @@ fn main(
     var l_$r = 0.0;
     //$ end
 
-    for (var level = seen.x; level < seen.y; level += LEVEL) {
+    // Whole steps, so that none reaches from one tile of the mask into the next.
+    for (var level = seen.x / KEYS * KEYS; level < seen.y; level += LEVEL) {
         let level_end = min(level + LEVEL, seen.y);
         //$ for r in 0..ROWS
         //$ for i in 0..QUADS_V
@@ -62,97 +63,103 @@ fn main(
         var sum_$r = 0.0;
         var shrink_$r = 1.0;
         //$ end
-        for (var j = level; j < level_end; j += KEYS) {
-            //$ for c in 0..KEYS
-            let j_$c = min(j + $cu, len_k - 1u);
-            let k_$c = quad_at_k(k_begin + j_$c * params.k_stride_s);
-            let v_$c = quad_at_v(v_begin + j_$c * params.v_stride_s);
-            //$ for r in 0..ROWS
-            var s_$r_$c = 0.0;
-            //$ end
-            //$ end
-            //$ for i in 0..QUADS
-            {
-                //$ for c in 0..KEYS
-                let k4_$c = quad_k(k_$c, $iu);
-                //$ end
-                //$ for c in 0..KEYS
-                //$ for r in 0..ROWS
-                s_$r_$c += q_$r_$i.x * k4_$c.x;
-                //$ end
-                //$ end
-                //$ for c in 0..KEYS
-                //$ for r in 0..ROWS
-                s_$r_$c += q_$r_$i.y * k4_$c.y;
-                //$ end
-                //$ end
-                //$ for c in 0..KEYS
-                //$ for r in 0..ROWS
-                s_$r_$c += q_$r_$i.z * k4_$c.z;
-                //$ end
-                //$ end
-                //$ for c in 0..KEYS
-                //$ for r in 0..ROWS
-                s_$r_$c += q_$r_$i.w * k4_$c.w;
-                //$ end
-                //$ end
-            }
-            //$ end
-            //$ for r in 0..ROWS
-            //$ for c in 0..KEYS
-            s_$r_$c = finish_kept(s_$r_$c, bh.x, bh.y, params.row_first + row_$r, j_$c, len_k);
-            //$ end
-            //$ end
-            if j < seen_by_all.x || j + KEYS > seen_by_all.y {
-                //$ for r in 0..ROWS
-                let range_$r = own_part(kv_range(params.row_first + row_$r, len_k));
-                //$ for c in 0..KEYS
-                if j + $cu < range_$r.x || j + $cu >= range_$r.y {
-                    s_$r_$c = DROPPED;
+        // From one tile of the mask to the next, or all at once where it is not mapped.
+        for (var first = level; first < level_end; first = mask_tile_end(first, level_end)) {
+            let masked = mask_tile(bh.x, bh.y, params.row_first + first_row, first);
+            if masked != TILE_DROPPED {
+                for (var j = first; j < mask_tile_end(first, level_end); j += KEYS) {
+                    //$ for c in 0..KEYS
+                    let j_$c = min(j + $cu, len_k - 1u);
+                    let k_$c = quad_at_k(k_begin + j_$c * params.k_stride_s);
+                    let v_$c = quad_at_v(v_begin + j_$c * params.v_stride_s);
+                    //$ for r in 0..ROWS
+                    var s_$r_$c = 0.0;
+                    //$ end
+                    //$ end
+                    //$ for i in 0..QUADS
+                    {
+                        //$ for c in 0..KEYS
+                        let k4_$c = quad_k(k_$c, $iu);
+                        //$ end
+                        //$ for c in 0..KEYS
+                        //$ for r in 0..ROWS
+                        s_$r_$c += q_$r_$i.x * k4_$c.x;
+                        //$ end
+                        //$ end
+                        //$ for c in 0..KEYS
+                        //$ for r in 0..ROWS
+                        s_$r_$c += q_$r_$i.y * k4_$c.y;
+                        //$ end
+                        //$ end
+                        //$ for c in 0..KEYS
+                        //$ for r in 0..ROWS
+                        s_$r_$c += q_$r_$i.z * k4_$c.z;
+                        //$ end
+                        //$ end
+                        //$ for c in 0..KEYS
+                        //$ for r in 0..ROWS
+                        s_$r_$c += q_$r_$i.w * k4_$c.w;
+                        //$ end
+                        //$ end
+                    }
+                    //$ end
+                    //$ for r in 0..ROWS
+                    //$ for c in 0..KEYS
+                    s_$r_$c = finish_kept(s_$r_$c, bh.x, bh.y, params.row_first + row_$r, j_$c, len_k, masked);
+                    //$ end
+                    //$ end
+                    if j < seen_by_all.x || j + KEYS > seen_by_all.y {
+                        //$ for r in 0..ROWS
+                        let range_$r = own_part(kv_range(params.row_first + row_$r, len_k));
+                        //$ for c in 0..KEYS
+                        if j + $cu < range_$r.x || j + $cu >= range_$r.y {
+                            s_$r_$c = DROPPED;
+                        }
+                        //$ end
+                        //$ end
+                    }
+                    var rises = false;
+                    //$ for r in 0..ROWS
+                    var peak_$r = s_$r_0;
+                    //$ for c in 1..KEYS
+                    peak_$r = max(peak_$r, s_$r_$c);
+                    //$ end
+                    rises = rises || peak_$r > m_$r + LAZY;
+                    //$ end
+                    if rises {
+                        //$ for r in 0..ROWS
+                        let m_new_$r = max(m_$r, peak_$r);
+                        let by_$r = shrinking(m_$r, m_new_$r);
+                        m_$r = m_new_$r;
+                        sum_$r *= by_$r;
+                        shrink_$r *= by_$r;
+                        //$ for i in 0..QUADS_V
+                        o_$r_$i *= by_$r;
+                        //$ end
+                        //$ end
+                    }
+                    //$ for r in 0..ROWS
+                    // A dropped key weighs exp of something huge and negative: 0, also where no key was seen.
+                    let base_$r = select(m_$r, 0.0, m_$r == DROPPED);
+                    //$ for c in 0..KEYS
+                    let p_$r_$c = exp_of_one((s_$r_$c - base_$r) * LOG2_E);
+                    sum_$r += p_$r_$c;
+                    //$ end
+                    //$ end
+                    //$ for i in 0..QUADS_V
+                    {
+                        //$ for c in 0..KEYS
+                        let v4_$c = quad_v(v_$c, $iu);
+                        //$ end
+                        //$ for r in 0..ROWS
+                        //$ for c in 0..KEYS
+                        o_$r_$i += p_$r_$c * v4_$c;
+                        //$ end
+                        //$ end
+                    }
+                    //$ end
                 }
-                //$ end
-                //$ end
             }
-            var rises = false;
-            //$ for r in 0..ROWS
-            var peak_$r = s_$r_0;
-            //$ for c in 1..KEYS
-            peak_$r = max(peak_$r, s_$r_$c);
-            //$ end
-            rises = rises || peak_$r > m_$r + LAZY;
-            //$ end
-            if rises {
-                //$ for r in 0..ROWS
-                let m_new_$r = max(m_$r, peak_$r);
-                let by_$r = shrinking(m_$r, m_new_$r);
-                m_$r = m_new_$r;
-                sum_$r *= by_$r;
-                shrink_$r *= by_$r;
-                //$ for i in 0..QUADS_V
-                o_$r_$i *= by_$r;
-                //$ end
-                //$ end
-            }
-            //$ for r in 0..ROWS
-            // A dropped key weighs exp of something huge and negative: 0, also where no key was seen.
-            let base_$r = select(m_$r, 0.0, m_$r == DROPPED);
-            //$ for c in 0..KEYS
-            let p_$r_$c = exp_of_one((s_$r_$c - base_$r) * LOG2_E);
-            sum_$r += p_$r_$c;
-            //$ end
-            //$ end
-            //$ for i in 0..QUADS_V
-            {
-                //$ for c in 0..KEYS
-                let v4_$c = quad_v(v_$c, $iu);
-                //$ end
-                //$ for r in 0..ROWS
-                //$ for c in 0..KEYS
-                o_$r_$i += p_$r_$c * v4_$c;
-                //$ end
-                //$ end
-            }
-            //$ end
         }
         //$ for r in 0..ROWS
         l_$r = l_$r * shrink_$r + sum_$r;
@@ -201,7 +208,7 @@ fn main(
                 //$ for i in 0..QUADS
                 s += dot(load4_q(query, 4u * $iu), load4_k(k, 4u * $iu));
                 //$ end
-                s = finish_kept(s, bh.x, bh.y, params.row_first + row, j, len_k);
+                s = finish_kept(s, bh.x, bh.y, params.row_first + row, j, len_k, TILE_MIXED);
                 if bitcast<u32>(s) != bitcast<u32>(DROPPED) {
                     let p = exp_of_one((s - m) * LOG2_E);
                     let v = row_v(bh.x, kv_head, j);

@@ -69,6 +69,11 @@ fn main(
     }
 
     for (var first = seen.x / TILE_KV * TILE_KV; first < seen.y; first += TILE_KV) {
+        // Whole tiles of the mask: chunks of rows begin at one, or lie inside one.
+        let masked = mask_tile(bh.x, bh.y, params.row_first + row, first);
+        if masked == TILE_DROPPED {
+            continue;
+        }
         var dots = array<vec4<f32>, ROWS>();
         for (var begin = 0u; begin < quads; begin += SLICE) {
             workgroupBarrier();
@@ -105,7 +110,7 @@ fn main(
             }
             for (var c = 0u; c < 4u; c += 1u) {
                 let j = first + local.x + c * LANES;
-                dots[r][c] = finish_score(dots[r][c], bh.x, bh.y, i, j, range, len_k);
+                dots[r][c] = finish_score(dots[r][c], bh.x, bh.y, i, j, range, len_k, masked);
             }
             let s = dots[r];
             wg_peak[(own_row + r) * LANES + local.x] = max(max(s.x, s.y), max(s.z, s.w));

@@ -65,7 +65,7 @@ fn main(
                 let j = first_key + lane + c * LANES;
                 if j < params.score_stride {
                     let at = (head * params.row_count + row + r) * params.score_stride + j;
-                    scores[at] = finish_score(dots[r * KEYS + c], bh.x, bh.y, i, j, range, len_k);
+                    scores[at] = finish_score(dots[r * KEYS + c], bh.x, bh.y, i, j, range, len_k, TILE_MIXED);
                 }
             }
         }
