@@ -487,11 +487,11 @@ fn by_mask_tile(axes: Axes, subjects: Vec<Subject>) -> Vec<([usize; 2], Vec<Subj
 fn masks_in_blocks() {
     let base = Axes {
         batch: 2,
-        heads: (4, 2),
+        heads: (2, 1),
         seq_q: 77,
         seq_kv: 531,
-        head_dim: 32,
-        head_dim_v: 32,
+        head_dim: 64,
+        head_dim_v: 64,
         spread: 1.0,
         ..Axes::default()
     };
@@ -525,7 +525,7 @@ fn masks_in_blocks_are_mapped_once_for_all_chunks() {
     // Bilinear queries take scratch: a budget then cuts them into chunks.
     let similarity = Sim::Bilinear { extra: 0, per_head: false };
     let base = Axes { batch: 2, heads: (4, 2), seq_q: 77, seq_kv: 300, ..Axes::default() };
-    let base = Axes { head_dim: 32, head_dim_v: 32, similarity, ..base };
+    let base = Axes { head_dim: 64, head_dim_v: 64, similarity, ..base };
     let fused = |subject: &Subject| matches!(subject, Subject::Gpu { family: Some(family), .. } if family.path() == Path::Fused);
     let subjects = || Subject::few().into_iter().filter(fused);
     for (i, spread) in [Spread::Full, Spread::PerHead, Spread::PerBatch].into_iter().enumerate() {

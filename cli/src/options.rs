@@ -6,7 +6,9 @@ use std::str::FromStr;
 use clap::{Args, ValueEnum};
 use wgpu_attention::{Align, AttentionProblem, Dtype, Similarity, Window};
 
+use crate::data::Data;
 use crate::failure::{Failure, Result};
+use crate::prng::Prng;
 
 /// How a query and a key are compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -138,6 +140,8 @@ pub(crate) enum Extra {
     Bias,
     /// A boolean mask that drops one pair in eight
     Mask,
+    /// A boolean mask for all heads that drops every other block of 128 x 128 pairs
+    BlockMask,
     /// ALiBi slopes
     Alibi,
     /// Sink logits
@@ -165,7 +169,11 @@ impl SyntheticArgs {
         let problem = AttentionProblem {
             similarity: self.contract.similarity(shape.head_dim, false),
             bias: has(Extra::Bias).then(|| Bias { dtype, layout: Layout::broadcast(pairs) }),
-            mask: has(Extra::Mask).then(|| Layout::broadcast(pairs)),
+            mask: if has(Extra::BlockMask) {
+                Some(Layout::broadcast([1, 1, shape.seq_q, shape.seq_kv]))
+            } else {
+                has(Extra::Mask).then(|| Layout::broadcast(pairs))
+            },
             alibi: has(Extra::Alibi),
             sinks: has(Extra::Sinks),
             kv_lens: has(Extra::KvLens),
@@ -173,6 +181,22 @@ impl SyntheticArgs {
         };
         problem.validate().map_err(|error| Failure::from(error).about(shape))?;
         Ok(problem)
+    }
+
+    /// The operands that a problem of [`Self::problem`] is given.
+    pub(crate) fn data(&self, problem: &AttentionProblem) -> Data {
+        let mut data = Data::random(problem, &mut Prng::new(1));
+        if self.with.contains(&Extra::BlockMask) {
+            let kept = |at: usize| (at / problem.seq_kv / 128 + at % problem.seq_kv / 128) % 2 == 0;
+            data.mask = Some((0..problem.seq_q * problem.seq_kv).map(|at| u8::from(kept(at))).collect());
+        }
+        data
+    }
+
+    /// Its options in a few words.
+    pub(crate) fn describe(&self, problem: &AttentionProblem) -> String {
+        let blocks = self.with.contains(&Extra::BlockMask);
+        describe(problem).replace("mask", if blocks { "block-mask" } else { "mask" })
     }
 }
 

@@ -37,16 +37,23 @@ fn main(
     for (var at = 4u * lane; at < MAP_WORD_KEYS && first_key + at < params.seq_kv; at += 4u * LANES) {
         let key = first_key + at;
         let keys = min(4u, params.seq_kv - key);
+        let begin = row_mask(bh.x, bh.y, row) + key * params.mask_stride_d;
         var keeps = false;
         var drops = false;
-        for (var i = row; i < row_end; i += 1u) {
-            let begin = row_mask(bh.x, bh.y, i) + key * params.mask_stride_d;
-            if keys == 4u && params.mask_stride_d == 1u && (begin & 3u) == 0u {
-                // Four bytes at once: whether any is not zero, and whether any is.
-                let four = mask_data[begin / 4u];
-                keeps = keeps || four != 0u;
-                drops = drops || ((four - 0x01010101u) & ~four & 0x80808080u) != 0u;
-            } else {
+        // Both paths outside the loop over rows: an adapter that runs lanes in lockstep walks both.
+        if keys == 4u && params.mask_stride_d == 1u && ((begin | params.mask_stride_s) & 3u) == 0u {
+            var any = 0u;
+            var zeros = 0u;
+            for (var i = 0u; i < row_end - row; i += 1u) {
+                let four = mask_data[(begin + i * params.mask_stride_s) / 4u];
+                any |= four;
+                // Not zero if and only if one of the bytes is.
+                zeros |= (four - 0x01010101u) & ~four & 0x80808080u;
+            }
+            keeps = any != 0u;
+            drops = zeros != 0u;
+        } else {
+            for (var i = row; i < row_end; i += 1u) {
                 for (var c = 0u; c < keys; c += 1u) {
                     let kept = mask_keeps(bh.x, bh.y, i, key + c);
                     keeps = keeps || kept;

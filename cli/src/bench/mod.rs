@@ -13,11 +13,9 @@ use wgpu_attention::{Attention, AttentionProblem, Dtype, Path};
 
 use crate::backend::{self, Backend};
 use crate::check::Judge;
-use crate::data::Data;
 use crate::failure::{Failure, Result};
-use crate::options::{self, DtypeArg, SyntheticArgs};
+use crate::options::{DtypeArg, SyntheticArgs};
 use crate::output::{self, OutputFile};
-use crate::prng::Prng;
 use crate::shapes::Shape;
 use measure::Runner;
 use report::Row;
@@ -178,7 +176,7 @@ fn measure_one(
     bar.set_message(format!("{shape} oracle"));
     let bytes = problem.operands().map(|of| problem.extent(of) * problem.element_bytes(of) as u128).sum();
     crate::memory::allows(&shape.to_string(), bytes)?;
-    let data = Data::random(problem, &mut Prng::new(1));
+    let data = args.synthetic.data(problem);
     let inputs = data.inputs();
     let judge = Judge::new(problem, &inputs)?;
 
@@ -217,7 +215,7 @@ fn measure_one(
             *backend,
             runner,
             problem,
-            options::describe(problem),
+            args.synthetic.describe(problem),
             samples,
             error,
             judge.budget,
