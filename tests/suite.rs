@@ -538,12 +538,14 @@ fn masks_in_blocks_are_mapped_once_for_all_chunks() {
             let own = gpu::get(kind, checks).expect("listed");
             let own = Attention::new(own.attention.device(), own.attention.queue());
             let mut whole = None;
-            for scratch_budget in [None, Some(40_000), Some(10_000), Some(2_500)] {
+            for scratch_budget in [None, Some(40_000), Some(10_000), Some(2_100)] {
                 let options = PlanOptions { family, scratch_budget, ..PlanOptions::default() };
                 let plan = own.plan_with(&case.problem, &options).expect("the problem is served");
                 let context = format!("{subject:?} within {scratch_budget:?}\n{plan}\n  {}", case.name);
                 assert_eq!(plan.mask_tile(), Some(tile), "{context}");
-                assert!(scratch_budget.is_none() || plan.chunks() > 1, "{context}");
+                if let Some(budget) = scratch_budget {
+                    assert!(plan.chunks() > 1 && plan.scratch_bytes() <= budget, "{context}");
+                }
                 let out = own.run_plan_blocking(&plan, &case.data.inputs()).expect("served");
                 if scratch_budget.is_none() {
                     assert_eq!(own.scratch_bytes(), plan.scratch_bytes(), "{context}");
@@ -552,7 +554,7 @@ fn masks_in_blocks_are_mapped_once_for_all_chunks() {
                     panic!("{what}: {context}");
                 }
                 // The rows of a thread rescale together, so that less than a tile is other rounding.
-                if scratch_budget.is_none_or(|budget| budget > 2_500) {
+                if scratch_budget.is_none_or(|budget| budget > 2_100) {
                     let same = whole.get_or_insert_with(|| out.clone());
                     assert!(same_bits(same, &out), "other bits: {context}");
                 }
