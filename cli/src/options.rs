@@ -187,7 +187,8 @@ impl SyntheticArgs {
     pub(crate) fn data(&self, problem: &AttentionProblem) -> Data {
         let mut data = Data::random(problem, &mut Prng::new(1));
         if self.with.contains(&Extra::BlockMask) {
-            let kept = |at: usize| (at / problem.seq_kv / 128 + at % problem.seq_kv / 128) % 2 == 0;
+            let block = |at: usize| at / problem.seq_kv / 128 + at % problem.seq_kv / 128;
+            let kept = |at| block(at).is_multiple_of(2);
             data.mask = Some((0..problem.seq_q * problem.seq_kv).map(|at| u8::from(kept(at))).collect());
         }
         data
