@@ -9,7 +9,7 @@ const WORD_TILES: u64 = 16;
 
 /// Fewest multiply-additions of head_dim and head_dim_v for each byte of the mask at which making the
 /// map is a trifle beside them: a GPU does some ten of them in the time that a byte of memory takes. (On
-/// a CPU adapter, which gathers the mask word by word, it is an eighth where nothing can be skipped.)
+/// a CPU adapter, which gathers the mask word by word, it is a sixth where nothing can be skipped.)
 const LEAST_PRODUCTS_A_BYTE: u128 = 128;
 
 /// Fewest tiles of keys among which some may be skipped: with fewer a dispatch more is not won back.
