@@ -61,7 +61,8 @@ impl std::str::FromStr for Path {
 pub struct PlanOptions {
     /// Force a path.
     pub path: Option<Path>,
-    /// Most bytes of scratch memory. The result does not depend on it.
+    /// Most bytes of scratch memory. The result does not depend on it, except in its rounding where so
+    /// few rows fit that they fill no tile of the kernel.
     pub scratch_budget: Option<u64>,
     /// Force a family of kernels.
     pub family: Option<Family>,
