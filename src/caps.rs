@@ -48,7 +48,8 @@ pub struct Caps {
 
 impl Caps {
     /// The features that any kernel or the timer of this crate can use.
-    pub const FEATURES: wgpu::Features = wgpu::Features::SHADER_F16.union(wgpu::Features::TIMESTAMP_QUERY);
+    pub const FEATURES: wgpu::Features =
+        wgpu::Features::SHADER_F16.union(wgpu::Features::SUBGROUP).union(wgpu::Features::TIMESTAMP_QUERY);
 
     /// An opened device's capabilities.
     pub fn of_device(device: &wgpu::Device) -> Self {
@@ -117,6 +118,9 @@ impl Caps {
         let mut missing = Vec::new();
         if !self.shader_f16 {
             missing.push("SHADER_F16: f16 tensors are unpacked from pairs, which costs a little".into());
+        }
+        if self.subgroup.is_none() {
+            missing.push("SUBGROUP: no kernel of the family fused:tile_subgroup".into());
         }
         if !self.timestamps {
             missing.push("TIMESTAMP_QUERY: no GPU time, only the time that the host sees".into());

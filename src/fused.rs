@@ -31,11 +31,16 @@ pub(crate) struct FusedTile {
     pub(crate) slice: u32,
     /// Quads of head_dim_v of a thread.
     pub(crate) quads: u32,
+    /// Keys and values are staged together.
+    pub(crate) both: bool,
+    /// The threads of a row exchange by subgroup operations, else through workgroup memory.
+    pub(crate) subgroup: bool,
 }
 
 impl FusedTile {
     /// Of kernels that are none.
-    pub(crate) const NONE: Self = Self { lanes: 0, row_lanes: 0, rows: 0, slice: 0, quads: 0 };
+    pub(crate) const NONE: Self =
+        Self { lanes: 0, row_lanes: 0, rows: 0, slice: 0, quads: 0, both: false, subgroup: false };
 
     /// Query rows of a workgroup.
     pub(crate) fn tile_q(self) -> u32 {
@@ -51,28 +56,62 @@ impl FusedTile {
         self.lanes * self.row_lanes
     }
 
-    /// Workgroup memory: a slice of the key or value tile and the weights (both skewed by a vec4, so
-    /// that rows begin in different banks), a partial maximum for each row and lane, and a flag.
+    /// Workgroup memory: a slice of the key or value tile or of both (skewed by a vec4, so that rows
+    /// begin in different banks) and two flags; and without subgroup operations the weights (skewed,
+    /// too) and a number for each row and lane.
     pub(crate) fn workgroup_bytes(self) -> u32 {
-        let staged = self.tile_kv() * (self.slice + 1);
-        let weights = self.tile_q() * (self.lanes + 1);
-        16 * (staged + weights) + 4 * self.tile_q() * self.lanes + 4
+        let staged = self.tile_kv() * (self.slice + 1) * if self.both { 2 } else { 1 };
+        let exchanged = self.tile_q() * (16 * (self.lanes + 1) + 4 * self.lanes);
+        16 * staged + if self.subgroup { 0 } else { exchanged } + 8
     }
 
-    /// Registers of a thread that live through a step: o, scores, a partial sum, maxima and sums, and
-    /// the operands of one product.
+    /// Registers of a thread that live through a step: o, scores (then weights), a partial sum, maxima
+    /// and sums, and the operands of one product.
     pub(crate) fn registers(self) -> u32 {
         4 * self.rows * self.quads + self.rows * (LANE_KEYS + 4 + 2) + 4 * (LANE_KEYS + 1)
     }
+
+    /// Why the device's subgroups do not serve; `None` when they do, or are not asked to.
+    pub(crate) fn subgroup_unfit(self, caps: &Caps) -> Option<String> {
+        if !self.subgroup {
+            return None;
+        }
+        match caps.subgroup {
+            None => Some("it needs subgroup operations, which the device does not offer (SUBGROUP)".into()),
+            Some((least, most)) if least < self.lanes || most > MOST_THREADS.max(self.threads()) => {
+                Some(format!(
+                    "it needs subgroups of {LEAST_SUBGROUP} to {MOST_THREADS}, the device has {least} to {most}"
+                ))
+            }
+            Some((_, most)) if !self.threads().is_multiple_of(most) => {
+                Some(format!("its {} threads are no whole subgroups of {most}", self.threads()))
+            }
+            Some(_) => None,
+        }
+    }
 }
 
-/// The tile kernel's sizes for a problem: the widest step of keys whose tiles fit the device's
-/// workgroup memory (barriers dominate small steps), then the widest slice.
-pub(crate) fn tile(seq_q: usize, head_dim: usize, head_dim_v: usize, caps: &Caps) -> FusedTile {
+/// Threads of a workgroup of the tile kernels: four warps, and no fewer than the largest subgroup there is.
+const MOST_THREADS: u32 = 128;
+
+/// The smallest subgroup there is.
+const LEAST_SUBGROUP: u32 = 4;
+
+/// The tile kernels' sizes for a problem: the widest step of keys whose tiles fit the device's workgroup
+/// memory (barriers dominate small steps), then keys and values together, then the widest slice.
+pub(crate) fn tile(
+    seq_q: usize,
+    head_dim: usize,
+    head_dim_v: usize,
+    subgroup: bool,
+    caps: &Caps,
+) -> FusedTile {
     let quads = |width: usize| (width as u32).div_ceil(4);
     let widest = quads(head_dim.max(head_dim_v));
-    let threads = caps.max_invocations.clamp(8, 128);
-    let candidate = |lanes: u32, slice: u32| {
+    let threads = caps.max_invocations.clamp(8, MOST_THREADS);
+    // A row's lanes are neighbours in a subgroup.
+    let neighbours = if subgroup { caps.subgroup.map_or(LEAST_SUBGROUP, |(least, _)| least) } else { 8 };
+    let candidate = |lanes: u32, both: bool, slice: u32| {
         let row_lanes = threads / lanes;
         let own_quads = quads(head_dim_v).div_ceil(lanes);
         // Rows that there are, and registers that there are.
@@ -85,9 +124,17 @@ pub(crate) fn tile(seq_q: usize, head_dim: usize, head_dim_v: usize, caps: &Caps
             rows,
             slice: slice.min(widest).next_multiple_of(lanes),
             quads: own_quads,
+            both,
+            subgroup,
         }
     };
-    let all = [8, 4, 2].into_iter().flat_map(|lanes| [32, 16, 8].map(|slice| candidate(lanes, slice)));
+    // Side by side they fit whole, and only where nothing else asks for barriers.
+    let together = [(true, widest)].into_iter().filter(|_| subgroup);
+    let slices = together.chain([32, 16, 8].map(|slice| (false, slice)));
+    let all = [8, 4, 2]
+        .into_iter()
+        .filter(|&lanes| lanes <= neighbours.max(2))
+        .flat_map(|lanes| slices.clone().map(move |(both, slice)| candidate(lanes, both, slice)));
     let fits = |tile: &FusedTile| tile.workgroup_bytes() <= caps.max_workgroup_bytes;
     all.clone().find(fits).or(all.last()).unwrap_or(FusedTile::NONE)
 }
@@ -169,7 +216,7 @@ mod tests {
         for head_dim in [1, 4, 7, 32, 64, 80, 96, 128, 160, 256, 512] {
             for head_dim_v in [1, 8, 64, 100, 128, 256, 512] {
                 for seq_q in [1, 17, 4096] {
-                    let t = tile(seq_q, head_dim, head_dim_v, &Caps::minimal());
+                    let t = tile(seq_q, head_dim, head_dim_v, false, &Caps::minimal());
                     assert!(t.workgroup_bytes() <= 16 << 10, "{head_dim} {head_dim_v}: {t:?}");
                     assert!(
                         t.registers() <= MOST_REGISTERS,
@@ -188,7 +235,7 @@ mod tests {
     #[test]
     fn more_workgroup_memory_takes_wider_slices() {
         let roomy = Caps { max_workgroup_bytes: 32 << 10, ..Caps::minimal() };
-        let (wide, narrow) = (tile(4096, 128, 128, &roomy), tile(4096, 128, 128, &Caps::minimal()));
+        let [wide, narrow] = [&roomy, &Caps::minimal()].map(|caps| tile(4096, 128, 128, false, caps));
         assert!(wide.slice > narrow.slice && wide.tile_kv() >= narrow.tile_kv(), "{wide:?} {narrow:?}");
     }
 }

@@ -20,19 +20,23 @@ pub enum Family {
     /// One kernel, a workgroup for a tile of query rows, keys and values in workgroup memory: for
     /// GPUs, at any limits.
     FusedTile,
+    /// The same with subgroup operations in the place of most of the workgroup memory: for GPUs that
+    /// offer them, with subgroups of any size from 4 to 128.
+    FusedSubgroup,
     /// One kernel, a thread for a few query rows, no workgroup memory: for adapters that run on a CPU.
     FusedRow,
 }
 
 impl Family {
     /// Every family.
-    pub const ALL: [Self; 4] = [Self::StagedTile, Self::StagedDirect, Self::FusedTile, Self::FusedRow];
+    pub const ALL: [Self; 5] =
+        [Self::StagedTile, Self::StagedDirect, Self::FusedTile, Self::FusedSubgroup, Self::FusedRow];
 
     /// The path that these kernels make up.
     pub fn path(self) -> Path {
         match self {
             Self::StagedTile | Self::StagedDirect => Path::Staged,
-            Self::FusedTile | Self::FusedRow => Path::Fused,
+            Self::FusedTile | Self::FusedSubgroup | Self::FusedRow => Path::Fused,
         }
     }
 
@@ -41,7 +45,23 @@ impl Family {
         match self {
             Self::StagedTile | Self::FusedTile => "tile",
             Self::StagedDirect => "direct",
+            Self::FusedSubgroup => "tile_subgroup",
             Self::FusedRow => "row",
+        }
+    }
+
+    /// What a device lacks for these kernels whatever the problem; `None` where it lacks nothing.
+    ///
+    /// ```
+    /// use wgpu_attention::{Caps, Family};
+    /// let least = Caps::minimal();
+    /// assert!(Family::FusedTile.lacks(&least).is_none() && Family::FusedSubgroup.lacks(&least).is_some());
+    /// ```
+    pub fn lacks(self, caps: &Caps) -> Option<String> {
+        let tile = |subgroup| fused::tile(1, 64, 64, subgroup, caps);
+        match self {
+            Self::FusedSubgroup => tile(true).subgroup_unfit(caps),
+            Self::StagedTile | Self::StagedDirect | Self::FusedTile | Self::FusedRow => None,
         }
     }
 
@@ -82,6 +102,7 @@ pub(crate) enum Kernel {
     Bundle,
     MaskMap,
     FusedTile,
+    FusedSubgroup,
     FusedRow,
 }
 
@@ -98,12 +119,18 @@ impl Kernel {
             Self::Bundle => "bundle",
             Self::MaskMap => "mask_map",
             Self::FusedTile => "fused_tile",
+            Self::FusedSubgroup => "fused_tile_subgroup",
             Self::FusedRow => "fused_row",
         }
     }
 
     pub(crate) fn is_fused(self) -> bool {
-        matches!(self, Self::FusedTile | Self::FusedRow)
+        self.is_fused_tile() || self == Self::FusedRow
+    }
+
+    /// Whether it is one of those that share the text of the fused tile kernel.
+    pub(crate) fn is_fused_tile(self) -> bool {
+        matches!(self, Self::FusedTile | Self::FusedSubgroup)
     }
 
     /// Whether what it makes serves every chunk: it is dispatched before the first alone.
@@ -138,7 +165,7 @@ pub(crate) struct Tiles {
     pub(crate) values_rows: u32,
     pub(crate) values_lanes: u32,
     pub(crate) values_step: u32,
-    /// Those of the fused tile kernel.
+    /// Those of the fused tile kernels.
     pub(crate) fused: FusedTile,
     /// Those of the fused row kernel.
     pub(crate) row: FusedRow,
@@ -166,7 +193,9 @@ impl Tiles {
     /// Tiles of the mask's map; `None` where the family has no use for one.
     pub(crate) fn map(&self) -> Option<MapTile> {
         match self.family {
-            Family::FusedTile => Some(MapTile { rows: self.fused.tile_q(), keys: self.fused.tile_kv() }),
+            Family::FusedTile | Family::FusedSubgroup => {
+                Some(MapTile { rows: self.fused.tile_q(), keys: self.fused.tile_kv() })
+            }
             Family::FusedRow => Some(MapTile { rows: self.row.tile_q(), keys: fused::ROW_MAP_KEYS }),
             Family::StagedTile | Family::StagedDirect => None,
         }
@@ -244,10 +273,11 @@ pub(crate) fn tiles(family: Family, problem: &AttentionProblem, caps: &Caps) -> 
                 ..Tiles::none(family)
             }
         }
-        Family::FusedTile => Tiles {
-            fused: fused::tile(problem.seq_q, problem.head_dim, problem.head_dim_v, caps),
-            ..Tiles::none(family)
-        },
+        Family::FusedTile | Family::FusedSubgroup => {
+            let subgroup = family == Family::FusedSubgroup;
+            let fused = fused::tile(problem.seq_q, problem.head_dim, problem.head_dim_v, subgroup, caps);
+            Tiles { fused, ..Tiles::none(family) }
+        }
         Family::FusedRow => Tiles { row: fused::row(problem), ..Tiles::none(family) },
     }
 }
@@ -360,7 +390,7 @@ impl Blueprint {
         let t = &self.tiles;
         match self.kernel {
             Kernel::Project | Kernel::Weights | Kernel::Bundle | Kernel::MaskMap => ELEMENT_LANES,
-            Kernel::FusedTile => t.fused.threads(),
+            Kernel::FusedTile | Kernel::FusedSubgroup => t.fused.threads(),
             Kernel::FusedRow => FusedRow::LANES,
             Kernel::ScoresTile => t.scores_lanes * t.scores_lanes,
             Kernel::ScoresDirect => t.scores_lanes,
@@ -378,7 +408,7 @@ impl Blueprint {
             Kernel::SoftmaxRow => 4 * self.threads(),
             // A bit for each tile of a word, twice.
             Kernel::MaskMap => 8,
-            Kernel::FusedTile => t.fused.workgroup_bytes(),
+            Kernel::FusedTile | Kernel::FusedSubgroup => t.fused.workgroup_bytes(),
             Kernel::ValuesTile => {
                 16 * (t.values_rows * (t.values_step / 4 + 1) + t.values_step * t.values_lanes)
             }
@@ -403,7 +433,7 @@ impl Blueprint {
             Kernel::Weights => heads * rows * tiles(keys, ELEMENT_LANES),
             Kernel::Bundle => tiles(bundle_words(problem), ELEMENT_LANES),
             Kernel::MaskMap => t.map().map_or(0, |tile| mask_map::words(problem, tile)),
-            Kernel::FusedTile => heads * tiles(rows, t.fused.tile_q()),
+            Kernel::FusedTile | Kernel::FusedSubgroup => heads * tiles(rows, t.fused.tile_q()),
             Kernel::FusedRow => heads * tiles(rows, t.row.tile_q()),
         }
     }
@@ -423,7 +453,10 @@ impl Blueprint {
                 return Some(format!("{} needs {need} {what}, the device has {got}", self.kernel.name()));
             }
         }
-        if self.kernel == Kernel::FusedTile && t.registers() > fused::MOST_REGISTERS {
+        if let Some(why) = t.subgroup_unfit(caps) {
+            return Some(format!("{}: {why}", self.kernel.name()));
+        }
+        if self.kernel.is_fused_tile() && t.registers() > fused::MOST_REGISTERS {
             let need = t.registers();
             let most = fused::MOST_REGISTERS;
             return Some(format!(
@@ -438,7 +471,6 @@ impl Blueprint {
         match self.kernel {
             Kernel::ScoresTile => [self.tiles.scores_lanes, self.tiles.scores_lanes, 1],
             Kernel::ValuesTile => [self.tiles.values_lanes, self.tiles.values_lanes, 1],
-            Kernel::FusedTile => [self.tiles.fused.lanes, self.tiles.fused.row_lanes, 1],
             _ => [self.threads(), 1, 1],
         }
     }
@@ -484,7 +516,9 @@ impl Blueprint {
             }
             Kernel::Bundle => all.push(write(Slot::Bundle)),
             Kernel::MaskMap => all.push(write(Slot::MaskMap)),
-            Kernel::FusedTile | Kernel::FusedRow => all.push(write(Slot::Operand(Operand::O))),
+            Kernel::FusedTile | Kernel::FusedSubgroup | Kernel::FusedRow => {
+                all.push(write(Slot::Operand(Operand::O)))
+            }
             Kernel::Weights => all.extend([
                 read(Slot::Scores),
                 read(Slot::InverseSums),

@@ -28,6 +28,9 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
     if b.kernel.is_scores() || b.kernel.is_fused() {
         out.push_str(&format!("const SOFTCAP: bool = {};\n", b.softcap));
     }
+    if b.kernel.is_fused_tile() {
+        out.push_str(&format!("const BOTH: bool = {};\n", b.tiles.fused.both));
+    }
     let mut add = |text: &str| {
         out.push('\n');
         out.push_str(text);
@@ -126,6 +129,11 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         });
         add(if fused { part!("online_softmax") } else { part!("careful") });
     }
+    if b.kernel.is_fused_tile() {
+        // (Browsers want `enable subgroups;` first, which naga refuses; wgpu offers none there.)
+        let subgroup = b.tiles.fused.subgroup;
+        add(if subgroup { part!("exchange/subgroup") } else { part!("exchange/workgroup") });
+    }
     add(match b.kernel {
         Kernel::Project | Kernel::Bundle | Kernel::MaskMap => unreachable!("composed above"),
         Kernel::ScoresTile => part!("kernel/scores_tile"),
@@ -134,7 +142,7 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         Kernel::ValuesTile => part!("kernel/values_tile"),
         Kernel::ValuesDirect => part!("kernel/values_direct"),
         Kernel::Weights => part!("kernel/weights"),
-        Kernel::FusedTile => part!("kernel/fused_tile"),
+        Kernel::FusedTile | Kernel::FusedSubgroup => part!("kernel/fused_tile"),
         Kernel::FusedRow => {
             add(&unroll(part!("kernel/fused_row"), &constants(b)));
             return out;
@@ -183,7 +191,8 @@ fn constants(b: &Blueprint) -> Vec<(&'static str, u32)> {
         Kernel::ValuesTile => &[("SIDE", t.values_lanes)],
         Kernel::ValuesDirect => &[("LANES", t.values_lanes)],
         Kernel::Weights => &[("LANES", b.threads())],
-        Kernel::FusedTile => &[
+        Kernel::FusedTile | Kernel::FusedSubgroup => &[
+            ("TILE_Q", t.fused.tile_q()),
             ("LANES", t.fused.lanes),
             ("ROW_LANES", t.fused.row_lanes),
             ("ROWS", t.fused.rows),

@@ -9,31 +9,63 @@
 // A workgroup of LANES x ROW_LANES threads owns TILE_Q = ROW_LANES ROWS query rows of one head. A
 // thread owns ROWS of them, of each step's scores the keys x + LANES c (c < 4), and of O the quads
 // x + LANES n: so m, l and the rescaling of O need no exchange but the maximum over a row's LANES.
-// K and V take turns in wg_kv, SLICE quads of a row at a time; Q comes from the caches. Workgroup
-// memory is priced in src/fused.rs; four barriers a step where a row is one slice, two more for each
-// further slice of K or V. Each step's P V is summed apart before it joins O, so that the rounding
-// error of a long row does not grow with it.
+// That one, and the weights P, go through workgroup memory or through subgroup operations: the two
+// kernels that share this text (shaders/exchange/). K and V take turns in wg_kv, SLICE quads of a row
+// at a time, with four barriers a step where a row is one slice and two more for each further slice of
+// K or V; or (BOTH) they lie there side by side, with two barriers a step, where subgroups exchange the
+// rest. Q comes from the caches. Workgroup memory is priced in src/fused.rs. Each step's P V is summed
+// apart before it joins O, so that the rounding error of a long row does not grow with it.
 
-const TILE_Q = ROW_LANES * ROWS;
 const TILE_KV = 4u * LANES;
 const THREADS = LANES * ROW_LANES;
 const KV_SKEW = SLICE + 1u;
-const P_SKEW = LANES + 1u;
 const SLICE_QUADS = SLICE / LANES;
 
-var<workgroup> wg_kv: array<vec4<f32>, TILE_KV * KV_SKEW>;
-var<workgroup> wg_p: array<vec4<f32>, TILE_Q * P_SKEW>;
-var<workgroup> wg_peak: array<f32, TILE_Q * LANES>;
-// Whether the staged values hold something that is not finite.
-var<workgroup> wg_careful: atomic<u32>;
+// Where the values begin.
+const V_AT = select(0u, TILE_KV * KV_SKEW, BOTH);
 
-@compute @workgroup_size(LANES, ROW_LANES)
+var<workgroup> wg_kv: array<vec4<f32>, V_AT + TILE_KV * KV_SKEW>;
+// Whether the staged values hold something that is not finite; steps take turns, so that one can be
+// cleared while the other is in use.
+var<workgroup> wg_careful: array<atomic<u32>, 2>;
+
+// Stages SLICE quads, from `begin` on, of the keys from `first` on; and the same of the values.
+fn stage_k(thread: u32, b: u32, kv_head: u32, first: u32, begin: u32, len_k: u32) {
+    for (var at = thread; at < TILE_KV * SLICE; at += THREADS) {
+        let d = 4u * (begin + at % SLICE);
+        var k = vec4<f32>();
+        if d < params.head_dim {
+            k = load4_k(row_k(b, kv_head, min(first + at / SLICE, len_k - 1u)), d);
+        }
+        wg_kv[at / SLICE * KV_SKEW + at % SLICE] = k;
+    }
+}
+
+fn stage_v(thread: u32, b: u32, kv_head: u32, first: u32, begin: u32, len_k: u32, turn: u32) {
+    for (var at = thread; at < TILE_KV * SLICE; at += THREADS) {
+        let key = first + at / SLICE;
+        let d = 4u * (begin + at % SLICE);
+        var v = vec4<f32>();
+        if key < len_k && d < params.head_dim_v {
+            v = load4_v(row_v(b, kv_head, key), d);
+        }
+        // 0 * NaN is NaN, also where the key is dropped: such quads are added by themselves.
+        if !is_finite4(v) {
+            v = vec4<f32>();
+            atomicStore(&wg_careful[turn], 1u);
+        }
+        wg_kv[V_AT + at / SLICE * KV_SKEW + at % SLICE] = v;
+    }
+}
+
+@compute @workgroup_size(THREADS)
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
-    @builtin(local_invocation_id) local: vec3<u32>,
-    @builtin(local_invocation_index) thread: u32,
+    place: Place,
 ) {
+    let thread = thread_of(place);
+    let x = thread % LANES;
     let tiles_q = div_ceil(params.row_count, TILE_Q);
     let tile = linear_group(group, groups);
     if tile >= tiles_q * params.head_count {
@@ -48,12 +80,13 @@ fn main(
     let seen = own_part(tile_kv_range(params.row_first + row, params.row_first + row_end, len_k));
     let seen_by_all = tile_full_range(params.row_first + row, params.row_first + row_end, len_k);
     let quads = div_ceil(params.head_dim, 4u);
-    let quads_v = div_ceil(params.head_dim_v, 4u);
-    let own_row = local.y * ROWS;
+    let own_row = thread / LANES * ROWS;
 
     // Rows past the end repeat the last one, and are not stored.
     var query: array<u32, ROWS>;
     var start: array<vec2<f32>, ROWS>;
+    var weights: array<vec4<f32>, ROWS>;
+    var peaks: array<f32, ROWS>;
     var m: array<f32, ROWS>;
     var l: array<f32, ROWS>;
     var acc: array<vec4<f32>, ROWS * QUADS>;
@@ -68,6 +101,10 @@ fn main(
         acc[n] = vec4<f32>();
     }
 
+    if thread == 0u {
+        atomicStore(&wg_careful[0], 0u);
+    }
+    var turn = 0u;
     for (var first = seen.x / TILE_KV * TILE_KV; first < seen.y; first += TILE_KV) {
         // Whole tiles of the mask: chunks of rows begin at one, or lie inside one.
         let masked = mask_tile(bh.x, bh.y, params.row_first + row, first);
@@ -77,23 +114,19 @@ fn main(
         var dots = array<vec4<f32>, ROWS>();
         for (var begin = 0u; begin < quads; begin += SLICE) {
             workgroupBarrier();
-            for (var at = thread; at < TILE_KV * SLICE; at += THREADS) {
-                let e = begin + at % SLICE;
-                var k = vec4<f32>();
-                if e < quads {
-                    k = load4_k(row_k(bh.x, kv_head, min(first + at / SLICE, len_k - 1u)), 4u * e);
-                }
-                wg_kv[at / SLICE * KV_SKEW + at % SLICE] = k;
+            stage_k(thread, bh.x, kv_head, first, begin, len_k);
+            if BOTH {
+                stage_v(thread, bh.x, kv_head, first, 0u, len_k, turn);
             }
             if thread == 0u {
-                atomicStore(&wg_careful, 0u);
+                atomicStore(&wg_careful[1u - turn], 0u);
             }
             workgroupBarrier();
             for (var e = 0u; e < min(SLICE, quads - begin); e += 1u) {
-                let k0 = wg_kv[local.x * KV_SKEW + e];
-                let k1 = wg_kv[(local.x + LANES) * KV_SKEW + e];
-                let k2 = wg_kv[(local.x + 2u * LANES) * KV_SKEW + e];
-                let k3 = wg_kv[(local.x + 3u * LANES) * KV_SKEW + e];
+                let k0 = wg_kv[x * KV_SKEW + e];
+                let k1 = wg_kv[(x + LANES) * KV_SKEW + e];
+                let k2 = wg_kv[(x + 2u * LANES) * KV_SKEW + e];
+                let k3 = wg_kv[(x + 3u * LANES) * KV_SKEW + e];
                 for (var r = 0u; r < ROWS; r += 1u) {
                     let q = load4_q(query[r], 4u * (begin + e));
                     dots[r] += vec4<f32>(dot(q, k0), dot(q, k1), dot(q, k2), dot(q, k3));
@@ -109,18 +142,19 @@ fn main(
                 range = own_part(kv_range(i, len_k));
             }
             for (var c = 0u; c < 4u; c += 1u) {
-                let j = first + local.x + c * LANES;
+                let j = first + x + c * LANES;
                 dots[r][c] = finish_score(dots[r][c], bh.x, bh.y, i, j, range, len_k, masked);
             }
             let s = dots[r];
-            wg_peak[(own_row + r) * LANES + local.x] = max(max(s.x, s.y), max(s.z, s.w));
+            peaks[r] = max(max(s.x, s.y), max(s.z, s.w));
+            offer(own_row + r, x, peaks[r]);
         }
-        workgroupBarrier();
+        if !BOTH {
+            // All have read the keys, and offered.
+            workgroupBarrier();
+        }
         for (var r = 0u; r < ROWS; r += 1u) {
-            var peak = DROPPED;
-            for (var x = 0u; x < LANES; x += 1u) {
-                peak = max(peak, wg_peak[(own_row + r) * LANES + x]);
-            }
+            let peak = row_max(own_row + r, peaks[r]);
             if peak > m[r] + LAZY {
                 let shrink = shrinking(m[r], peak);
                 m[r] = peak;
@@ -134,38 +168,28 @@ fn main(
             let kept = select(p, vec4<f32>(), dropped);
             l[r] += (kept.x + kept.y) + (kept.z + kept.w);
             let mark = vec4<f32>(bitcast<f32>(DROPPED_WEIGHT_BITS));
-            wg_p[(own_row + r) * P_SKEW + local.x] = select(p, mark, dropped);
+            weights[r] = select(p, mark, dropped);
+            give_weights(own_row + r, x, weights[r]);
         }
 
         for (var begin = 0u; begin < QUADS; begin += SLICE_QUADS) {
-            if begin > 0u {
+            if !BOTH {
+                if begin > 0u {
+                    workgroupBarrier();
+                }
+                stage_v(thread, bh.x, kv_head, first, begin * LANES, len_k, turn);
                 workgroupBarrier();
             }
-            for (var at = thread; at < TILE_KV * SLICE; at += THREADS) {
-                let key = first + at / SLICE;
-                let e = begin * LANES + at % SLICE;
-                var v = vec4<f32>();
-                if key < len_k && e < quads_v {
-                    v = load4_v(row_v(bh.x, kv_head, key), 4u * e);
-                }
-                // 0 * NaN is NaN, also where the key is dropped: such quads are added by themselves.
-                if !is_finite4(v) {
-                    v = vec4<f32>();
-                    atomicStore(&wg_careful, 1u);
-                }
-                wg_kv[at / SLICE * KV_SKEW + at % SLICE] = v;
-            }
-            workgroupBarrier();
             for (var n = 0u; n < min(SLICE_QUADS, QUADS - begin); n += 1u) {
                 var part = array<vec4<f32>, ROWS>();
-                let column = local.x + n * LANES;
-                for (var x = 0u; x < LANES; x += 1u) {
-                    let v0 = wg_kv[x * KV_SKEW + column];
-                    let v1 = wg_kv[(x + LANES) * KV_SKEW + column];
-                    let v2 = wg_kv[(x + 2u * LANES) * KV_SKEW + column];
-                    let v3 = wg_kv[(x + 3u * LANES) * KV_SKEW + column];
+                let column = V_AT + x + n * LANES;
+                for (var giver = 0u; giver < LANES; giver += 1u) {
+                    let v0 = wg_kv[giver * KV_SKEW + column];
+                    let v1 = wg_kv[(giver + LANES) * KV_SKEW + column];
+                    let v2 = wg_kv[(giver + 2u * LANES) * KV_SKEW + column];
+                    let v3 = wg_kv[(giver + 3u * LANES) * KV_SKEW + column];
                     for (var r = 0u; r < ROWS; r += 1u) {
-                        let p = wg_p[(own_row + r) * P_SKEW + x];
+                        let p = weights_of(own_row + r, giver, weights[r], place);
                         part[r] += p.x * v0 + p.y * v1 + p.z * v2 + p.w * v3;
                     }
                 }
@@ -173,43 +197,43 @@ fn main(
                     acc[r * QUADS + begin + n] += part[r];
                 }
             }
-            if atomicLoad(&wg_careful) != 0u {
+            if atomicLoad(&wg_careful[turn]) != 0u {
                 for (var n = 0u; n < min(SLICE_QUADS, QUADS - begin); n += 1u) {
-                    let d = 4u * (local.x + (begin + n) * LANES);
-                    for (var key = 0u; key < TILE_KV && first + key < len_k && d < params.head_dim_v; key += 1u) {
-                        let v = load4_v(row_v(bh.x, kv_head, first + key), d);
-                        if !is_finite4(v) {
-                            for (var r = 0u; r < ROWS; r += 1u) {
-                                let p = wg_p[(own_row + r) * P_SKEW + key % LANES][key / LANES];
-                                if !is_dropped_weight(p) {
-                                    acc[r * QUADS + begin + n] += p * v;
-                                }
+                    let d = 4u * (x + (begin + n) * LANES);
+                    for (var key = 0u; key < TILE_KV && first + key < len_k; key += 1u) {
+                        var v = vec4<f32>();
+                        if d < params.head_dim_v {
+                            v = load4_v(row_v(bh.x, kv_head, first + key), d);
+                        }
+                        // All lanes take part in the exchange, whatever they have loaded.
+                        for (var r = 0u; r < ROWS; r += 1u) {
+                            let p = weights_of(own_row + r, key % LANES, weights[r], place)[key / LANES];
+                            if !is_finite4(v) && !is_dropped_weight(p) {
+                                acc[r * QUADS + begin + n] += p * v;
                             }
                         }
                     }
                 }
             }
         }
+        turn = 1u - turn;
     }
 
     // A row's sum lies spread over its lanes.
     workgroupBarrier();
     for (var r = 0u; r < ROWS; r += 1u) {
-        wg_peak[(own_row + r) * LANES + local.x] = l[r];
+        offer(own_row + r, x, l[r]);
     }
     workgroupBarrier();
     for (var r = 0u; r < ROWS; r += 1u) {
         let own = row + own_row + r;
+        let sum = row_sum(own_row + r, l[r]);
         if own < params.row_count {
-            var sum = 0.0;
-            for (var x = 0u; x < LANES; x += 1u) {
-                sum += wg_peak[(own_row + r) * LANES + x];
-            }
             let index = head * params.row_count + own;
-            let end = end_of(index, bh.y, start[r], m[r], sum, local.x == 0u);
+            let end = end_of(index, bh.y, start[r], m[r], sum, x == 0u);
             let at = row_o(bh.x, bh.y, params.row_first + own);
             for (var n = 0u; n < QUADS; n += 1u) {
-                let d = 4u * (local.x + n * LANES);
+                let d = 4u * (x + n * LANES);
                 if d < params.head_dim_v {
                     end_quad(index, at, d, acc[r * QUADS + n], end);
                 }

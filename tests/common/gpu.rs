@@ -4,7 +4,8 @@
 use std::sync::{Arc, OnceLock};
 
 use wgpu_attention::{
-    Attention, DeviceRequest, Dtype, Error, Layout, Operand, Operands, Options, Outputs, PlanOptions, Tensor,
+    Attention, Caps, DeviceRequest, Dtype, Error, Family, Layout, Operand, Operands, Options, Outputs,
+    PlanOptions, Tensor,
 };
 
 use super::case::Case;
@@ -71,6 +72,14 @@ fn open() -> Result<Vec<(bool, Gpu)>, Error> {
         full.caps().driver,
         full.caps().backend
     ));
+    // Whatever the adapter offers is under test.
+    let offered = adapter_of(&full)?.features() & Caps::FEATURES;
+    assert!(full.device().features().contains(offered), "{offered:?} were not asked for");
+    for family in Family::ALL {
+        if let Some(why) = family.lacks(full.caps()) {
+            super::say(&format!("NOT TESTED: {family}: {why}"));
+        }
+    }
     let (device, queue) = minimal_device(&full)?;
     let mut gpus = Vec::new();
     for checks in [false, true] {
@@ -265,6 +274,11 @@ impl Guarded {
 }
 
 impl Gpu {
+    /// The families that this device has all it takes for.
+    pub fn families(&self) -> impl Iterator<Item = Family> + '_ {
+        Family::ALL.into_iter().filter(|family| family.lacks(self.attention.caps()).is_none())
+    }
+
     pub fn run(&self, case: &Case, options: &PlanOptions, door: Door) -> Result<(Outputs, Gap), Error> {
         let (device, queue) = (self.attention.device(), self.attention.queue());
         if door == Door::Run {

@@ -45,9 +45,10 @@ impl Subject {
     pub fn gpus() -> Vec<Self> {
         let mut doors = [Door::Encode, Door::Run, Door::Pass].into_iter().cycle();
         let mut all = Vec::new();
-        for kind in [Kind::Full, Kind::Minimal].into_iter().filter(|&kind| gpu::get(kind, true).is_some()) {
+        for (kind, gpu) in [Kind::Full, Kind::Minimal].map(|kind| (kind, gpu::get(kind, true))) {
+            let Some(gpu) = gpu else { continue };
             for checks in [false, true] {
-                for family in Family::ALL.into_iter().map(Some).chain([None]) {
+                for family in gpu.families().map(Some).chain([None]) {
                     all.push(Self::Gpu { kind, checks, family, door: doors.next().unwrap_or(Door::Encode) });
                 }
             }
@@ -58,17 +59,16 @@ impl Subject {
     /// The CPU path and each family once, on opposite device kinds: for tests that have many cases.
     pub fn few() -> Vec<Self> {
         let mut few = Self::cpu();
-        if gpu::get(Kind::Full, true).is_some() {
-            let both = [(Kind::Full, false), (Kind::Minimal, true)];
-            few.extend(Family::ALL.into_iter().zip(both.into_iter().cycle()).map(
-                |(family, (kind, checks))| Self::Gpu {
-                    kind,
-                    checks,
-                    family: Some(family),
-                    door: Door::Encode,
-                },
-            ));
-        }
+        let (Some(full), Some(minimal)) = (gpu::get(Kind::Full, true), gpu::get(Kind::Minimal, true)) else {
+            return few;
+        };
+        let mut kinds = [(Kind::Full, false), (Kind::Minimal, true)].into_iter().cycle();
+        few.extend(full.families().map(|family| {
+            let turn = kinds.next().unwrap_or((Kind::Full, false));
+            let (kind, checks) =
+                if minimal.families().any(|of| of == family) { turn } else { (Kind::Full, turn.1) };
+            Self::Gpu { kind, checks, family: Some(family), door: Door::Encode }
+        }));
         few
     }
 

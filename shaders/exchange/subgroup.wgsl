@@ -1,0 +1,41 @@
+// What the LANES threads of a query row tell one another, by subgroup operations: no workgroup memory,
+// and no barrier. LANES is a power of two and at most the device's smallest subgroup; which size a
+// subgroup has is asked here, at run time. Rows are made of neighbours in a subgroup: WGSL does not say
+// how the indices in a workgroup are dealt out to subgroups.
+
+struct Place {
+    @builtin(subgroup_id) subgroup: u32,
+    @builtin(subgroup_size) size: u32,
+    @builtin(subgroup_invocation_id) lane: u32,
+}
+
+// Below THREADS, which is a multiple of every subgroup size of the device.
+fn thread_of(place: Place) -> u32 {
+    return place.subgroup * place.size + place.lane;
+}
+
+fn offer(row: u32, x: u32, mine: f32) {}
+
+// The maximum, and the sum, of what a row's lanes have: each exchange doubles whom it covers.
+fn row_max(row: u32, mine: f32) -> f32 {
+    var peak = mine;
+    for (var reach = 1u; reach < LANES; reach *= 2u) {
+        peak = max(peak, subgroupShuffleXor(peak, reach));
+    }
+    return peak;
+}
+
+fn row_sum(row: u32, mine: f32) -> f32 {
+    var sum = mine;
+    for (var reach = 1u; reach < LANES; reach *= 2u) {
+        sum += subgroupShuffleXor(sum, reach);
+    }
+    return sum;
+}
+
+fn give_weights(row: u32, x: u32, mine: vec4<f32>) {}
+
+// The weights of lane `x` of a row. `mine` is what this lane gave.
+fn weights_of(row: u32, x: u32, mine: vec4<f32>, place: Place) -> vec4<f32> {
+    return subgroupShuffle(mine, place.lane / LANES * LANES + x);
+}
