@@ -3,10 +3,10 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::caps::Caps;
+use crate::caps::{Caps, MatrixUnits};
 use crate::encode::{Dispatches, prepare};
 use crate::error::{Error, Operand, Result};
-use crate::pipeline::PipelineCache;
+use crate::pipeline::{PipelineCache, experimental_features};
 use crate::plan::{Plan, PlanOptions};
 use crate::problem::AttentionProblem;
 use crate::scratch::Scratch;
@@ -17,6 +17,10 @@ pub struct Options {
     /// Keep the bounds checks that wgpu injects into shaders. Off by default, because validation has
     /// already proved every bound; the results are the same bits either way.
     pub runtime_checks: bool,
+    /// The cooperative matrices of the device, which only its adapter tells: see
+    /// [`MatrixUnits::of_adapter`]. Without effect on a device that was opened without
+    /// [`Caps::MATRIX_FEATURE`].
+    pub matrix: Option<MatrixUnits>,
 }
 
 /// Which adapter to ask for.
@@ -25,6 +29,10 @@ pub struct DeviceRequest {
     /// A part of the adapter's name, in any case. `None` takes the one with the highest
     /// performance.
     pub adapter: Option<String>,
+    /// Also open cooperative matrices where the adapter offers them, and try them
+    /// ([`Attention::self_test`]). wgpu calls that feature experimental and warns of undefined behaviour
+    /// in its own code or the driver's, hence not by default.
+    pub matrix: bool,
     /// How the device is treated.
     pub options: Options,
 }
@@ -144,9 +152,11 @@ impl Attention {
 
     /// [`Attention::new`] with options.
     pub fn with_options(device: &wgpu::Device, queue: &wgpu::Queue, options: Options) -> Self {
+        let enabled = device.features().contains(Caps::MATRIX_FEATURE);
+        let matrix = options.matrix.clone().filter(|_| enabled);
         Self {
             shared: Arc::new(Shared {
-                caps: Caps::of_device(device),
+                caps: Caps { matrix, ..Caps::of_device(device) },
                 device: device.clone(),
                 queue: queue.clone(),
                 options,
@@ -184,16 +194,39 @@ impl Attention {
                 }
             }
         };
+        let matrix = MatrixUnits::of_adapter(&adapter).filter(|_| request.matrix);
+        let mut descriptor = wgpu::DeviceDescriptor {
+            label: Some("wgpu-attention"),
+            required_features: Caps::FEATURES & adapter.features(),
+            required_limits: adapter.limits(),
+            ..Default::default()
+        };
+        if matrix.is_some() {
+            descriptor.required_features |= Caps::MATRIX_FEATURE;
+            descriptor.experimental_features = experimental_features();
+        }
         let (device, queue) = adapter
-            .request_device(&wgpu::DeviceDescriptor {
-                label: Some("wgpu-attention"),
-                required_features: Caps::FEATURES & adapter.features(),
-                required_limits: adapter.limits(),
-                ..Default::default()
-            })
+            .request_device(&descriptor)
             .await
             .map_err(|error| Error::NoDevice { adapter: adapter.get_info().name, why: error.to_string() })?;
-        Ok(Self::with_options(&device, &queue, request.options.clone()))
+        let attention = Self::with_options(&device, &queue, Options { matrix, ..request.options.clone() });
+        Ok(attention.self_test().await)
+    }
+
+    /// This object, with what a test of its cooperative matrices has found.
+    pub(crate) fn with_tested(&self, outcome: std::result::Result<(), String>) -> Self {
+        let of = &self.shared;
+        let matrix = of.caps.matrix.clone().map(|matrix| MatrixUnits { tested: Some(outcome), ..matrix });
+        Self {
+            shared: Arc::new(Shared {
+                device: of.device.clone(),
+                queue: of.queue.clone(),
+                caps: Caps { matrix, ..of.caps.clone() },
+                options: of.options.clone(),
+                pipelines: PipelineCache::default(),
+                scratch: Mutex::default(),
+            }),
+        }
     }
 
     /// The device that this object records for.

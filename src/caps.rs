@@ -26,6 +26,8 @@ pub struct Caps {
     pub timestamps: bool,
     /// Smallest and largest subgroup, where subgroup operations are enabled.
     pub subgroup: Option<(u32, u32)>,
+    /// Cooperative matrices of f16 with f32 sums, where they are enabled.
+    pub matrix: Option<MatrixUnits>,
     /// Bytes that one storage binding may span.
     pub max_storage_binding: u64,
     /// Bytes that one buffer may have.
@@ -46,19 +48,49 @@ pub struct Caps {
     pub uniform_alignment: u32,
 }
 
+/// Cooperative matrices as a device has them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MatrixUnits {
+    /// Rows and columns of a matrix.
+    pub edge: u32,
+    /// What [`Attention::self_test`](crate::Attention::self_test) has found; `None` before.
+    pub tested: Option<Result<(), String>>,
+}
+
+impl MatrixUnits {
+    /// The largest matrices that the kernels can use (square, f16 factors, f32 sums); `None` where the
+    /// adapter offers none.
+    pub fn of_adapter(adapter: &wgpu::Adapter) -> Option<Self> {
+        use wgpu::CooperativeScalarType::{F16, F32};
+        let suits = |p: &&wgpu::CooperativeMatrixProperties| {
+            let square = p.m_size == p.n_size && p.n_size == p.k_size;
+            p.ab_type == F16 && p.cr_type == F32 && square && [8, 16].contains(&p.m_size)
+        };
+        let sizes = adapter.cooperative_matrix_properties();
+        let edge = sizes.iter().filter(suits).map(|p| p.m_size).max()?;
+        adapter.features().contains(Caps::MATRIX_FEATURE).then_some(Self { edge, tested: None })
+    }
+}
+
 impl Caps {
+    /// The feature behind [`Caps::matrix`]. wgpu calls it experimental: a device that has it was opened
+    /// with [`wgpu::ExperimentalFeatures`].
+    pub const MATRIX_FEATURE: wgpu::Features = wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
+
     /// The features that any kernel or the timer of this crate can use.
     pub const FEATURES: wgpu::Features =
         wgpu::Features::SHADER_F16.union(wgpu::Features::SUBGROUP).union(wgpu::Features::TIMESTAMP_QUERY);
 
-    /// An opened device's capabilities.
+    /// An opened device's capabilities. A device does not tell which cooperative matrices it has: those
+    /// come from [`Options::matrix`](crate::Options::matrix).
     pub fn of_device(device: &wgpu::Device) -> Self {
         Self::distil(&device.adapter_info(), device.features(), &device.limits())
     }
 
     /// What a device with everything that the adapter offers would have.
     pub fn of_adapter(adapter: &wgpu::Adapter) -> Self {
-        Self::distil(&adapter.get_info(), adapter.features(), &adapter.limits())
+        let matrix = MatrixUnits::of_adapter(adapter);
+        Self { matrix, ..Self::distil(&adapter.get_info(), adapter.features(), &adapter.limits()) }
     }
 
     /// A device with wgpu's default limits and no optional feature.
@@ -92,6 +124,7 @@ impl Caps {
             shader_f16: features.contains(wgpu::Features::SHADER_F16),
             timestamps: features.contains(wgpu::Features::TIMESTAMP_QUERY),
             subgroup: None,
+            matrix: None,
             max_storage_binding: limits.max_storage_buffer_binding_size,
             max_buffer: limits.max_buffer_size,
             max_storage_buffers: limits.max_storage_buffers_per_shader_stage,
@@ -121,6 +154,13 @@ impl Caps {
         }
         if self.subgroup.is_none() {
             missing.push("SUBGROUP: no kernel of the family fused:tile_subgroup".into());
+        }
+        match &self.matrix {
+            None => missing.push("cooperative matrices of f16: no kernel fused:tile_matrix".into()),
+            Some(MatrixUnits { tested: Some(Err(why)), .. }) => {
+                missing.push(format!("cooperative matrices that work: no kernel fused:tile_matrix ({why})"));
+            }
+            Some(_) => {}
         }
         if !self.timestamps {
             missing.push("TIMESTAMP_QUERY: no GPU time, only the time that the host sees".into());

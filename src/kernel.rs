@@ -4,6 +4,7 @@ use crate::caps::Caps;
 use crate::dtype::Dtype;
 use crate::error::Operand;
 use crate::fused::{self, FusedRow, FusedTile};
+use crate::fused_matrix::{self, FusedMatrix};
 use crate::mask_map::{self, MapTile};
 use crate::plan::Path;
 use crate::problem::AttentionProblem;
@@ -23,20 +24,29 @@ pub enum Family {
     /// The same with subgroup operations in the place of most of the workgroup memory: for GPUs that
     /// offer them, with subgroups of any size from 4 to 128.
     FusedSubgroup,
+    /// One kernel whose products run on cooperative matrices, f16 tensors alone: for GPUs with matrix
+    /// units. See [`Attention::self_test`](crate::Attention::self_test).
+    FusedMatrix,
     /// One kernel, a thread for a few query rows, no workgroup memory: for adapters that run on a CPU.
     FusedRow,
 }
 
 impl Family {
     /// Every family.
-    pub const ALL: [Self; 5] =
-        [Self::StagedTile, Self::StagedDirect, Self::FusedTile, Self::FusedSubgroup, Self::FusedRow];
+    pub const ALL: [Self; 6] = [
+        Self::StagedTile,
+        Self::StagedDirect,
+        Self::FusedTile,
+        Self::FusedSubgroup,
+        Self::FusedMatrix,
+        Self::FusedRow,
+    ];
 
     /// The path that these kernels make up.
     pub fn path(self) -> Path {
         match self {
             Self::StagedTile | Self::StagedDirect => Path::Staged,
-            Self::FusedTile | Self::FusedSubgroup | Self::FusedRow => Path::Fused,
+            Self::FusedTile | Self::FusedSubgroup | Self::FusedMatrix | Self::FusedRow => Path::Fused,
         }
     }
 
@@ -46,6 +56,7 @@ impl Family {
             Self::StagedTile | Self::FusedTile => "tile",
             Self::StagedDirect => "direct",
             Self::FusedSubgroup => "tile_subgroup",
+            Self::FusedMatrix => "tile_matrix",
             Self::FusedRow => "row",
         }
     }
@@ -61,6 +72,7 @@ impl Family {
         let tile = |subgroup| fused::tile(1, 64, 64, subgroup, caps);
         match self {
             Self::FusedSubgroup => tile(true).subgroup_unfit(caps),
+            Self::FusedMatrix => fused_matrix::lacks(caps),
             Self::StagedTile | Self::StagedDirect | Self::FusedTile | Self::FusedRow => None,
         }
     }
@@ -103,6 +115,7 @@ pub(crate) enum Kernel {
     MaskMap,
     FusedTile,
     FusedSubgroup,
+    FusedMatrix,
     FusedRow,
 }
 
@@ -120,12 +133,13 @@ impl Kernel {
             Self::MaskMap => "mask_map",
             Self::FusedTile => "fused_tile",
             Self::FusedSubgroup => "fused_tile_subgroup",
+            Self::FusedMatrix => "fused_tile_matrix",
             Self::FusedRow => "fused_row",
         }
     }
 
     pub(crate) fn is_fused(self) -> bool {
-        self.is_fused_tile() || self == Self::FusedRow
+        self.is_fused_tile() || matches!(self, Self::FusedMatrix | Self::FusedRow)
     }
 
     /// Whether it is one of those that share the text of the fused tile kernel.
@@ -167,6 +181,8 @@ pub(crate) struct Tiles {
     pub(crate) values_step: u32,
     /// Those of the fused tile kernels.
     pub(crate) fused: FusedTile,
+    /// Those of the fused kernel on cooperative matrices.
+    pub(crate) matrix: FusedMatrix,
     /// Those of the fused row kernel.
     pub(crate) row: FusedRow,
 }
@@ -186,6 +202,7 @@ impl Tiles {
             values_lanes: 0,
             values_step: 0,
             fused: FusedTile::NONE,
+            matrix: FusedMatrix::NONE,
             row: FusedRow::NONE,
         }
     }
@@ -196,6 +213,7 @@ impl Tiles {
             Family::FusedTile | Family::FusedSubgroup => {
                 Some(MapTile { rows: self.fused.tile_q(), keys: self.fused.tile_kv() })
             }
+            Family::FusedMatrix => Some(MapTile { rows: self.matrix.tile_q(), keys: self.matrix.tile_kv }),
             Family::FusedRow => Some(MapTile { rows: self.row.tile_q(), keys: fused::ROW_MAP_KEYS }),
             Family::StagedTile | Family::StagedDirect => None,
         }
@@ -278,6 +296,7 @@ pub(crate) fn tiles(family: Family, problem: &AttentionProblem, caps: &Caps) -> 
             let fused = fused::tile(problem.seq_q, problem.head_dim, problem.head_dim_v, subgroup, caps);
             Tiles { fused, ..Tiles::none(family) }
         }
+        Family::FusedMatrix => Tiles { matrix: fused_matrix::sizes(problem, caps), ..Tiles::none(family) },
         Family::FusedRow => Tiles { row: fused::row(problem), ..Tiles::none(family) },
     }
 }
@@ -391,6 +410,7 @@ impl Blueprint {
         match self.kernel {
             Kernel::Project | Kernel::Weights | Kernel::Bundle | Kernel::MaskMap => ELEMENT_LANES,
             Kernel::FusedTile | Kernel::FusedSubgroup => t.fused.threads(),
+            Kernel::FusedMatrix => t.matrix.threads(),
             Kernel::FusedRow => FusedRow::LANES,
             Kernel::ScoresTile => t.scores_lanes * t.scores_lanes,
             Kernel::ScoresDirect => t.scores_lanes,
@@ -409,6 +429,7 @@ impl Blueprint {
             // A bit for each tile of a word, twice.
             Kernel::MaskMap => 8,
             Kernel::FusedTile | Kernel::FusedSubgroup => t.fused.workgroup_bytes(),
+            Kernel::FusedMatrix => t.matrix.workgroup_bytes(),
             Kernel::ValuesTile => {
                 16 * (t.values_rows * (t.values_step / 4 + 1) + t.values_step * t.values_lanes)
             }
@@ -434,6 +455,7 @@ impl Blueprint {
             Kernel::Bundle => tiles(bundle_words(problem), ELEMENT_LANES),
             Kernel::MaskMap => t.map().map_or(0, |tile| mask_map::words(problem, tile)),
             Kernel::FusedTile | Kernel::FusedSubgroup => heads * tiles(rows, t.fused.tile_q()),
+            Kernel::FusedMatrix => heads * tiles(rows, t.matrix.tile_q().max(1)),
             Kernel::FusedRow => heads * tiles(rows, t.row.tile_q()),
         }
     }
@@ -516,7 +538,7 @@ impl Blueprint {
             }
             Kernel::Bundle => all.push(write(Slot::Bundle)),
             Kernel::MaskMap => all.push(write(Slot::MaskMap)),
-            Kernel::FusedTile | Kernel::FusedSubgroup | Kernel::FusedRow => {
+            Kernel::FusedTile | Kernel::FusedSubgroup | Kernel::FusedMatrix | Kernel::FusedRow => {
                 all.push(write(Slot::Operand(Operand::O)))
             }
             Kernel::Weights => all.extend([

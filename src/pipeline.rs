@@ -101,6 +101,17 @@ fn build(device: &wgpu::Device, blueprint: &Blueprint, runtime_checks: bool) -> 
     })
 }
 
+/// What wgpu asks of those who open a device with cooperative matrices.
+#[allow(unsafe_code)]
+pub(crate) fn experimental_features() -> wgpu::ExperimentalFeatures {
+    // SAFETY: wgpu asks for the acknowledgement that its code may have bugs. The caller of this crate has
+    // given it by `DeviceRequest::matrix`, whose text repeats the warning. What this crate makes of the
+    // feature is one kernel, composed here alone: every fragment lies inside the workgroup memory that is
+    // declared from the same constants, workgroups are whole subgroups, and no branch but a
+    // workgroup-uniform one surrounds an operation on fragments.
+    unsafe { wgpu::ExperimentalFeatures::enabled() }
+}
+
 #[allow(unsafe_code)]
 fn module(device: &wgpu::Device, blueprint: &Blueprint, runtime_checks: bool) -> wgpu::ShaderModule {
     let descriptor = wgpu::ShaderModuleDescriptor {

@@ -153,7 +153,12 @@ impl Plan {
                 continue;
             }
             let tiles = tiles(family, problem, caps);
-            match (stages(tiles, problem, caps), &chosen) {
+            let fits = stages(tiles, problem, caps);
+            let fits = match untrusted(family, caps, options.family == Some(family)) {
+                Some(why) => fits.and(Err(why)),
+                None => fits,
+            };
+            match (fits, &chosen) {
                 (Ok(stages), None) => {
                     reasons.push(format!("{family} kernels, {what_for}: taken"));
                     chosen = Some((tiles, stages));
@@ -163,7 +168,10 @@ impl Plan {
                 }
                 (Err(why), _) => {
                     reasons.push(format!("{family} kernels do not fit: {why}"));
-                    unfit = unfit.or(Some((family, why)));
+                    // What a device can mend, or the caller, is better to hear than what no driver has.
+                    if unfit.as_ref().is_none_or(|(of, _): &(Family, _)| of.lacks(caps).is_some()) {
+                        unfit = Some((family, why));
+                    }
                 }
             }
         }
@@ -560,6 +568,7 @@ impl Plan {
                 .scores_rows
                 .max(self.tiles.values_rows)
                 .max(self.tiles.fused.tile_q())
+                .max(self.tiles.matrix.tile_q())
                 .max(self.tiles.row.tile_q()) as usize;
             self.rows_per_chunk = match rows {
                 _ if rows >= tile => rows / tile * tile,
@@ -590,13 +599,25 @@ fn preference(caps: &Caps) -> Vec<(Family, &'static str)> {
     // Nobody has measured it on a GPU. On NVIDIA's, a broadcast from workgroup memory beats a shuffle by a
     // tenth in other people's kernels.
     let subgroup = (Family::FusedSubgroup, "the same by subgroup operations, for GPUs where they are fast");
+    let matrix = (Family::FusedMatrix, "products on matrix units, for f16 tensors on GPUs that have them");
     let staged_tile = (Family::StagedTile, "tiles in workgroup memory, for GPUs and weights");
     let direct = (Family::StagedDirect, "no barrier and no reuse but in registers, for adapters on a CPU");
     let row = (Family::FusedRow, "no barrier and no score in scratch, for adapters on a CPU");
     if caps.on_cpu() {
-        vec![row, direct, fused_tile, subgroup, staged_tile]
+        vec![row, direct, fused_tile, subgroup, staged_tile, matrix]
     } else {
-        vec![fused_tile, subgroup, staged_tile, row, direct]
+        vec![matrix, fused_tile, subgroup, staged_tile, row, direct]
+    }
+}
+
+/// Why kernels that fit are not trusted. Drivers have been met whose cooperative matrices give wrong
+/// products: they are taken only where a test has found them right, and refused where it has not.
+fn untrusted(family: Family, caps: &Caps, forced: bool) -> Option<String> {
+    let matrix = caps.matrix.as_ref().filter(|_| family == Family::FusedMatrix)?;
+    match &matrix.tested {
+        Some(Ok(())) => None,
+        Some(Err(why)) => Some(format!("the self-test of cooperative matrices failed: {why}")),
+        None => (!forced).then(|| "Attention::self_test has not tried cooperative matrices yet".into()),
     }
 }
 
@@ -610,6 +631,10 @@ fn stages(tiles: Tiles, problem: &AttentionProblem, caps: &Caps) -> Result<Vec<B
         }
         Family::FusedTile => vec![new(Kernel::FusedTile)],
         Family::FusedSubgroup => vec![new(Kernel::FusedSubgroup)],
+        Family::FusedMatrix => match tiles.matrix.unfit(problem, caps) {
+            Some(why) => return Err(why),
+            None => vec![new(Kernel::FusedMatrix)],
+        },
         Family::FusedRow => vec![new(Kernel::FusedRow)],
     };
     if tiles.family.path() == Path::Fused {
@@ -689,6 +714,13 @@ impl std::fmt::Display for Plan {
                     4 * t.fused.slice,
                     if t.fused.both { " of keys and values together" } else { "" },
                     t.fused.registers()
+                ),
+                Kernel::FusedMatrix => format!(
+                    "{} queries x {} keys, matrices of {e} x {e}, {} registers a thread for fragments",
+                    t.matrix.tile_q(),
+                    t.matrix.tile_kv,
+                    t.matrix.registers(),
+                    e = t.matrix.edge,
                 ),
                 Kernel::FusedRow => format!(
                     "{} queries x {} keys, {} queries and {} variables a thread",

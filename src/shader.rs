@@ -21,6 +21,9 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
     if ios.iter().flatten().any(|io| io.native) {
         out.push_str("enable f16;\n");
     }
+    if b.kernel == Kernel::FusedMatrix {
+        out.push_str("enable wgpu_cooperative_matrix;\n");
+    }
     out.push_str(&format!("// {}, composed from shaders/\n", b.kernel.name()));
     for (name, value) in constants(b) {
         out.push_str(&format!("const {name}: u32 = {value}u;\n"));
@@ -143,6 +146,13 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         Kernel::ValuesDirect => part!("kernel/values_direct"),
         Kernel::Weights => part!("kernel/weights"),
         Kernel::FusedTile | Kernel::FusedSubgroup => part!("kernel/fused_tile"),
+        Kernel::FusedMatrix => {
+            add(part!("exchange/subgroup"));
+            let edge = b.tiles.matrix.edge;
+            let text = unroll(part!("kernel/fused_matrix"), &constants(b));
+            add(&text.replace("FRAGMENT", &format!("coop_mat{edge}x{edge}")));
+            return out;
+        }
         Kernel::FusedRow => {
             add(&unroll(part!("kernel/fused_row"), &constants(b)));
             return out;
@@ -198,6 +208,16 @@ fn constants(b: &Blueprint) -> Vec<(&'static str, u32)> {
             ("ROWS", t.fused.rows),
             ("SLICE", t.fused.slice),
             ("QUADS", t.fused.quads),
+        ],
+        Kernel::FusedMatrix => &[
+            ("EDGE", t.matrix.edge),
+            ("BANDS", t.matrix.bands),
+            ("LANES", t.matrix.lanes()),
+            ("TILE_Q", t.matrix.tile_q()),
+            ("TILE_KV", t.matrix.tile_kv),
+            ("D_FRAGS", t.matrix.frags),
+            ("V_FRAGS", t.matrix.frags_v),
+            ("Q_PARTS", t.matrix.parts),
         ],
         Kernel::FusedRow => &[
             ("LANES", FusedRow::LANES),

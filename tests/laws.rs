@@ -11,9 +11,10 @@ use common::rng::{Rng, fresh_seed};
 use common::subject::{Outcome, Subject};
 use wgpu_attention::{Align, Bias, Dtype, Layout, Operand, Outputs, Similarity, Tensor, Window};
 
-/// Runs a law on every subject of a short list with a seed of its own.
+/// Runs a law on every subject of a short list with a seed of its own. (Laws are about f32 tensors:
+/// the budgets of f16 are as wide as the differences that a law looks for.)
 fn hold(law: impl Fn(Subject, &mut Rng)) {
-    for subject in Subject::few() {
+    for subject in Subject::few().into_iter().filter(|subject| subject.takes(Dtype::F32)) {
         for _ in 0..2 {
             let seed = fresh_seed();
             let run = std::panic::AssertUnwindSafe(|| law(subject, &mut Rng::new(seed)));

@@ -9,8 +9,8 @@ use common::case::values;
 use common::rng::Rng;
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 use wgpu_attention::{
-    Align, AttentionProblem, Caps, Dtype, Error, Family, Layout, Operand, Path, Plan, PlanOptions, Shader,
-    Similarity,
+    Align, AttentionProblem, Caps, Dtype, Error, Family, Layout, MatrixUnits, Operand, Path, Plan,
+    PlanOptions, Shader, Similarity,
 };
 
 /// Devices that exist, as capabilities.
@@ -24,6 +24,7 @@ fn devices() -> Vec<Caps> {
             device_type: wgpu::DeviceType::Cpu,
             shader_f16: true,
             subgroup: Some((8, 8)),
+            matrix: Some(MatrixUnits { edge: 8, tested: Some(Ok(())) }),
             max_workgroup_bytes: 32 << 10,
             max_invocations: 1024,
             max_workgroup_size: [1024, 1024, 1024],
@@ -36,7 +37,8 @@ fn devices() -> Vec<Caps> {
             device_type: wgpu::DeviceType::DiscreteGpu,
             shader_f16: true,
             timestamps: true,
-            subgroup: Some((32, 64)),
+            subgroup: Some((32, 32)),
+            matrix: Some(MatrixUnits { edge: 16, tested: Some(Ok(())) }),
             max_storage_binding: (4 << 30) - 4,
             max_buffer: 1 << 40,
             max_workgroup_bytes: 48 << 10,
@@ -94,6 +96,9 @@ fn reflect(shader: &Shader, caps: &Caps) -> Reflection {
     }
     if caps.subgroup.is_some() {
         capabilities |= Capabilities::SUBGROUP;
+    }
+    if caps.matrix.is_some() {
+        capabilities |= Capabilities::COOPERATIVE_MATRIX;
     }
     let info = Validator::new(ValidationFlags::all(), capabilities)
         .validate(&module)
@@ -214,6 +219,7 @@ fn every_composed_shader_is_valid_and_declares_what_the_plan_says() {
         "mask_map",
         "fused_tile",
         "fused_tile_subgroup",
+        "fused_tile_matrix",
         "fused_row",
     ] {
         assert!(names.contains(name), "{name} was never planned: {names:?}");
@@ -232,7 +238,7 @@ fn a_mask_is_mapped_where_there_is_room() {
         ..problem.clone()
     };
     let caps = Caps { subgroup: Some((8, 8)), ..Caps::minimal() };
-    for family in Family::of(Path::Fused) {
+    for family in Family::of(Path::Fused).filter(|family| family.lacks(&caps).is_none()) {
         let plan = |problem: &AttentionProblem, scratch_budget| {
             let options = PlanOptions { family: Some(family), scratch_budget, ..PlanOptions::default() };
             Plan::new(problem, &caps, &options).expect("served")

@@ -11,7 +11,7 @@ use common::gpu::{self, Door, Kind};
 use common::rng::{Rng, env_number, fresh_seed};
 use common::subject::{Outcome, Subject, check_all, every};
 use wgpu_attention::{
-    Align, Attention, AttentionProblem, Bias, Dtype, Layout, Operand, Path, PlanOptions, Tensor, Window,
+    Align, AttentionProblem, Bias, Dtype, Layout, Operand, Path, PlanOptions, Tensor, Window,
 };
 
 /// Multiplications that the oracle may spend on one case of a table.
@@ -265,7 +265,10 @@ fn any_scratch_budget_gives_the_same_bits() {
         let expected = Expected::of(&case);
         for subject in Subject::few() {
             let Subject::Gpu { kind, checks, family, .. } = subject else { continue };
-            let case = subject.asked(&case);
+            let (case, expected) = match subject.takes(case.problem.dtype) {
+                true => (subject.asked(&case), &expected),
+                false => (subject.asked(&case), &Expected::of(&subject.asked(&case))),
+            };
             // The fused kernels only have scratch for what bilinear problems project.
             let staged = subject.gives_weights();
             let gpu = gpu::get(kind, checks).expect("listed");
@@ -463,7 +466,7 @@ fn with_blocks(axes: Axes, spread: Spread, tile: [usize; 2], shift: [usize; 2], 
 fn mask_tile(subject: Subject, case: &Case, scratch_budget: Option<u64>) -> Option<[usize; 2]> {
     let Subject::Gpu { kind, checks, family, .. } = subject else { return None };
     let options = PlanOptions { family, scratch_budget, ..PlanOptions::default() };
-    let plan = gpu::get(kind, checks)?.attention.plan_with(&case.problem, &options);
+    let plan = gpu::get(kind, checks)?.attention.plan_with(&subject.asked(case).problem, &options);
     plan.expect("the problem is served").mask_tile()
 }
 
@@ -530,10 +533,9 @@ fn masks_in_blocks_are_mapped_once_for_all_chunks() {
             let Subject::Gpu { kind, checks, family, .. } = subject else { continue };
             let shape = with_blocks(base, spread, [64, 32], [0, 0], 0);
             let tile = mask_tile(subject, &shape, None).expect("four heads share it");
-            let case = with_blocks(base, spread, tile, [0, 1], i as u64);
+            let case = subject.asked(&with_blocks(base, spread, tile, [0, 1], i as u64));
             let expected = Expected::of(&case);
-            let own = gpu::get(kind, checks).expect("listed");
-            let own = Attention::new(own.attention.device(), own.attention.queue());
+            let own = gpu::get(kind, checks).expect("listed").fresh();
             let mut whole = None;
             for scratch_budget in [None, Some(40_000), Some(10_000), Some(2_100)] {
                 let options = PlanOptions { family, scratch_budget, ..PlanOptions::default() };
@@ -581,15 +583,15 @@ fn stale_scratch_reaches_nothing() {
     ];
     for kind in [Kind::Full, Kind::Minimal] {
         let Some(gpu) = gpu::get(kind, false) else { return };
-        // An object of the test's own: nothing else writes to its scratch.
-        let own = Attention::new(gpu.attention.device(), gpu.attention.queue());
+        let own = gpu.fresh();
         for (i, axes) in after.into_iter().enumerate() {
             let case = axes.build(i as u64);
             for family in gpu.families() {
                 let options = PlanOptions { family: Some(family), ..PlanOptions::default() };
                 let (mut poison, mut case) = (poison.clone(), case.clone());
                 for case in [&mut poison, &mut case] {
-                    case.problem.weights &= family.path() == Path::Staged;
+                    let subject = Subject::Gpu { kind, checks: false, family: Some(family), door: Door::Run };
+                    *case = subject.asked(case);
                     let plan = own.plan_with(&case.problem, &options).expect("served");
                     let out = own.run_plan_blocking(&plan, &case.data.inputs()).expect("served");
                     if let Err(what) = Expected::of(case).check(case, &out, Gap::Zero) {

@@ -29,7 +29,7 @@ fn run(attention: &Attention, case: &Case) -> Outputs {
 
 /// A fresh object on a device that the tests share.
 fn fresh(kind: Kind) -> Option<Attention> {
-    gpu::get(kind, false).map(|gpu| Attention::new(gpu.attention.device(), gpu.attention.queue()))
+    gpu::get(kind, false).map(gpu::Gpu::fresh)
 }
 
 #[test]

@@ -48,6 +48,10 @@ fn describe(caps: &Caps) -> String {
         ("type", format!("{:?}", caps.device_type)),
         ("driver", if caps.driver.is_empty() { "-".into() } else { caps.driver.clone() }),
         ("f16", yes(caps.shader_f16).into()),
+        (
+            "matrices",
+            caps.matrix.as_ref().map_or("no".into(), |m| format!("{e} x {e} of f16, f32 sums", e = m.edge)),
+        ),
         ("subgroups", caps.subgroup.map_or("no".into(), |(min, max)| format!("{min} to {max}"))),
         ("timestamps", yes(caps.timestamps).into()),
         (

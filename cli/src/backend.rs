@@ -107,7 +107,8 @@ impl FromStr for Choice {
 
 /// Opens an adapter by a part of its name, or the best one.
 pub(crate) fn open(adapter: Option<&str>) -> Result<Attention> {
-    let request = DeviceRequest { adapter: adapter.map(String::from), ..DeviceRequest::default() };
+    let request =
+        DeviceRequest { adapter: adapter.map(String::from), matrix: true, ..DeviceRequest::default() };
     pollster::block_on(Attention::request(&request)).map_err(|error| match error {
         Error::NoAdapter { .. } => Failure::input(format!("{error}; {SOFTWARE_ADAPTER}")),
         error => error.into(),

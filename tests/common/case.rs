@@ -212,6 +212,28 @@ impl Case {
     pub fn new(name: impl Into<String>, problem: AttentionProblem, data: Data) -> Self {
         Self { name: name.into(), problem, data, has_infinity: false }
     }
+
+    /// The same case with q, k and v in f16; what is too large for that becomes infinite.
+    pub fn in_f16(&self) -> Self {
+        let mut case = self.clone();
+        case.problem.dtype = Dtype::F16;
+        let mut done = Vec::<(Arc<Tensor>, Arc<Tensor>)>::new();
+        let mut overflows = false;
+        for x in [&mut case.data.q, &mut case.data.k, &mut case.data.v] {
+            // Operands that are one array stay one.
+            if let Some((_, of)) = done.iter().find(|(from, _)| Arc::ptr_eq(from, x)) {
+                *x = of.clone();
+                continue;
+            }
+            let numbers = x.to_f32();
+            let narrow = Arc::new(Tensor::from_f32(Dtype::F16, &numbers));
+            overflows |= narrow.to_f32().iter().zip(&numbers).any(|(a, b)| a.is_infinite() && b.is_finite());
+            done.push((x.clone(), narrow.clone()));
+            *x = narrow;
+        }
+        case.has_infinity |= overflows;
+        case
+    }
 }
 
 /// All index tuples of a shape, in order.

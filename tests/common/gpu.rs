@@ -4,8 +4,8 @@
 use std::sync::{Arc, OnceLock};
 
 use wgpu_attention::{
-    Attention, Caps, DeviceRequest, Dtype, Error, Family, Layout, Operand, Operands, Options, Outputs,
-    PlanOptions, Tensor,
+    Attention, Caps, DeviceRequest, Dtype, Error, Family, Layout, MatrixUnits, Operand, Operands, Options,
+    Outputs, PlanOptions, Tensor,
 };
 
 use super::case::Case;
@@ -61,7 +61,7 @@ pub fn get(kind: Kind, runtime_checks: bool) -> Option<&'static Gpu> {
 /// What the environment asks for.
 pub fn request() -> DeviceRequest {
     let adapter = std::env::var("WGPU_ATTENTION_ADAPTER").ok();
-    DeviceRequest { adapter, ..DeviceRequest::default() }
+    DeviceRequest { adapter, matrix: true, ..DeviceRequest::default() }
 }
 
 fn open() -> Result<Vec<(bool, Gpu)>, Error> {
@@ -73,8 +73,11 @@ fn open() -> Result<Vec<(bool, Gpu)>, Error> {
         full.caps().backend
     ));
     // Whatever the adapter offers is under test.
-    let offered = adapter_of(&full)?.features() & Caps::FEATURES;
+    let adapter = adapter_of(&full)?;
+    let offered = adapter.features() & Caps::FEATURES;
     assert!(full.device().features().contains(offered), "{offered:?} were not asked for");
+    let matrix = MatrixUnits::of_adapter(&adapter).map(|units| MatrixUnits { tested: Some(Ok(())), ..units });
+    assert_eq!(full.caps().matrix, matrix, "the adapter's cooperative matrices fail their test");
     for family in Family::ALL {
         if let Some(why) = family.lacks(full.caps()) {
             super::say(&format!("NOT TESTED: {family}: {why}"));
@@ -83,7 +86,8 @@ fn open() -> Result<Vec<(bool, Gpu)>, Error> {
     let (device, queue) = minimal_device(&full)?;
     let mut gpus = Vec::new();
     for checks in [false, true] {
-        let of = |device, queue| Attention::with_options(device, queue, Options { runtime_checks: checks });
+        let options = Options { runtime_checks: checks, matrix: full.caps().matrix.clone() };
+        let of = |device, queue| Attention::with_options(device, queue, options.clone());
         gpus.push((checks, Gpu { kind: Kind::Full, attention: of(full.device(), full.queue()) }));
         gpus.push((checks, Gpu { kind: Kind::Minimal, attention: of(&device, &queue) }));
     }
@@ -274,6 +278,13 @@ impl Guarded {
 }
 
 impl Gpu {
+    /// An object of the test's own on the same device: nothing else uses its scratch and pipelines.
+    pub fn fresh(&self) -> Attention {
+        let matrix = self.attention.caps().matrix.clone();
+        let options = Options { matrix, ..Options::default() };
+        Attention::with_options(self.attention.device(), self.attention.queue(), options)
+    }
+
     /// The families that this device has all it takes for.
     pub fn families(&self) -> impl Iterator<Item = Family> + '_ {
         Family::ALL.into_iter().filter(|family| family.lacks(self.attention.caps()).is_none())

@@ -1,7 +1,7 @@
 //! The things under test behind one call: the oracle (to prove the harness), the CPU path, and the
 //! GPU paths on every device kind, kernel family, shader mode and way in.
 
-use wgpu_attention::{Error, Family, Outputs, Path, PlanOptions, Tensor, reference};
+use wgpu_attention::{Dtype, Error, Family, Outputs, Path, PlanOptions, Tensor, reference};
 
 use super::case::Case;
 use super::check::{Expected, Gap};
@@ -77,9 +77,15 @@ impl Subject {
         !matches!(self, Self::Gpu { family: Some(family), .. } if family.path() == Path::Fused)
     }
 
-    /// The case as this subject is asked it: the rest of it where it gives no weights.
+    /// Whether it takes tensors of that type: matrix units want f16.
+    pub fn takes(self, dtype: Dtype) -> bool {
+        dtype == Dtype::F16 || !matches!(self, Self::Gpu { family: Some(Family::FusedMatrix), .. })
+    }
+
+    /// The case as this subject is asked it: the rest of it where it gives no weights, and in f16 where it
+    /// takes nothing else.
     pub fn asked(self, case: &Case) -> Case {
-        let mut case = case.clone();
+        let mut case = if self.takes(case.problem.dtype) { case.clone() } else { case.in_f16() };
         case.problem.weights &= self.gives_weights();
         case
     }
@@ -117,6 +123,8 @@ impl Subject {
     /// serve the case, or what went wrong.
     pub fn check(self, case: &Case, expected: &Expected) -> Result<Option<f64>, String> {
         let fail = |what: String| format!("{self:?}: {what}\n  {}", case.name);
+        let own = (!self.takes(case.problem.dtype)).then(|| Expected::of(&case.in_f16()));
+        let expected = own.as_ref().unwrap_or(expected);
         let case = self.asked(case);
         match self.run(&case) {
             Ok(Outcome::Done(out, gap)) => expected.check(&case, &out, gap).map(Some).map_err(fail),

@@ -1,0 +1,281 @@
+// Fused attention on cooperative matrices (FlashAttention, Dao 2022): products of EDGE x EDGE fragments
+// by matrix units, f16 factors and f32 sums, softmax by threads. The recurrence is that of the tile
+// kernel (fused_tile.wgsl).
+//
+// A workgroup owns TILE_Q query rows of one head; a subgroup owns a band of BANDS fragments of rows and
+// keeps its Q and O in fragments (variables of their own, hence the unrolled text, src/unroll.rs). In a
+// step of TILE_KV keys:
+//
+//   stage K | S = Q KT, stored | each thread: scores of a part of its row, P stored; stage V | O += P V
+//
+// with a barrier at each stroke. K and V take turns in wg_kv. A fragment has no elements that a thread
+// could name, so S and P go through workgroup memory (the bytes of a step: 8 TILE_Q TILE_KV for S, 4 for
+// P, and 2 (TILE_KV D) for each of K and V once for the staging and once for each subgroup's reading).
+// O is rescaled there as well, but only in a step where some row's maximum rises by more than LAZY; and
+// what is not finite in V, which staging replaces by 0, joins O on the same way. Sums are taken of the
+// rounded P, so that numerator and denominator agree.
+//
+// Projected queries are f32: each is scaled by a power of two into f16's range and split into two f16
+// (Q_PARTS), whose products with K are summed.
+//
+// The LANES threads of a row are neighbours in the subgroup that owns it (shaders/exchange/subgroup.wgsl).
+
+const THREADS = LANES * TILE_Q;
+const KEY_FRAGS = TILE_KV / EDGE;
+// Quads of four scores of a thread.
+const OWN_QUADS = TILE_KV / 4u / LANES;
+// Rows of workgroup memory, skewed by 16 bytes so that they begin in different banks, in quads (S: f32).
+const KV_STRIDE = max(D_FRAGS, V_FRAGS) * EDGE / 4u + 2u;
+const S_STRIDE = TILE_KV + 4u;
+const P_STRIDE = TILE_KV / 4u + 2u;
+
+var<workgroup> wg_kv: array<vec4<f16>, max(TILE_Q, TILE_KV) * KV_STRIDE>;
+var<workgroup> wg_s: array<f32, TILE_Q * S_STRIDE>;
+var<workgroup> wg_p: array<vec4<f16>, TILE_Q * P_STRIDE>;
+// Whether O has to leave its fragments, and whether for values that are not finite.
+var<workgroup> wg_leaves: atomic<u32>;
+var<workgroup> wg_careful: atomic<u32>;
+
+@compute @workgroup_size(THREADS)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    place: Place,
+) {
+    let thread = thread_of(place);
+    let x = thread % LANES;
+    let own_row = thread / LANES;
+    let tiles_q = div_ceil(params.row_count, TILE_Q);
+    let tiles = tiles_q * params.head_count;
+    // The surplus of a folded dispatch sees no key and stores nothing (naga wants all to arrive at the
+    // operations on fragments).
+    let surplus = linear_group(group, groups) >= tiles;
+    let tile = min(linear_group(group, groups), tiles - 1u);
+    let head = tile / tiles_q;
+    let row = tile % tiles_q * TILE_Q;
+    let row_end = min(row + TILE_Q, params.row_count);
+    let bh = batch_head(head);
+    let kv_head = bh.y / params.group_size;
+    let len_k = key_length(bh.x);
+    var seen = own_part(tile_kv_range(params.row_first + row, params.row_first + row_end, len_k));
+    if surplus {
+        seen = vec2<u32>();
+    }
+    let seen_by_all = tile_full_range(params.row_first + row, params.row_first + row_end, len_k);
+    // Rows past the end repeat the last one, and are not stored.
+    let own = min(row + own_row, params.row_count - 1u);
+    let i = params.row_first + own;
+    let band = place.subgroup * BANDS * EDGE;
+
+    let query = query_row(head, own);
+    var scale = 1.0;
+    var unscale = 1.0;
+    if Q_PARTS > 1u {
+        var largest = 0.0;
+        for (var d = 4u * x; d < params.head_dim; d += 4u * LANES) {
+            let q = abs(load4_q(query, d));
+            largest = max(largest, max(max(q.x, q.y), max(q.z, q.w)));
+        }
+        // The exponent, so that scaling is exact.
+        let exponent = clamp(bitcast<u32>(row_max(own_row, largest)) >> 23u, 1u, 253u);
+        scale = bitcast<f32>((254u - exponent) << 23u);
+        unscale = bitcast<f32>(exponent << 23u);
+    }
+    //$ for h in 0..Q_PARTS
+    workgroupBarrier();
+    for (var e = x; e < D_FRAGS * EDGE / 4u; e += LANES) {
+        var q = vec4<f32>();
+        if 4u * e < params.head_dim {
+            q = scale * load4_q(query, 4u * e);
+        }
+        var part = vec4<f16>(q);
+        if $hu > 0u {
+            // What the first part has rounded off; nothing of what is not finite.
+            part = vec4<f16>(select(vec4<f32>(), q - vec4<f32>(part), is_finite4(q)));
+        }
+        wg_kv[own_row * KV_STRIDE + e] = part;
+    }
+    workgroupBarrier();
+    //$ for b in 0..BANDS
+    //$ for e in 0..D_FRAGS
+    let q_$b_$e_$h = coopLoadT<FRAGMENT<f16, A>>(&wg_kv[(band + $bu * EDGE) * KV_STRIDE + $eu * EDGE / 4u], KV_STRIDE);
+    //$ end
+    //$ end
+    //$ end
+    //$ for b in 0..BANDS
+    //$ for n in 0..V_FRAGS
+    var o_$b_$n = FRAGMENT<f32, C>();
+    //$ end
+    //$ end
+
+    let start = start_of(head * params.row_count + own);
+    var m = start.x;
+    var l = 0.0;
+    for (var first = seen.x / TILE_KV * TILE_KV; first < seen.y; first += TILE_KV) {
+        // Whole tiles of the mask: chunks of rows begin at one, or lie inside one.
+        let masked = mask_tile(bh.x, bh.y, params.row_first + row, first);
+        if masked == TILE_DROPPED {
+            continue;
+        }
+        workgroupBarrier();
+        for (var at = thread; at < TILE_KV * (D_FRAGS * EDGE / 4u); at += THREADS) {
+            let r = at / (D_FRAGS * EDGE / 4u);
+            let e = at % (D_FRAGS * EDGE / 4u);
+            var k = vec4<f32>();
+            if 4u * e < params.head_dim {
+                k = load4_k(row_k(bh.x, kv_head, min(first + r, len_k - 1u)), 4u * e);
+            }
+            wg_kv[r * KV_STRIDE + e] = vec4<f16>(k);
+        }
+        if thread == 0u {
+            atomicStore(&wg_leaves, 0u);
+            atomicStore(&wg_careful, 0u);
+        }
+        workgroupBarrier();
+        for (var c = 0u; c < KEY_FRAGS; c += 1u) {
+            //$ for b in 0..BANDS
+            var s_$b = FRAGMENT<f32, C>();
+            //$ end
+            //$ for e in 0..D_FRAGS
+            {
+                // Rows of K read as columns: its transpose.
+                let k = coopLoad<FRAGMENT<f16, B>>(&wg_kv[c * EDGE * KV_STRIDE + $eu * EDGE / 4u], KV_STRIDE);
+                //$ for b in 0..BANDS
+                //$ for h in 0..Q_PARTS
+                s_$b = coopMultiplyAdd(q_$b_$e_$h, k, s_$b);
+                //$ end
+                //$ end
+            }
+            //$ end
+            //$ for b in 0..BANDS
+            coopStoreT(s_$b, &wg_s[(band + $bu * EDGE) * S_STRIDE + c * EDGE], S_STRIDE);
+            //$ end
+        }
+        workgroupBarrier();
+
+        var range = vec2<u32>(0u, len_k);
+        if first < seen_by_all.x || first + TILE_KV > seen_by_all.y {
+            range = own_part(kv_range(i, len_k));
+        }
+        var scores: array<vec4<f32>, OWN_QUADS>;
+        var peak = DROPPED;
+        for (var c = 0u; c < OWN_QUADS; c += 1u) {
+            let quad = 4u * (x + c * LANES);
+            for (var j = 0u; j < 4u; j += 1u) {
+                let dot = unscale * wg_s[own_row * S_STRIDE + quad + j];
+                scores[c][j] = finish_score(dot, bh.x, bh.y, i, first + quad + j, range, len_k, masked);
+            }
+            peak = max(peak, max(max(scores[c].x, scores[c].y), max(scores[c].z, scores[c].w)));
+        }
+        peak = row_max(own_row, peak);
+        var shrink = 1.0;
+        if peak > m + LAZY {
+            shrink = shrinking(m, peak);
+            if m != DROPPED {
+                atomicStore(&wg_leaves, 1u);
+            }
+            m = peak;
+            l *= shrink;
+        }
+        for (var c = 0u; c < OWN_QUADS; c += 1u) {
+            let dropped = bitcast<vec4<u32>>(scores[c]) == vec4<u32>(bitcast<u32>(DROPPED));
+            let p = vec4<f16>(exp_of((scores[c] - m) * LOG2_E));
+            let kept = select(vec4<f32>(p), vec4<f32>(), dropped);
+            l += (kept.x + kept.y) + (kept.z + kept.w);
+            // Minus zero marks a dropped key.
+            wg_p[own_row * P_STRIDE + x + c * LANES] = select(p, vec4<f16>(-0.0), dropped);
+        }
+        for (var at = thread; at < TILE_KV * (V_FRAGS * EDGE / 4u); at += THREADS) {
+            let key = first + at / (V_FRAGS * EDGE / 4u);
+            let e = at % (V_FRAGS * EDGE / 4u);
+            var v = vec4<f32>();
+            if key < len_k && 4u * e < params.head_dim_v {
+                v = load4_v(row_v(bh.x, kv_head, key), 4u * e);
+            }
+            // 0 * NaN is NaN, also where the key is dropped: such quads are added by themselves.
+            if !is_finite4(v) {
+                v = vec4<f32>();
+                atomicStore(&wg_leaves, 1u);
+                atomicStore(&wg_careful, 1u);
+            }
+            wg_kv[(key - first) * KV_STRIDE + e] = vec4<f16>(v);
+        }
+        workgroupBarrier();
+
+        if atomicLoad(&wg_leaves) != 0u {
+            let careful = atomicLoad(&wg_careful) != 0u;
+            // Neighbours in O take turns in S as well: no barrier between one and the next.
+            //$ for n in 0..V_FRAGS
+            //$ for b in 0..BANDS
+            coopStoreT(o_$b_$n, &wg_s[(band + $bu * EDGE) * S_STRIDE + ($nu % 2u) * EDGE], S_STRIDE);
+            //$ end
+            workgroupBarrier();
+            for (var e = x; e < EDGE / 4u; e += LANES) {
+                let at = own_row * S_STRIDE + ($nu % 2u) * EDGE + 4u * e;
+                let d = $nu * EDGE + 4u * e;
+                var sum = shrink * vec4<f32>(wg_s[at], wg_s[at + 1u], wg_s[at + 2u], wg_s[at + 3u]);
+                if careful && d < params.head_dim_v {
+                    sum += not_finite(own_row, bh.x, kv_head, first, len_k, d);
+                }
+                wg_s[at] = sum.x;
+                wg_s[at + 1u] = sum.y;
+                wg_s[at + 2u] = sum.z;
+                wg_s[at + 3u] = sum.w;
+            }
+            workgroupBarrier();
+            //$ for b in 0..BANDS
+            o_$b_$n = coopLoadT<FRAGMENT<f32, C>>(&wg_s[(band + $bu * EDGE) * S_STRIDE + ($nu % 2u) * EDGE], S_STRIDE);
+            //$ end
+            //$ end
+        }
+        for (var c = 0u; c < KEY_FRAGS; c += 1u) {
+            //$ for b in 0..BANDS
+            let p_$b = coopLoadT<FRAGMENT<f16, A>>(&wg_p[(band + $bu * EDGE) * P_STRIDE + c * EDGE / 4u], P_STRIDE);
+            //$ end
+            //$ for n in 0..V_FRAGS
+            {
+                let v = coopLoadT<FRAGMENT<f16, B>>(&wg_kv[c * EDGE * KV_STRIDE + $nu * EDGE / 4u], KV_STRIDE);
+                //$ for b in 0..BANDS
+                o_$b_$n = coopMultiplyAdd(p_$b, v, o_$b_$n);
+                //$ end
+            }
+            //$ end
+        }
+    }
+
+    let sum = row_sum(own_row, l);
+    let index = head * params.row_count + own;
+    var end = vec2<f32>();
+    let exists = !surplus && row + own_row < params.row_count;
+    if exists {
+        end = end_of(index, bh.y, start, m, sum, x == 0u);
+    }
+    let out = row_o(bh.x, bh.y, i);
+    workgroupBarrier();
+    //$ for n in 0..V_FRAGS
+    //$ for b in 0..BANDS
+    coopStoreT(o_$b_$n, &wg_s[(band + $bu * EDGE) * S_STRIDE + ($nu % 2u) * EDGE], S_STRIDE);
+    //$ end
+    workgroupBarrier();
+    for (var e = x; e < EDGE / 4u && exists; e += LANES) {
+        let at = own_row * S_STRIDE + ($nu % 2u) * EDGE + 4u * e;
+        let d = $nu * EDGE + 4u * e;
+        if d < params.head_dim_v {
+            end_quad(index, out, d, vec4<f32>(wg_s[at], wg_s[at + 1u], wg_s[at + 2u], wg_s[at + 3u]), end);
+        }
+    }
+    //$ end
+}
+
+// What the values of a step that are not finite add to a quad of a row's O.
+fn not_finite(row: u32, b: u32, kv_head: u32, first: u32, len_k: u32, d: u32) -> vec4<f32> {
+    var sum = vec4<f32>();
+    for (var key = 0u; key < TILE_KV && first + key < len_k; key += 1u) {
+        let v = load4_v(row_v(b, kv_head, first + key), d);
+        let p = f32(wg_p[row * P_STRIDE + key / 4u][key % 4u]);
+        if !is_finite4(v) && !is_dropped_weight(p) {
+            sum += p * v;
+        }
+    }
+    return sum;
+}
