@@ -12,8 +12,8 @@
 // could name, so S and P go through workgroup memory (the bytes of a step: 8 TILE_Q TILE_KV for S, 4 for
 // P, and 2 (TILE_KV D) for each of K and V once for the staging and once for each subgroup's reading).
 // O is rescaled there as well, but only in a step where some row's maximum rises by more than LAZY; and
-// what is not finite in V, which staging replaces by 0, joins O on the same way. Sums are taken of the
-// rounded P, so that numerator and denominator agree.
+// what is not finite in V, which staging replaces by 0, joins O on the same way. Sums are taken of P
+// before it is rounded to f16: lse keeps f32's digits.
 //
 // Projected queries are f32: each is scaled by a power of two into f16's range and split into two f16
 // (Q_PARTS), whose products with K are summed.
@@ -76,10 +76,11 @@ fn main(
             let q = abs(load4_q(query, d));
             largest = max(largest, max(max(q.x, q.y), max(q.z, q.w)));
         }
-        // The exponent, so that scaling is exact.
-        let exponent = clamp(bitcast<u32>(row_max(own_row, largest)) >> 23u, 1u, 253u);
-        scale = bitcast<f32>((254u - exponent) << 23u);
-        unscale = bitcast<f32>(exponent << 23u);
+        // By powers of two, so that scaling is exact; to 2^14, so that of the second part too few numbers
+        // to matter are below 2^-14, where f16 has no normal ones and some devices have zero.
+        let exponent = clamp(bitcast<u32>(row_max(own_row, largest)) >> 23u, 15u, 253u);
+        scale = bitcast<f32>((268u - exponent) << 23u);
+        unscale = bitcast<f32>((exponent - 14u) << 23u);
     }
     //$ for h in 0..Q_PARTS
     workgroupBarrier();
@@ -88,12 +89,15 @@ fn main(
         if 4u * e < params.head_dim {
             q = scale * load4_q(query, 4u * e);
         }
-        var part = vec4<f16>(q);
-        if $hu > 0u {
-            // What the first part has rounded off; nothing of what is not finite.
-            part = vec4<f16>(select(vec4<f32>(), q - vec4<f32>(part), is_finite4(q)));
+        if Q_PARTS > 1u && is_finite4(q) {
+            // The leading 11 bits, and the rest. Cut by bits: a compiler may take a conversion to f16 and
+            // back for none.
+            let leading = bitcast<vec4<f32>>(bitcast<vec4<u32>>(q) & vec4<u32>(0xffffe000u));
+            q = select(q - leading, leading, $hu == 0u);
+        } else if $hu > 0u {
+            q = vec4<f32>();
         }
-        wg_kv[own_row * KV_STRIDE + e] = part;
+        wg_kv[own_row * KV_STRIDE + e] = vec4<f16>(q);
     }
     workgroupBarrier();
     //$ for b in 0..BANDS
@@ -179,11 +183,11 @@ fn main(
         }
         for (var c = 0u; c < OWN_QUADS; c += 1u) {
             let dropped = bitcast<vec4<u32>>(scores[c]) == vec4<u32>(bitcast<u32>(DROPPED));
-            let p = vec4<f16>(exp_of((scores[c] - m) * LOG2_E));
-            let kept = select(vec4<f32>(p), vec4<f32>(), dropped);
+            let p = exp_of((scores[c] - m) * LOG2_E);
+            let kept = select(p, vec4<f32>(), dropped);
             l += (kept.x + kept.y) + (kept.z + kept.w);
             // Minus zero marks a dropped key.
-            wg_p[own_row * P_STRIDE + x + c * LANES] = select(p, vec4<f16>(-0.0), dropped);
+            wg_p[own_row * P_STRIDE + x + c * LANES] = select(vec4<f16>(p), vec4<f16>(-0.0), dropped);
         }
         for (var at = thread; at < TILE_KV * (V_FRAGS * EDGE / 4u); at += THREADS) {
             let key = first + at / (V_FRAGS * EDGE / 4u);
