@@ -10,6 +10,7 @@ use crate::pipeline::{PipelineCache, experimental_features};
 use crate::plan::{Plan, PlanOptions};
 use crate::problem::AttentionProblem;
 use crate::scratch::Scratch;
+use crate::tuning::Tuning;
 
 /// How an [`Attention`] treats its device.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -21,6 +22,8 @@ pub struct Options {
     /// [`MatrixUnits::of_adapter`]. Without effect on a device that was opened without
     /// [`Caps::MATRIX_FEATURE`].
     pub matrix: Option<MatrixUnits>,
+    /// What was measured on the device's adapter, for plans whose options bring no table of their own.
+    pub tuning: Option<Arc<Tuning>>,
 }
 
 /// Which adapter to ask for.
@@ -272,7 +275,8 @@ impl Attention {
     /// # Errors
     /// Those of [`Plan::new`].
     pub fn plan_with(&self, problem: &AttentionProblem, options: &PlanOptions) -> Result<Plan> {
-        Plan::new(problem, self.caps(), options)
+        let tuning = options.tuning.clone().or(self.shared.options.tuning.clone());
+        Plan::new(problem, self.caps(), &PlanOptions { tuning, ..options.clone() })
     }
 
     /// Records one attention call, in a compute pass of its own. Submits nothing.

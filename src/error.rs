@@ -209,6 +209,14 @@ pub enum Error {
         /// Capabilities of the device that was to run it.
         device: String,
     },
+    /// A tuning table has a line that is none.
+    #[error("the tuning table's line {line}: {why}")]
+    Tuning {
+        /// The line's number, from 1.
+        line: usize,
+        /// What is wrong with it.
+        why: String,
+    },
     /// No adapter answers the request.
     #[error("no adapter: {why}")]
     NoAdapter {

@@ -3,6 +3,7 @@
 
 use crate::caps::Caps;
 use crate::problem::AttentionProblem;
+use crate::tile::{Tile, check};
 
 /// Keys of a lane in a step of the tile kernel: one vec4 of weights.
 pub(crate) const LANE_KEYS: u32 = 4;
@@ -78,9 +79,10 @@ impl FusedTile {
         }
         match caps.subgroup {
             None => Some("it needs subgroup operations, which the device does not offer (SUBGROUP)".into()),
-            Some((least, most)) if least < self.lanes || most > MOST_THREADS.max(self.threads()) => {
+            Some((least, most)) if least < self.lanes.max(LEAST_SUBGROUP) || most > MOST_THREADS => {
+                let need = self.lanes.max(LEAST_SUBGROUP);
                 Some(format!(
-                    "it needs subgroups of {LEAST_SUBGROUP} to {MOST_THREADS}, the device has {least} to {most}"
+                    "it needs subgroups of {need} to {MOST_THREADS}, the device has {least} to {most}"
                 ))
             }
             Some((_, most)) if !self.threads().is_multiple_of(most) => {
@@ -139,6 +141,37 @@ pub(crate) fn tile(
     all.clone().find(fits).or(all.last()).unwrap_or(FusedTile::NONE)
 }
 
+/// Sizes of a caller's choice in the place of the planner's; or why they make no kernel. Whether it fits
+/// the device is asked of every kernel alike.
+pub(crate) fn sized(of: FusedTile, tile: &Tile, problem: &AttentionProblem) -> Result<FusedTile, String> {
+    let quads = |width: usize| (width as u32).div_ceil(4);
+    let widest = quads(problem.head_dim.max(problem.head_dim_v));
+    let lanes = tile.lanes.unwrap_or(of.lanes);
+    check("lanes", lanes, lanes.is_power_of_two() && (2..=32).contains(&lanes), "2, 4, 8, 16 or 32")?;
+    let threads = tile.threads.unwrap_or(of.threads());
+    let fits = threads.is_power_of_two() && threads >= lanes && threads <= 1024;
+    check("threads", threads, fits, "a power of two from lanes to 1024")?;
+    let rows = tile.rows.unwrap_or(of.rows);
+    check("rows", rows, (1..=8).contains(&rows), "1 to 8")?;
+    let slice = tile.slice.unwrap_or(of.slice.next_multiple_of(lanes));
+    check(
+        "slice",
+        slice,
+        slice.is_multiple_of(lanes) && (lanes..=128).contains(&slice),
+        "a multiple of lanes, at most 128",
+    )?;
+    let both = of.subgroup && slice >= widest && tile.slice.is_none_or(|_| of.both);
+    Ok(FusedTile {
+        lanes,
+        row_lanes: threads / lanes,
+        rows,
+        slice,
+        quads: quads(problem.head_dim_v).div_ceil(lanes),
+        both,
+        subgroup: of.subgroup,
+    })
+}
+
 /// The row kernel's sizes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct FusedRow {
@@ -168,6 +201,16 @@ impl FusedRow {
     /// Query rows of a workgroup.
     pub(crate) fn tile_q(self) -> u32 {
         self.rows * Self::LANES
+    }
+
+    /// The same with sizes of a caller's choice; or why those make no kernel.
+    pub(crate) fn sized(self, tile: &Tile) -> Result<Self, String> {
+        let rows = tile.rows.unwrap_or(self.rows);
+        let keys = tile.keys.unwrap_or(self.keys);
+        check("keys", keys, [1, 2, 4].contains(&keys), "1, 2 or 4")?;
+        // Each pair of a row and a key is text of its own.
+        check("rows", rows, rows > 0 && rows * keys <= 12, "from 1 to 12 / keys")?;
+        Ok(Self { rows, keys, ..self })
     }
 
     /// Variables of a thread that live through a step: q, o in two levels, maxima and sums.

@@ -5,6 +5,7 @@ use crate::caps::Caps;
 use crate::dtype::Dtype;
 use crate::error::Operand;
 use crate::problem::AttentionProblem;
+use crate::tile::{Tile, check};
 
 /// Most registers of a thread that fragments may take; a GPU has 255 or 256, and the softmax between the
 /// products wants some of them.
@@ -40,6 +41,28 @@ impl FusedMatrix {
     /// Of kernels that are none.
     pub(crate) const NONE: Self =
         Self { edge: 0, subgroup: 0, subgroups: 0, bands: 0, tile_kv: 0, frags: 0, frags_v: 0, parts: 0 };
+
+    /// The same with sizes of a caller's choice; or why those make no kernel. Whether it fits is asked
+    /// afterwards.
+    pub(crate) fn sized(self, tile: &Tile) -> Result<Self, String> {
+        if self == Self::NONE {
+            return Ok(self);
+        }
+        let rows = tile.rows.unwrap_or(self.edge * self.bands);
+        let fits = rows > 0 && rows.is_multiple_of(self.edge) && self.subgroup.is_multiple_of(rows);
+        let need = format!("a multiple of {} that divides the subgroup's {}", self.edge, self.subgroup);
+        check("rows", rows, fits, &need)?;
+        let threads = tile.threads.unwrap_or(self.threads());
+        let fits = threads > 0 && threads.is_multiple_of(self.subgroup) && threads <= 1024;
+        check("threads", threads, fits, &format!("whole subgroups of {}, at most 1024", self.subgroup))?;
+        let keys = tile.keys.unwrap_or(self.tile_kv);
+        let quads = 4 * (self.subgroup / rows);
+        let fits =
+            keys.is_power_of_two() && keys >= 2 * self.edge && keys.is_multiple_of(quads) && keys <= 256;
+        let need = format!("a power of two from {} to 256, a multiple of {quads}", 2 * self.edge);
+        check("keys", keys, fits, &need)?;
+        Ok(Self { bands: rows / self.edge, subgroups: threads / self.subgroup, tile_kv: keys, ..self })
+    }
 
     /// Query rows of a workgroup.
     pub(crate) fn tile_q(self) -> u32 {
@@ -88,6 +111,10 @@ impl FusedMatrix {
                 caps.max_invocations,
                 most_registers(caps)
             ));
+        }
+        if self.registers() > most_registers(caps) {
+            let most = most_registers(caps);
+            return Some(format!("it needs {} registers a thread, {most} is the most", self.registers()));
         }
         None
     }

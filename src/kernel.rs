@@ -464,6 +464,9 @@ impl Blueprint {
     pub(crate) fn unfit(&self, caps: &Caps) -> Option<String> {
         let [x, y, _] = self.workgroup_size();
         let t = self.tiles.fused;
+        if let Some(why) = t.subgroup_unfit(caps) {
+            return Some(format!("{}: {why}", self.kernel.name()));
+        }
         for (what, need, got) in [
             ("threads a workgroup", self.threads(), caps.max_invocations),
             ("threads along x", x, caps.max_workgroup_size[0]),
@@ -474,9 +477,6 @@ impl Blueprint {
             if need > got {
                 return Some(format!("{} needs {need} {what}, the device has {got}", self.kernel.name()));
             }
-        }
-        if let Some(why) = t.subgroup_unfit(caps) {
-            return Some(format!("{}: {why}", self.kernel.name()));
         }
         if self.kernel.is_fused_tile() && t.registers() > fused::MOST_REGISTERS {
             let need = t.registers();

@@ -68,7 +68,9 @@ mod scope;
 mod scratch;
 mod self_test;
 mod shader;
+mod tile;
 mod timing;
+mod tuning;
 mod unroll;
 
 pub use attention::{Attention, DeviceRequest, Operands, Options, adapters};
@@ -82,7 +84,9 @@ pub use mask::{Align, Window};
 pub use plan::{Dispatch, Path, Plan, PlanOptions, Shader};
 pub use problem::{AttentionProblem, Bias, Similarity};
 pub use readback::read_buffer;
+pub use tile::Tile;
 pub use timing::GpuTimer;
+pub use tuning::Tuning;
 
 /// The README's examples, compiled as tests.
 #[cfg(doctest)]

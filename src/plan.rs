@@ -1,15 +1,19 @@
 //! [`Plan`]: which kernels, tiles, chunks and dispatches serve a problem on a device. A pure
 //! function; no device is touched.
 
+use std::sync::Arc;
+
 use crate::caps::Caps;
 use crate::error::{Error, Operand, Result};
-use crate::kernel::{Blueprint, Family, Kernel, Slot, Tiles, bundle_words, key_parts, part_keys, tiles};
+use crate::kernel::{Blueprint, Family, Kernel, Slot, Tiles, bundle_words, key_parts, part_keys};
 use crate::layout::Layout;
 use crate::mask::Align;
 use crate::mask_map::{self, MapTile};
 use crate::params::{ParamLayout, Params};
 use crate::problem::{AttentionProblem, MAX_SEQ, Similarity};
 use crate::shader::compose;
+use crate::tile::Tile;
+use crate::tuning::Tuning;
 
 /// Scratch that a plan takes unless told otherwise, where the device's limits allow it.
 const DEFAULT_BUDGET: u64 = 64 << 20;
@@ -17,6 +21,9 @@ const DEFAULT_BUDGET: u64 = 64 << 20;
 /// Most floating-point operations of a fused dispatch: a second on a GPU that does 0.3 TFLOP/s, and
 /// still thousands of workgroups for one that does a thousand times as many.
 const DISPATCH_FLOP: u64 = 300_000_000_000;
+
+/// What a tile of the tuning table is for.
+const TUNED: &str = "the fastest by the tuning table";
 
 /// Elements of k or v that the row kernel's masked index reaches: 2^26 quads.
 const MOST_ROW_ELEMENTS: u128 = 1 << 28;
@@ -66,6 +73,10 @@ pub struct PlanOptions {
     pub scratch_budget: Option<u64>,
     /// Force a family of kernels.
     pub family: Option<Family>,
+    /// Force a family of kernels with some of its sizes.
+    pub tile: Option<Tile>,
+    /// What was measured on the caller's adapter; counts where neither a family nor a tile is forced.
+    pub tuning: Option<Arc<Tuning>>,
 }
 
 /// One dispatch of a plan.
@@ -142,32 +153,41 @@ impl Plan {
     /// scratch budget smaller than one row of scores.
     pub fn new(problem: &AttentionProblem, caps: &Caps, options: &PlanOptions) -> Result<Self> {
         problem.validate()?;
-        let mut chosen = None;
+        let mut chosen: Option<(Tiles, Vec<Blueprint>)> = None;
         let mut reasons = Vec::new();
         let mut unfit = None;
-        for (family, what_for) in preference(caps) {
-            let asked = options.family.is_none_or(|asked| asked == family)
+        let forced = options.tile.map(|tile| tile.family).or(options.family);
+        let tuned = options.tuning.as_ref().filter(|_| forced.is_none()).and_then(|t| t.get(problem, caps));
+        let tuned = tuned.map(|tile| (tile, TUNED));
+        let own = preference(caps).into_iter().map(|(family, what_for)| (Tile::of(family), what_for));
+        for (mut tile, what_for) in tuned.into_iter().chain(own) {
+            let family = tile.family;
+            let asked = forced.is_none_or(|asked| asked == family)
+                && options.family.is_none_or(|asked| asked == family)
                 && options.path.is_none_or(|path| path == family.path());
             if !asked {
                 reasons.push(format!("{family} kernels: not what the caller asks for"));
                 continue;
             }
-            let tiles = tiles(family, problem, caps);
-            let fits = stages(tiles, problem, caps);
-            let fits = match untrusted(family, caps, options.family == Some(family)) {
-                Some(why) => fits.and(Err(why)),
-                None => fits,
-            };
+            tile = options.tile.unwrap_or(tile);
+            let fits = tile.resolve(problem, caps).and_then(|tiles| {
+                let stages = stages(tiles, problem, caps)?;
+                match untrusted(family, caps, forced == Some(family)) {
+                    Some(why) => Err(why),
+                    None => Ok((tiles, stages)),
+                }
+            });
             match (fits, &chosen) {
-                (Ok(stages), None) => {
-                    reasons.push(format!("{family} kernels, {what_for}: taken"));
+                (Ok((tiles, stages)), None) => {
+                    reasons.push(format!("{tile} kernels, {what_for}: taken"));
                     chosen = Some((tiles, stages));
                 }
                 (Ok(_), Some(_)) => {
                     reasons.push(format!("{family} kernels, {what_for}: they would fit, too"))
                 }
                 (Err(why), _) => {
-                    reasons.push(format!("{family} kernels do not fit: {why}"));
+                    let source = if what_for == TUNED { " from the tuning table" } else { "" };
+                    reasons.push(format!("{tile} kernels{source} do not fit: {why}"));
                     // What a device can mend, or the caller, is better to hear than what no driver has.
                     if unfit.as_ref().is_none_or(|(of, _): &(Family, _)| of.lacks(caps).is_some()) {
                         unfit = Some((family, why));
@@ -176,7 +196,7 @@ impl Plan {
             }
         }
         let Some((tiles, stages)) = chosen else {
-            let (kernel, why) = match (unfit, options.family) {
+            let (kernel, why) = match (unfit, forced) {
                 (Some((family, why)), _) => (family.to_string(), why),
                 (None, Some(family)) => {
                     (family.to_string(), "it belongs to another path than the one asked for".into())
@@ -214,6 +234,11 @@ impl Plan {
     /// The family of kernels.
     pub fn family(&self) -> Family {
         self.tiles.family
+    }
+
+    /// The family with the sizes that were chosen, as [`PlanOptions::tile`] would force them.
+    pub fn tile(&self) -> Tile {
+        Tile::chosen(&self.tiles)
     }
 
     /// The kernels' names, in the order of their dispatches.
@@ -301,6 +326,10 @@ impl Plan {
 
     pub(crate) fn caps(&self) -> &Caps {
         &self.caps
+    }
+
+    pub(crate) fn tiles(&self) -> &Tiles {
+        &self.tiles
     }
 
     pub(crate) fn stages(&self) -> &[Blueprint] {

@@ -11,7 +11,7 @@ use common::gpu::{self, Door, Kind};
 use common::rng::{Rng, env_number, fresh_seed};
 use common::subject::{Outcome, Subject, check_all, every};
 use wgpu_attention::{
-    Align, AttentionProblem, Bias, Dtype, Layout, Operand, Path, PlanOptions, Tensor, Window,
+    Align, AttentionProblem, Bias, Dtype, Layout, Operand, Path, PlanOptions, Tensor, Tile, Window,
 };
 
 /// Multiplications that the oracle may spend on one case of a table.
@@ -567,6 +567,49 @@ fn masks_in_blocks_are_mapped_once_for_all_chunks() {
         .map(|(tile, subjects)| (with_blocks(long, Spread::Shared, tile, [0, 0], 7), subjects))
         .collect();
     check_all("masks in blocks over long rows", &cases);
+}
+
+/// Whatever tile a caller or a tuner chooses: the smallest, the largest, and some between.
+#[test]
+fn any_tile_gives_the_right_answer() {
+    let base =
+        Axes { heads: (2, 1), seq_q: 131, seq_kv: 150, head_dim: 20, head_dim_v: 36, ..Axes::default() };
+    let all = Axes {
+        causal: Some(Align::BottomRight),
+        mask: Some(Spread::Shared),
+        lens: Lens::Partial,
+        sinks: true,
+        storage: Storage::Odd,
+        head_dim: 21,
+        head_dim_v: 35,
+        ..base
+    };
+    let Some(gpu) = gpu::get(Kind::Full, false) else { return };
+    let mut runs = 0;
+    for (i, axes) in [base, Axes { dtype: Dtype::F16, ..all }].into_iter().enumerate() {
+        for family in gpu.families() {
+            let door = Door::Encode;
+            let subject = Subject::Gpu { kind: Kind::Full, checks: false, family: Some(family), door };
+            let case = subject.asked(&axes.build(i as u64));
+            let expected = Expected::of(&case);
+            let tiles: Vec<_> = Tile::candidates(&case.problem, gpu.attention.caps())
+                .into_iter()
+                .filter(|tile| tile.family == family)
+                .collect();
+            assert!(!tiles.is_empty(), "{family} has no tile for {}", case.name);
+            // Each takes a driver a second or more to compile.
+            let step = tiles.len().div_ceil(4) * every();
+            for &tile in tiles.iter().step_by(step).chain(tiles.last()) {
+                let options = PlanOptions { tile: Some(tile), ..PlanOptions::default() };
+                let outcome = gpu.run(&case, &options, door).map_err(|e| e.to_string());
+                if let Err(what) = outcome.and_then(|(out, gap)| expected.check(&case, &out, gap)) {
+                    panic!("{tile}: {what}\n  {}", case.name);
+                }
+                runs += 1;
+            }
+        }
+    }
+    common::say(&format!("tiles: {runs} runs"));
 }
 
 /// What another call left in scratch memory, NaN included, is never read.

@@ -2,11 +2,12 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use wgpu_attention::reference::{self, Reference};
 use wgpu_attention::{
-    Attention, AttentionProblem, DeviceRequest, Error, Family, Inputs, Operand, Outputs, Path, PlanOptions,
-    Tensor, cpu,
+    Attention, AttentionProblem, DeviceRequest, Error, Family, Inputs, Operand, Options, Outputs, Path,
+    PlanOptions, Tensor, Tile, Tuning, cpu,
 };
 
 use crate::failure::{Failure, Result};
@@ -23,14 +24,15 @@ pub(crate) enum Backend {
     Oracle,
     /// The fast CPU path.
     Cpu,
-    /// A path on the adapter, with a kernel family if one is forced (`staged:tile`).
-    Gpu(Path, Option<Family>),
+    /// A path on the adapter, with a kernel family (`staged:tile`) and sizes of it (`fused:row:rows=2`)
+    /// if they are forced.
+    Gpu(Path, Option<Tile>),
 }
 
 impl Backend {
     /// How the planner is told.
-    pub(crate) fn plan_options(path: Path, family: Option<Family>) -> PlanOptions {
-        PlanOptions { path: Some(path), family, ..PlanOptions::default() }
+    pub(crate) fn plan_options(path: Path, tile: Option<Tile>) -> PlanOptions {
+        PlanOptions { path: Some(path), tile, ..PlanOptions::default() }
     }
 }
 
@@ -49,7 +51,7 @@ impl FromStr for Backend {
         }
         let path: Path =
             path.parse().map_err(|_| format!("no path '{path}'; there are cpu, oracle, staged, fused"))?;
-        Ok(Self::Gpu(path, named.map(|name| family(path, name)).transpose()?))
+        Ok(Self::Gpu(path, named.map(|name| tile(path, name)).transpose()?))
     }
 }
 
@@ -59,7 +61,7 @@ impl fmt::Display for Backend {
             Self::Oracle => f.write_str("oracle"),
             Self::Cpu => f.write_str("cpu"),
             Self::Gpu(path, None) => write!(f, "{path}"),
-            Self::Gpu(path, Some(family)) => write!(f, "{path}:{}", family.name()),
+            Self::Gpu(_, Some(tile)) => write!(f, "{tile}"),
         }
     }
 }
@@ -85,16 +87,25 @@ impl Choice {
                 )));
             }
         };
-        Ok(Self::Only(Backend::Gpu(path, Some(family(path, name).map_err(Failure::input)?))))
+        Ok(Self::Only(Backend::Gpu(path, Some(tile(path, name).map_err(Failure::input)?))))
     }
 }
 
-/// A family by its name among those of a path.
-pub(crate) fn family(path: Path, name: &str) -> Result<Family, String> {
-    Family::of(path).find(|family| family.name() == name).ok_or_else(|| {
+/// A kernel by its name among those of a path, and sizes: `tile:lanes=8`.
+pub(crate) fn tile(path: Path, text: &str) -> Result<Tile, String> {
+    let name = text.split(':').next().unwrap_or(text);
+    if !Family::of(path).any(|family| family.name() == name) {
         let all: Vec<_> = Family::of(path).map(Family::name).collect();
-        format!("no kernel '{name}' on the {path} path; there are {}", all.join(", "))
-    })
+        return Err(format!("no kernel '{name}' on the {path} path; there are {}", all.join(", ")));
+    }
+    format!("{path}:{text}").parse()
+}
+
+/// Reads a tuning table.
+pub(crate) fn read_tuning(file: &std::path::Path) -> Result<Tuning> {
+    let about = |error: String| Failure::input(error).about(file.display());
+    let text = std::fs::read_to_string(file).map_err(|error| about(error.to_string()))?;
+    text.parse().map_err(|error: Error| about(error.to_string()))
 }
 
 impl FromStr for Choice {
@@ -105,10 +116,22 @@ impl FromStr for Choice {
     }
 }
 
+/// Which adapter, and what is known of it.
+#[derive(clap::Args, Clone, Debug, Default)]
+pub(crate) struct AdapterArgs {
+    /// A part of the adapter's name
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) adapter: Option<String>,
+    /// A table that `tune` has made: kernels and tiles that were fastest on the adapter
+    #[arg(long, value_name = "FILE")]
+    pub(crate) tuning: Option<std::path::PathBuf>,
+}
+
 /// Opens an adapter by a part of its name, or the best one.
-pub(crate) fn open(adapter: Option<&str>) -> Result<Attention> {
-    let request =
-        DeviceRequest { adapter: adapter.map(String::from), matrix: true, ..DeviceRequest::default() };
+pub(crate) fn open(args: &AdapterArgs) -> Result<Attention> {
+    let tuning = args.tuning.as_deref().map(read_tuning).transpose()?.map(Arc::new);
+    let options = Options { tuning, ..Options::default() };
+    let request = DeviceRequest { adapter: args.adapter.clone(), matrix: true, options };
     pollster::block_on(Attention::request(&request)).map_err(|error| match error {
         Error::NoAdapter { .. } => Failure::input(format!("{error}; {SOFTWARE_ADAPTER}")),
         error => error.into(),
@@ -116,8 +139,8 @@ pub(crate) fn open(adapter: Option<&str>) -> Result<Attention> {
 }
 
 /// Like [`open`], where a machine without any adapter is no failure.
-pub(crate) fn open_if_any(adapter: Option<&str>) -> Result<Option<Attention>> {
-    if adapter.is_none() && pollster::block_on(wgpu_attention::adapters()).is_empty() {
+pub(crate) fn open_if_any(adapter: &AdapterArgs) -> Result<Option<Attention>> {
+    if adapter.adapter.is_none() && pollster::block_on(wgpu_attention::adapters()).is_empty() {
         return Ok(None);
     }
     open(adapter).map(Some)
@@ -132,7 +155,7 @@ pub(crate) struct Computed {
 /// Computes a problem on the chosen path.
 pub(crate) fn compute(
     choice: Choice,
-    adapter: Option<&str>,
+    adapter: &AdapterArgs,
     problem: &AttentionProblem,
     inputs: &Inputs<'_>,
 ) -> Result<Computed> {
@@ -152,8 +175,8 @@ pub(crate) fn compute(
             Ok(Computed { outputs: oracle(problem, inputs)?, by: "the f64 oracle".into() })
         }
         Choice::Only(Backend::Cpu) => on_cpu(problem, inputs, ""),
-        Choice::Only(Backend::Gpu(path, family)) => {
-            on_gpu(&open(adapter)?, &Backend::plan_options(path, family), problem, inputs)
+        Choice::Only(Backend::Gpu(path, tile)) => {
+            on_gpu(&open(adapter)?, &Backend::plan_options(path, tile), problem, inputs)
         }
         Choice::Auto => match open_if_any(adapter)? {
             None => on_cpu(problem, inputs, ", there is no adapter"),

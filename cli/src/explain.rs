@@ -1,9 +1,11 @@
 //! `explain`: what the planner would do, and why.
 
-use clap::Args;
-use wgpu_attention::{Caps, Dtype, Family, Path, Plan, PlanOptions};
+use std::sync::Arc;
 
-use crate::backend;
+use clap::Args;
+use wgpu_attention::{Caps, Dtype, Path, Plan, PlanOptions, Tile};
+
+use crate::backend::{self, AdapterArgs};
 use crate::failure::{Failure, Result};
 use crate::options::{DtypeArg, SyntheticArgs};
 use crate::output;
@@ -20,9 +22,9 @@ pub(crate) struct ExplainArgs {
     /// Plan for that path (staged, fused)
     #[arg(long, value_name = "PATH", value_parser = parse_path)]
     path: Option<Path>,
-    /// Plan with that kernel family (staged:tile, fused:tile, ...)
-    #[arg(long, value_name = "NAME", value_parser = parse_family)]
-    family: Option<Family>,
+    /// Plan with that kernel family (staged:tile, fused:tile, ...), and sizes of it (fused:row:rows=2)
+    #[arg(long, value_name = "NAME", value_parser = parse_tile)]
+    family: Option<Tile>,
     /// Bytes that scratch may take
     #[arg(long, value_name = "BYTES")]
     scratch_budget: Option<u64>,
@@ -35,9 +37,8 @@ pub(crate) struct ExplainArgs {
     /// Also print the composed shaders
     #[arg(long)]
     wgsl: bool,
-    /// A part of the adapter's name
-    #[arg(long, value_name = "TEXT")]
-    adapter: Option<String>,
+    #[command(flatten)]
+    adapter: AdapterArgs,
     /// Plan for a device with default limits and no optional feature
     #[arg(long, conflicts_with = "adapter")]
     minimal: bool,
@@ -49,9 +50,8 @@ fn parse_path(text: &str) -> Result<Path, String> {
     text.parse().map_err(|_| "there are: staged, fused".into())
 }
 
-fn parse_family(text: &str) -> Result<Family, String> {
-    let all: Vec<String> = Family::ALL.iter().map(Family::to_string).collect();
-    text.parse().map_err(|_| format!("there are: {}", all.join(", ")))
+fn parse_tile(text: &str) -> Result<Tile, String> {
+    text.parse()
 }
 
 /// Plans and prints; no device is opened.
@@ -59,8 +59,10 @@ pub(crate) fn run(args: &ExplainArgs) -> Result<()> {
     let mut problem = args.synthetic.problem(&args.shape, Dtype::from(args.dtype))?;
     (problem.lse, problem.weights) = (args.lse, args.weights);
     problem.validate()?;
-    let caps = if args.minimal { Caps::minimal() } else { caps(args.adapter.as_deref())? };
-    let options = PlanOptions { path: args.path, family: args.family, scratch_budget: args.scratch_budget };
+    let caps = if args.minimal { Caps::minimal() } else { caps(args.adapter.adapter.as_deref())? };
+    let tuning = args.adapter.tuning.as_deref().map(backend::read_tuning).transpose()?.map(Arc::new);
+    let (path, tile, scratch_budget) = (args.path, args.family, args.scratch_budget);
+    let options = PlanOptions { path, tile, scratch_budget, tuning, ..PlanOptions::default() };
     let plan = Plan::new(&problem, &caps, &options)?;
     let mut text = format!("{}\n", plan.to_string().trim_end());
     if args.wgsl {
@@ -92,7 +94,7 @@ fn caps(wanted: Option<&str>) -> Result<Caps> {
             .cloned()
             .ok_or_else(|| Failure::input(format!("no adapter matches '{wanted}'; there is {there}")));
     }
-    match backend::open_if_any(None)? {
+    match backend::open_if_any(&AdapterArgs::default())? {
         Some(engine) => Ok(engine.caps().clone()),
         None => {
             eprintln!("no adapter: the plan is for a device with default limits and no optional feature");

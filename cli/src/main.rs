@@ -19,6 +19,7 @@ mod prng;
 mod run;
 mod shapes;
 mod svg;
+mod tune;
 mod verify;
 
 use std::process::ExitCode;
@@ -47,6 +48,7 @@ enum Command {
     Adapters(adapters::AdaptersArgs),
     Explain(explain::ExplainArgs),
     Heatmap(heatmap::HeatmapArgs),
+    Tune(tune::TuneArgs),
 }
 
 fn main() -> ExitCode {
@@ -73,6 +75,7 @@ fn dispatch(command: Command) -> Result<()> {
         Command::Adapters(args) => adapters::run(&args),
         Command::Explain(args) => explain::run(&args),
         Command::Heatmap(args) => heatmap::run(&args),
+        Command::Tune(args) => tune::run(&args),
     }
 }
 

@@ -8,7 +8,7 @@ use safetensors::tensor::TensorView;
 use wgpu_attention::{AttentionProblem, Dtype, Operand, Outputs, TensorRef};
 
 use crate::archive::Archive;
-use crate::backend::{self, Choice};
+use crate::backend::{self, AdapterArgs, Choice};
 use crate::failure::{Failure, Result};
 use crate::load::{self, LayoutArg};
 use crate::options::ContractArgs;
@@ -41,12 +41,12 @@ pub(crate) struct RunArgs {
     /// auto, fused, staged, cpu or oracle; auto is the adapter if there is one, else the CPU
     #[arg(long, value_name = "PATH", default_value = "auto")]
     path: Choice,
-    /// Force a kernel of the path: row or tile (fused), tile or direct (staged)
+    /// Force a kernel of the path (fused: row, tile, ...; staged: tile, direct), with sizes if they are to
+    /// be forced, too (tile:lanes=8:rows=2)
     #[arg(long, value_name = "NAME")]
     kernel: Option<String>,
-    /// A part of the adapter's name
-    #[arg(long, value_name = "TEXT")]
-    adapter: Option<String>,
+    #[command(flatten)]
+    adapter: AdapterArgs,
     /// Type of o, unless it is that of q
     #[arg(long, value_enum, value_name = "TYPE")]
     out_dtype: Option<OutDtype>,
@@ -68,7 +68,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<()> {
     let out_dtype = args.out_dtype.map(|OutDtype::F32| Dtype::F32);
     let loaded = load::load(&mut archive, &args.contract, args.layout, out_dtype)?;
     let problem = AttentionProblem { lse: true, weights: args.weights, ..loaded.problem };
-    let computed = backend::compute(path, args.adapter.as_deref(), &problem, &loaded.data.inputs())?;
+    let computed = backend::compute(path, &args.adapter, &problem, &loaded.data.inputs())?;
     output.write(&serialize(&problem, &computed.outputs, loaded.o_shape)?)?;
     if !args.quiet {
         eprintln!("{}: by {}", args.output.display(), computed.by);

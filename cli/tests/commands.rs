@@ -130,6 +130,71 @@ fn explain_needs_no_adapter() {
     succeed(&["explain", "1x8x64x64"]);
 }
 
+/// A table is made, others are read beside it, and each command that takes one says so.
+#[test]
+fn tune_makes_a_table_that_plans_follow() {
+    let folder = Folder::new();
+    let table = folder.text("t.tsv");
+    let args = ["tune", "--quiet", "--shapes", "1x1x40x16", "--dtype", "f32", "--seconds", "4", "-o", &table];
+    if !paths().contains(&"fused") {
+        refuse("no adapter", &args);
+        assert!(folder.files().is_empty());
+        return;
+    }
+    let foreign = "a card\tits driver\tvulkan\tf32\t16\t16\t6\t6\tfused:tile:lanes=4\n";
+    folder.write("t.tsv", foreign);
+    let stdout = succeed(&args);
+    assert!(stdout.contains("1x1x40x16 f32") && stdout.contains("the planner's own choice"), "{stdout}");
+    assert!(stdout.contains("candidates timed") && stdout.contains("1.00 x"), "{stdout}");
+    let made = std::fs::read_to_string(&table).unwrap();
+    assert!(made.starts_with("# ") && made.contains(foreign.trim_end()), "{made}");
+
+    // An entry for this adapter, whatever was fastest.
+    let (adapter, driver, backend) = {
+        let attention = pollster::block_on(wgpu_attention::Attention::request(&Default::default())).unwrap();
+        let caps = attention.caps();
+        (caps.adapter.clone(), caps.driver.clone(), caps.backend.to_string())
+    };
+    let entry = |tile: &str| format!("{adapter}\t{driver}\t{backend}\tf32\t16\t16\t6\t6\t{tile}\n");
+    folder.write("t.tsv", entry("fused:tile:lanes=4:rows=2"));
+    let plan = succeed(&["explain", "1x1x40x16", "--tuning", &table]);
+    assert!(plan.contains("tuning table: taken") && plan.contains("fused_tile"), "{plan}");
+    let bench = ["bench", "--shapes", "1x1x40x16", "--repeat", "1", "--path", "fused", "--tuning", &table];
+    assert!(succeed(&bench).contains("fused_tile"));
+    folder.write("t.tsv", entry("fused:tile:lanes=32:slice=128"));
+    let plan = succeed(&["explain", "1x1x40x16", "--tuning", &table]);
+    assert!(plan.contains("from the tuning table do not fit") && plan.contains("bytes"), "{plan}");
+
+    for (damage, word) in
+        [("fused:till", "line 1"), ("fused:row\tmore", "9 fields"), ("fused:row:rows=x", "rows")]
+    {
+        folder.write("t.tsv", entry(damage));
+        let line = refuse(damage, &bench);
+        assert!(line.contains("t.tsv") && line.contains(word), "{line}");
+        assert_eq!(refuse(damage, &args), line, "a damaged table is not written over");
+    }
+    let line = refuse("no table", &["explain", "1x1x40x16", "--tuning", &folder.text("none.tsv")]);
+    assert!(line.contains("none.tsv"), "{line}");
+}
+
+/// Sizes after a kernel's name are forced, and those that make no kernel are refused.
+#[test]
+fn kernels_take_sizes() {
+    let explain = |tile: &str| succeed(&["explain", "1x8x512x64", "--minimal", "--family", tile]);
+    assert!(explain("fused:tile:lanes=4:rows=2:threads=64").contains("32 queries x 16 keys"));
+    assert!(explain("fused:row:rows=1:keys=4").contains("8 queries x 4 keys"));
+    for (tile, word) in [
+        ("fused:tile:lanes=5", "lanes = 5"),
+        ("fused:tile:lanes=16:slice=64", "workgroup memory"),
+        ("fused:row:lanes=4", "no size lanes"),
+        ("fused:row:rows", "no kernel family"),
+        ("fused:row:rows=", "no number"),
+    ] {
+        let line = refuse(tile, &["explain", "1x8x512x64", "--minimal", "--family", tile]);
+        assert!(line.contains(word), "{line}");
+    }
+}
+
 #[test]
 fn heatmaps_are_the_same_every_time() {
     let folder = Folder::new();

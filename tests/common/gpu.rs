@@ -86,7 +86,8 @@ fn open() -> Result<Vec<(bool, Gpu)>, Error> {
     let (device, queue) = minimal_device(&full)?;
     let mut gpus = Vec::new();
     for checks in [false, true] {
-        let options = Options { runtime_checks: checks, matrix: full.caps().matrix.clone() };
+        let matrix = full.caps().matrix.clone();
+        let options = Options { runtime_checks: checks, matrix, ..Options::default() };
         let of = |device, queue| Attention::with_options(device, queue, options.clone());
         gpus.push((checks, Gpu { kind: Kind::Full, attention: of(full.device(), full.queue()) }));
         gpus.push((checks, Gpu { kind: Kind::Minimal, attention: of(&device, &queue) }));

@@ -1,6 +1,6 @@
 //! `bench`: every path over a table of shapes, each result held to the oracle.
 
-mod measure;
+pub(crate) mod measure;
 mod plot;
 mod report;
 
@@ -11,7 +11,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use wgpu_attention::{Attention, AttentionProblem, Dtype, Path};
 
-use crate::backend::{self, Backend};
+use crate::backend::{self, AdapterArgs, Backend};
 use crate::check::Judge;
 use crate::failure::{Failure, Result};
 use crate::options::{DtypeArg, SyntheticArgs};
@@ -42,15 +42,15 @@ pub(crate) struct BenchArgs {
     #[arg(long, value_enum, value_delimiter = ',', value_name = "LIST", default_value = "f32")]
     dtype: Vec<DtypeArg>,
     /// Paths, separated by commas: cpu, oracle, fused, staged (fused:row, fused:tile, staged:tile,
-    /// staged:direct force a kernel) [default: cpu,fused,staged]
+    /// ... force a kernel) [default: cpu,fused,staged]
     #[arg(long, value_delimiter = ',', value_name = "LIST")]
     path: Vec<Backend>,
-    /// Kernels of the fused path to set against each other, as --path fused:NAME,...
+    /// Kernels of the fused path to set against each other, as --path fused:NAME,..., with sizes if they
+    /// are to be forced (row:rows=2:keys=1)
     #[arg(long, value_delimiter = ',', value_name = "LIST", value_parser = parse_kernel)]
     kernel: Vec<Backend>,
-    /// A part of the adapter's name
-    #[arg(long, value_name = "TEXT")]
-    adapter: Option<String>,
+    #[command(flatten)]
+    adapter: AdapterArgs,
     /// Timed rounds [default: 7, or fewer when a shape takes longer than 6 seconds]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     repeat: Option<u32>,
@@ -71,7 +71,7 @@ pub(crate) struct BenchArgs {
 }
 
 fn parse_kernel(name: &str) -> std::result::Result<Backend, String> {
-    Ok(Backend::Gpu(Path::Fused, Some(backend::family(Path::Fused, name)?)))
+    Ok(Backend::Gpu(Path::Fused, Some(backend::tile(Path::Fused, name)?)))
 }
 
 /// Measures, prints and writes.
@@ -136,10 +136,10 @@ fn backends(args: &BenchArgs) -> Result<(Vec<Backend>, Option<Attention>)> {
     let asked: Vec<_> = args.path.iter().chain(&args.kernel).copied().collect();
     if !asked.is_empty() {
         let needs_adapter = asked.iter().any(|backend| matches!(backend, Backend::Gpu(..)));
-        let engine = if needs_adapter { Some(backend::open(args.adapter.as_deref())?) } else { None };
+        let engine = if needs_adapter { Some(backend::open(&args.adapter)?) } else { None };
         return Ok((asked, engine));
     }
-    let engine = backend::open_if_any(args.adapter.as_deref())?;
+    let engine = backend::open_if_any(&args.adapter)?;
     let mut backends = vec![Backend::Cpu];
     if engine.is_some() {
         backends.extend([Path::Fused, Path::Staged].map(|path| Backend::Gpu(path, None)));

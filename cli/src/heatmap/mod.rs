@@ -9,7 +9,7 @@ use clap::Args;
 use wgpu_attention::{AttentionProblem, Operand};
 
 use crate::archive::Archive;
-use crate::backend::{self, Choice};
+use crate::backend::{self, AdapterArgs, Choice};
 use crate::failure::{Failure, Result};
 use crate::load::{self, LayoutArg};
 use crate::memory;
@@ -52,9 +52,8 @@ pub(crate) struct HeatmapArgs {
     /// oracle, cpu, staged or auto
     #[arg(long, value_name = "PATH", default_value = "oracle")]
     path: Choice,
-    /// A part of the adapter's name
-    #[arg(long, value_name = "TEXT")]
-    adapter: Option<String>,
+    #[command(flatten)]
+    adapter: AdapterArgs,
     /// Say nothing when all went well
     #[arg(long)]
     quiet: bool,
@@ -103,7 +102,7 @@ pub(crate) fn run(args: &HeatmapArgs) -> Result<()> {
         None => (None, None),
     };
     memory::allows("the weights in f64", weights.saturating_mul(16))?;
-    let computed = backend::compute(args.path, args.adapter.as_deref(), &problem, &loaded.data.inputs())?;
+    let computed = backend::compute(args.path, &args.adapter, &problem, &loaded.data.inputs())?;
     let all = computed.outputs.weights.unwrap_or_default();
     let entry = heads * queries * keys;
     let options = match options::describe(&problem).as_str() {

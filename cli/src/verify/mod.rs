@@ -9,7 +9,7 @@ use indicatif::ProgressBar;
 use wgpu_attention::reference::{self, Reference};
 use wgpu_attention::{Attention, AttentionProblem, Dtype, Error, Family, Inputs, Outputs, TensorRef, cpu};
 
-use crate::backend::{self, Backend};
+use crate::backend::{self, AdapterArgs, Backend};
 use crate::failure::{Failure, Result};
 use crate::options;
 use crate::output;
@@ -36,9 +36,8 @@ pub(crate) struct VerifyArgs {
     /// kernel family of the adapter]
     #[arg(long, value_delimiter = ',', value_name = "LIST")]
     path: Vec<Backend>,
-    /// A part of the adapter's name
-    #[arg(long, value_name = "TEXT")]
-    adapter: Option<String>,
+    #[command(flatten)]
+    adapter: AdapterArgs,
     /// No progress bar
     #[arg(long)]
     quiet: bool,
@@ -47,13 +46,13 @@ pub(crate) struct VerifyArgs {
 /// Runs the sweep and prints the table.
 pub(crate) fn run(args: &VerifyArgs) -> Result<()> {
     let backends = if args.path.is_empty() {
-        let families = Family::ALL.into_iter().map(|family| Backend::Gpu(family.path(), Some(family)));
+        let families = Family::ALL.map(|family| Backend::Gpu(family.path(), Some(family.into())));
         [Backend::Cpu].into_iter().chain(families).collect()
     } else {
         args.path.clone()
     };
     let needs_adapter = backends.iter().any(|backend| matches!(backend, Backend::Gpu(..)));
-    let engine = match needs_adapter.then(|| backend::open(args.adapter.as_deref())).transpose() {
+    let engine = match needs_adapter.then(|| backend::open(&args.adapter)).transpose() {
         Ok(engine) => engine,
         Err(failure) => {
             return Err(Failure::input(format!("{}; --path cpu checks the CPU alone", failure.line())));
@@ -125,8 +124,8 @@ fn attempt(
     inputs: &Inputs<'_>,
 ) -> std::result::Result<(Vec<String>, Outputs), Attempt> {
     match (backend, engine) {
-        (Backend::Gpu(path, family), Some(engine)) => {
-            let plan = engine.plan_with(problem, &Backend::plan_options(path, family))?;
+        (Backend::Gpu(path, tile), Some(engine)) => {
+            let plan = engine.plan_with(problem, &Backend::plan_options(path, tile))?;
             let kernels = plan.kernels().iter().map(ToString::to_string).collect();
             Ok((kernels, engine.run_plan_blocking(&plan, inputs)?))
         }

@@ -1,0 +1,277 @@
+//! [`Tile`]: a kernel family with sizes of the caller's or the tuner's choice.
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::caps::Caps;
+use crate::fused::{self, FusedRow, FusedTile};
+use crate::fused_matrix::FusedMatrix;
+use crate::kernel::{Family, Tiles, tiles};
+use crate::plan::{Plan, PlanOptions};
+use crate::problem::AttentionProblem;
+
+/// A kernel family, and those of its sizes that are not left to the planner. What fits neither kernel
+/// nor device is [`Error::KernelUnfit`](crate::Error::KernelUnfit) when it is planned.
+///
+/// As text, sizes follow the family: `fused:tile:lanes=8:rows=2`.
+///
+/// ```
+/// use wgpu_attention::{AttentionProblem, Caps, Plan, PlanOptions, Tile};
+/// let problem = AttentionProblem::new(1, 8, 8, 512, 512, 64, 64);
+/// let tile: Tile = "fused:tile:lanes=4:rows=2".parse()?;
+/// let options = PlanOptions { tile: Some(tile), ..PlanOptions::default() };
+/// let plan = Plan::new(&problem, &Caps::minimal(), &options)?;
+/// assert_eq!(plan.tile().lanes, Some(4));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Tile {
+    /// The family.
+    pub family: Family,
+    /// Query rows of a thread; for [`Family::FusedMatrix`] those of a subgroup.
+    pub rows: Option<u32>,
+    /// Threads that share a query row ([`Family::FusedTile`] and [`Family::FusedSubgroup`]): four keys of
+    /// each make a step.
+    pub lanes: Option<u32>,
+    /// Keys of a step ([`Family::FusedRow`] and [`Family::FusedMatrix`]).
+    pub keys: Option<u32>,
+    /// Quads of head_dim or head_dim_v that are staged at a time ([`Family::FusedTile`] and
+    /// [`Family::FusedSubgroup`]).
+    pub slice: Option<u32>,
+    /// Threads of a workgroup (all but [`Family::FusedRow`]).
+    pub threads: Option<u32>,
+}
+
+impl Tile {
+    /// The names of sizes in text, in their order there.
+    const NAMES: [&'static str; 5] = ["rows", "lanes", "keys", "slice", "threads"];
+
+    /// A family, with every size left to the planner.
+    pub fn of(family: Family) -> Self {
+        Self { family, rows: None, lanes: None, keys: None, slice: None, threads: None }
+    }
+
+    fn sizes(&self) -> [Option<u32>; 5] {
+        [self.rows, self.lanes, self.keys, self.slice, self.threads]
+    }
+
+    fn size_mut(&mut self, name: &str) -> Option<&mut Option<u32>> {
+        match name {
+            "rows" => Some(&mut self.rows),
+            "lanes" => Some(&mut self.lanes),
+            "keys" => Some(&mut self.keys),
+            "slice" => Some(&mut self.slice),
+            "threads" => Some(&mut self.threads),
+            _ => None,
+        }
+    }
+
+    /// Tiles that are worth timing for a problem on a device: those that fit, the planner's own choice of
+    /// each family first. Staged kernels have no sizes to choose.
+    ///
+    /// ```
+    /// use wgpu_attention::{AttentionProblem, Caps, Tile};
+    /// let problem = AttentionProblem::new(1, 8, 8, 512, 512, 64, 64);
+    /// assert!(Tile::candidates(&problem, &Caps::minimal()).len() > 5);
+    /// ```
+    pub fn candidates(problem: &AttentionProblem, caps: &Caps) -> Vec<Self> {
+        let mut all: Vec<Self> = Family::ALL.map(Self::of).to_vec();
+        let some = |sizes: &[u32]| sizes.iter().map(|&n| Some(n)).collect::<Vec<_>>();
+        for family in [Family::FusedTile, Family::FusedSubgroup] {
+            for lanes in some(&[4, 8, 16]) {
+                for rows in some(&[1, 2, 4, 8]) {
+                    all.push(Self { rows, lanes, ..Self::of(family) });
+                }
+            }
+        }
+        for keys in some(&[1, 2, 4]) {
+            for rows in some(&[1, 2, 3, 4, 6]) {
+                all.push(Self { rows, keys, ..Self::of(Family::FusedRow) });
+            }
+        }
+        for keys in some(&[32, 64, 128]) {
+            for (rows, threads) in [(16, 64), (16, 128), (16, 256), (32, 128)] {
+                let of = Self::of(Family::FusedMatrix);
+                all.push(Self { rows: Some(rows), keys, threads: Some(threads), ..of });
+            }
+        }
+        let mut kept: Vec<(Self, Tiles)> = Vec::new();
+        for tile in all {
+            let options = PlanOptions { tile: Some(tile), ..PlanOptions::default() };
+            let Ok(plan) = Plan::new(problem, caps, &options) else { continue };
+            if kept.iter().all(|(_, of)| of != plan.tiles()) {
+                kept.push((tile, *plan.tiles()));
+            }
+        }
+        kept.into_iter().map(|(tile, _)| tile).collect()
+    }
+
+    /// What a plan has chosen.
+    pub(crate) fn chosen(tiles: &Tiles) -> Self {
+        let of = Self::of(tiles.family);
+        match tiles.family {
+            Family::StagedTile | Family::StagedDirect => of,
+            Family::FusedTile | Family::FusedSubgroup => {
+                let FusedTile { lanes, rows, slice, .. } = tiles.fused;
+                let threads = Some(tiles.fused.threads());
+                Self { rows: Some(rows), lanes: Some(lanes), slice: Some(slice), threads, ..of }
+            }
+            Family::FusedMatrix => {
+                let FusedMatrix { edge, bands, tile_kv, .. } = tiles.matrix;
+                let threads = Some(tiles.matrix.threads());
+                Self { rows: Some(edge * bands), keys: Some(tile_kv), threads, ..of }
+            }
+            Family::FusedRow => {
+                let FusedRow { rows, keys, .. } = tiles.row;
+                Self { rows: Some(rows), keys: Some(keys), ..of }
+            }
+        }
+    }
+
+    /// The planner's sizes, but for those that are given here; or why those make no kernel.
+    pub(crate) fn resolve(&self, problem: &AttentionProblem, caps: &Caps) -> Result<Tiles, String> {
+        let mut tiles = tiles(self.family, problem, caps);
+        let takes: &[&str] = match self.family {
+            Family::StagedTile | Family::StagedDirect => &[],
+            Family::FusedTile | Family::FusedSubgroup => &["rows", "lanes", "slice", "threads"],
+            Family::FusedMatrix => &["rows", "keys", "threads"],
+            Family::FusedRow => &["rows", "keys"],
+        };
+        for (name, size) in Self::NAMES.into_iter().zip(self.sizes()) {
+            if size.is_some() && !takes.contains(&name) {
+                return Err(format!("{} has no size {name}; it has {}", self.family, list(takes)));
+            }
+        }
+        if self.sizes() == [None; 5] {
+            return Ok(tiles);
+        }
+        match self.family {
+            Family::StagedTile | Family::StagedDirect => {}
+            Family::FusedTile | Family::FusedSubgroup => {
+                tiles.fused = fused::sized(tiles.fused, self, problem)?;
+            }
+            Family::FusedMatrix => tiles.matrix = tiles.matrix.sized(self)?,
+            Family::FusedRow => tiles.row = tiles.row.sized(self)?,
+        }
+        Ok(tiles)
+    }
+}
+
+/// Checks one size: `need` says in words what it has to be.
+pub(crate) fn check(name: &str, got: u32, fits: bool, need: &str) -> Result<u32, String> {
+    if fits { Ok(got) } else { Err(format!("{name} = {got}, it has to be {need}")) }
+}
+
+fn list(names: &[&str]) -> String {
+    if names.is_empty() { "none".into() } else { names.join(", ") }
+}
+
+impl From<Family> for Tile {
+    fn from(family: Family) -> Self {
+        Self::of(family)
+    }
+}
+
+impl fmt::Display for Tile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.family)?;
+        for (name, size) in Self::NAMES.into_iter().zip(self.sizes()) {
+            if let Some(size) = size {
+                write!(f, ":{name}={size}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl FromStr for Tile {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let first = text.find('=').map_or(text.len(), |equals| text[..equals].rfind(':').unwrap_or(0));
+        let mut tile = Self::of(text[..first].parse()?);
+        for part in text[first..].split(':').skip(1) {
+            let (name, size) = part.split_once('=').ok_or_else(|| format!("{part:?} is no size, name=N"))?;
+            let known = || format!("{name:?} is no size; there are {}", list(&Self::NAMES));
+            let place = tile.size_mut(name).ok_or_else(known)?;
+            let parsed = size.parse().map_err(|_| format!("{name} = {size:?} is no number"))?;
+            if place.replace(parsed).is_some() {
+                return Err(format!("{name} is there twice"));
+            }
+        }
+        Ok(tile)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_round_trips() {
+        for text in
+            ["fused:row", "staged:tile", "fused:row:rows=3:keys=2", "fused:tile_matrix:keys=64:threads=128"]
+        {
+            assert_eq!(text.parse::<Tile>().map(|tile| tile.to_string()), Ok(text.to_string()));
+        }
+        for (text, why) in [
+            ("fused", "family"),
+            ("fused:row:rows", "family"),
+            ("fused:row:rows=3:keys", "name=N"),
+            ("fused:row:cols=3", "cols"),
+            ("fused:row:rows=x", "number"),
+            ("fused:row:rows=1:rows=2", "twice"),
+            ("=", "family"),
+        ] {
+            let error = text.parse::<Tile>().expect_err(text);
+            assert!(error.contains(why), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn what_makes_no_kernel_says_why() {
+        let problem = AttentionProblem::new(1, 2, 2, 100, 300, 64, 80);
+        let caps = Caps { subgroup: Some((8, 8)), ..Caps::minimal() };
+        for (text, why) in [
+            ("staged:tile:rows=4", "none"),
+            ("fused:row:lanes=4", "no size lanes"),
+            ("fused:row:rows=0", "rows"),
+            ("fused:row:keys=3", "keys"),
+            ("fused:row:rows=8:keys=4", "rows"),
+            ("fused:tile:lanes=3", "lanes"),
+            ("fused:tile:slice=7", "slice"),
+            ("fused:tile:threads=100", "threads"),
+            ("fused:tile:threads=512", "threads"),
+            ("fused:tile:lanes=16:slice=64", "workgroup memory"),
+            ("fused:tile:rows=8:lanes=2:threads=8", "registers"),
+            ("fused:tile_subgroup:lanes=16", "subgroups"),
+        ] {
+            let tile = Some(text.parse::<Tile>().expect(text));
+            let error = Plan::new(&problem, &caps, &PlanOptions { tile, ..PlanOptions::default() });
+            let error = error.expect_err(text).to_string();
+            assert!(
+                error.contains(why) && error.contains("fused") | error.contains("staged"),
+                "{text}: {error}"
+            );
+        }
+    }
+
+    #[test]
+    fn candidates_fit_and_differ() {
+        let problem = AttentionProblem::new(1, 2, 2, 300, 300, 64, 80);
+        let candidates = Tile::candidates(&problem, &Caps::minimal());
+        for family in [Family::FusedTile, Family::FusedRow, Family::StagedTile, Family::StagedDirect] {
+            assert!(candidates.contains(&Tile::of(family)), "{candidates:?}");
+        }
+        let mut chosen: Vec<_> = candidates
+            .iter()
+            .map(|&tile| {
+                let options = PlanOptions { tile: Some(tile), ..PlanOptions::default() };
+                let plan = Plan::new(&problem, &Caps::minimal(), &options).expect("a candidate fits");
+                plan.tile().to_string()
+            })
+            .collect();
+        chosen.sort_unstable();
+        assert!(chosen.windows(2).all(|two| two[0] != two[1]), "{chosen:?}");
+    }
+}
