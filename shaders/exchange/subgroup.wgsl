@@ -5,13 +5,15 @@
 
 struct Place {
     @builtin(subgroup_id) subgroup: u32,
-    @builtin(subgroup_size) size: u32,
+    @builtin(num_subgroups) subgroups: u32,
     @builtin(subgroup_invocation_id) lane: u32,
 }
 
-// Below THREADS, which is a multiple of every subgroup size of the device.
+// THREADS is a multiple of every subgroup size of the device, so that all subgroups are whole. Their size
+// is taken from their number: some drivers report the largest size in the place of the real one. The
+// remainder keeps addresses inside, whatever a driver reports.
 fn thread_of(place: Place) -> u32 {
-    return place.subgroup * place.size + place.lane;
+    return (place.subgroup * (THREADS / place.subgroups) + place.lane) % THREADS;
 }
 
 fn offer(row: u32, x: u32, mine: f32) {}
