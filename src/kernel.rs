@@ -358,7 +358,11 @@ impl Blueprint {
     /// differ elsewhere share the pipeline.
     pub(crate) fn new(kernel: Kernel, tiles: Tiles, problem: &AttentionProblem, caps: &Caps) -> Self {
         let bilinear = problem.layout(Operand::W).is_some();
-        let io = |wanted: bool, operand| if wanted { Io::of(problem, caps, operand) } else { None };
+        let io = |wanted: bool, operand| {
+            let io = Io::of(problem, caps, operand).filter(|_| wanted)?;
+            // An adapter on a CPU loads elements one by one: two at a time are half of the loads.
+            Some(Io { native: io.native && kernel != Kernel::FusedRow, ..io })
+        };
         let (bundles, maps) = (kernel == Kernel::Bundle, kernel == Kernel::MaskMap);
         let scores = kernel.is_scores() || kernel.is_fused();
         let softmax = kernel == Kernel::SoftmaxRow || kernel.is_fused();

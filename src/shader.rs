@@ -225,6 +225,8 @@ fn constants(b: &Blueprint) -> Vec<(&'static str, u32)> {
             ("KEYS", t.row.keys),
             ("QUADS", t.row.width.div_ceil(4)),
             ("QUADS_V", t.row.width_v.div_ceil(4)),
+            ("MAPPED", b.mapped.into()),
+            ("PLAIN", (!b.softcap && b.bias.is_none() && !b.alibi && !b.mask).into()),
         ],
     };
     let mut all = own.to_vec();

@@ -38,6 +38,10 @@ fn main(
     let k_begin = row_k(bh.x, kv_head, 0u);
     let v_begin = row_v(bh.x, kv_head, 0u);
 
+    // Zero, which no compiler can know. Exponentials lose a NaN on some adapters, so a score that is not
+    // finite makes the sum NaN by this, and the second look does the rest.
+    let nought = f32(params.row_count >> 31u);
+
     // Rows past the end repeat the last one, and are not stored.
     //$ for r in 0..ROWS
     let row_$r = min(first_row + $ru * LANES + lane, params.row_count - 1u);
@@ -63,104 +67,120 @@ fn main(
         var sum_$r = 0.0;
         var shrink_$r = 1.0;
         //$ end
-        // From one tile of the mask to the next, or all at once where it is not mapped.
+        // One loop, or two where the mask is mapped: from one of its tiles to the next. (What is repeated
+        // once or never is an option; a loop more costs a tenth.)
+        //$ for once in MAPPED..1
+        let masked = TILE_MIXED;
+        for (var j = level; j < level_end; j += KEYS) {
+        //$ end
+        //$ for once in 0..MAPPED
         for (var first = level; first < level_end; first = mask_tile_end(first, level_end)) {
             let masked = mask_tile(bh.x, bh.y, params.row_first + first_row, first);
-            if masked != TILE_DROPPED {
-                for (var j = first; j < mask_tile_end(first, level_end); j += KEYS) {
-                    //$ for c in 0..KEYS
-                    let j_$c = min(j + $cu, len_k - 1u);
-                    let k_$c = quad_at_k(k_begin + j_$c * params.k_stride_s);
-                    let v_$c = quad_at_v(v_begin + j_$c * params.v_stride_s);
-                    //$ for r in 0..ROWS
-                    var s_$r_$c = 0.0;
-                    //$ end
-                    //$ end
-                    //$ for i in 0..QUADS
-                    {
-                        //$ for c in 0..KEYS
-                        let k4_$c = quad_k(k_$c, $iu);
-                        //$ end
-                        //$ for c in 0..KEYS
-                        //$ for r in 0..ROWS
-                        s_$r_$c += q_$r_$i.x * k4_$c.x;
-                        //$ end
-                        //$ end
-                        //$ for c in 0..KEYS
-                        //$ for r in 0..ROWS
-                        s_$r_$c += q_$r_$i.y * k4_$c.y;
-                        //$ end
-                        //$ end
-                        //$ for c in 0..KEYS
-                        //$ for r in 0..ROWS
-                        s_$r_$c += q_$r_$i.z * k4_$c.z;
-                        //$ end
-                        //$ end
-                        //$ for c in 0..KEYS
-                        //$ for r in 0..ROWS
-                        s_$r_$c += q_$r_$i.w * k4_$c.w;
-                        //$ end
-                        //$ end
-                    }
-                    //$ end
-                    //$ for r in 0..ROWS
-                    //$ for c in 0..KEYS
-                    s_$r_$c = finish_kept(s_$r_$c, bh.x, bh.y, params.row_first + row_$r, j_$c, len_k, masked);
-                    //$ end
-                    //$ end
-                    if j < seen_by_all.x || j + KEYS > seen_by_all.y {
-                        //$ for r in 0..ROWS
-                        let range_$r = own_part(kv_range(params.row_first + row_$r, len_k));
-                        //$ for c in 0..KEYS
-                        if j + $cu < range_$r.x || j + $cu >= range_$r.y {
-                            s_$r_$c = DROPPED;
-                        }
-                        //$ end
-                        //$ end
-                    }
-                    var rises = false;
-                    //$ for r in 0..ROWS
-                    var peak_$r = s_$r_0;
-                    //$ for c in 1..KEYS
-                    peak_$r = max(peak_$r, s_$r_$c);
-                    //$ end
-                    rises = rises || peak_$r > m_$r + LAZY;
-                    //$ end
-                    if rises {
-                        //$ for r in 0..ROWS
-                        let m_new_$r = max(m_$r, peak_$r);
-                        let by_$r = shrinking(m_$r, m_new_$r);
-                        m_$r = m_new_$r;
-                        sum_$r *= by_$r;
-                        shrink_$r *= by_$r;
-                        //$ for i in 0..QUADS_V
-                        o_$r_$i *= by_$r;
-                        //$ end
-                        //$ end
-                    }
-                    //$ for r in 0..ROWS
-                    // A dropped key weighs exp of something huge and negative: 0, also where no key was seen.
-                    let base_$r = select(m_$r, 0.0, m_$r == DROPPED);
-                    //$ for c in 0..KEYS
-                    let p_$r_$c = exp_of_one((s_$r_$c - base_$r) * LOG2_E);
-                    sum_$r += p_$r_$c;
-                    //$ end
-                    //$ end
-                    //$ for i in 0..QUADS_V
-                    {
-                        //$ for c in 0..KEYS
-                        let v4_$c = quad_v(v_$c, $iu);
-                        //$ end
-                        //$ for r in 0..ROWS
-                        //$ for c in 0..KEYS
-                        o_$r_$i += p_$r_$c * v4_$c;
-                        //$ end
-                        //$ end
-                    }
-                    //$ end
-                }
+            if masked == TILE_DROPPED {
+                continue;
             }
+        for (var j = first; j < mask_tile_end(first, level_end); j += KEYS) {
+        //$ end
+            //$ for c in 0..KEYS
+            let j_$c = min(j + $cu, len_k - 1u);
+            let k_$c = quad_at_k(k_begin + j_$c * params.k_stride_s);
+            let v_$c = quad_at_v(v_begin + j_$c * params.v_stride_s);
+            //$ for r in 0..ROWS
+            var s_$r_$c = 0.0;
+            //$ end
+            //$ end
+            //$ for i in 0..QUADS
+            {
+                //$ for c in 0..KEYS
+                let k4_$c = quad_k(k_$c, $iu);
+                //$ end
+                //$ for c in 0..KEYS
+                //$ for r in 0..ROWS
+                s_$r_$c += q_$r_$i.x * k4_$c.x;
+                //$ end
+                //$ end
+                //$ for c in 0..KEYS
+                //$ for r in 0..ROWS
+                s_$r_$c += q_$r_$i.y * k4_$c.y;
+                //$ end
+                //$ end
+                //$ for c in 0..KEYS
+                //$ for r in 0..ROWS
+                s_$r_$c += q_$r_$i.z * k4_$c.z;
+                //$ end
+                //$ end
+                //$ for c in 0..KEYS
+                //$ for r in 0..ROWS
+                s_$r_$c += q_$r_$i.w * k4_$c.w;
+                //$ end
+                //$ end
+            }
+            //$ end
+            //$ for r in 0..ROWS
+            //$ for c in 0..KEYS
+            //$ for once in PLAIN..1
+            s_$r_$c = finish_kept(s_$r_$c, bh.x, bh.y, params.row_first + row_$r, j_$c, len_k, masked);
+            //$ end
+            //$ for once in 0..PLAIN
+            // The same but for a score below every number, which the second look minds.
+            s_$r_$c *= params.scale;
+            //$ end
+            //$ end
+            //$ end
+            if j < seen_by_all.x || j + KEYS > seen_by_all.y {
+                //$ for r in 0..ROWS
+                let range_$r = own_part(kv_range(params.row_first + row_$r, len_k));
+                //$ for c in 0..KEYS
+                if j + $cu < range_$r.x || j + $cu >= range_$r.y {
+                    s_$r_$c = DROPPED;
+                }
+                //$ end
+                //$ end
+            }
+            var rises = false;
+            //$ for r in 0..ROWS
+            var peak_$r = s_$r_0;
+            //$ for c in 1..KEYS
+            peak_$r = max(peak_$r, s_$r_$c);
+            //$ end
+            rises = rises || peak_$r > m_$r + LAZY;
+            //$ end
+            if rises {
+                //$ for r in 0..ROWS
+                let m_new_$r = max(m_$r, peak_$r);
+                let by_$r = shrinking(m_$r, m_new_$r);
+                m_$r = m_new_$r;
+                sum_$r *= by_$r;
+                shrink_$r *= by_$r;
+                //$ for i in 0..QUADS_V
+                o_$r_$i *= by_$r;
+                //$ end
+                //$ end
+            }
+            //$ for r in 0..ROWS
+            // A dropped key weighs exp of something huge and negative: 0, also where no key was seen.
+            let base_$r = select(m_$r, 0.0, m_$r == DROPPED);
+            //$ for c in 0..KEYS
+            let p_$r_$c = exp2((s_$r_$c - base_$r) * LOG2_E);
+            sum_$r += p_$r_$c + s_$r_$c * nought;
+            //$ end
+            //$ end
+            //$ for i in 0..QUADS_V
+            {
+                //$ for c in 0..KEYS
+                let v4_$c = quad_v(v_$c, $iu);
+                //$ end
+                //$ for r in 0..ROWS
+                //$ for c in 0..KEYS
+                o_$r_$i += p_$r_$c * v4_$c;
+                //$ end
+                //$ end
+            }
+            //$ end
         }
+        //$ for once in 0..MAPPED
+        }
+        //$ end
         //$ for r in 0..ROWS
         l_$r = l_$r * shrink_$r + sum_$r;
         //$ for i in 0..QUADS_V
@@ -189,17 +209,21 @@ fn main(
             //$ end
         }
         //$ end
+        // What the second look sums anew beside O: a sum with a score that is not finite, or that no score
+        // was high enough to count in (where nothing but the scale makes a score).
+        let sums = is_nan(l) || (PLAIN == 1u && l == 0.0);
         var finite = true;
         for (var i = 0u; i < QUADS_V; i += 1u) {
             finite = finite && is_finite4(total[i]);
         }
-        if !finite {
+        if !finite || sums {
             // A second look: 0 * NaN is NaN, so a NaN or an infinity in a value whose key is dropped must
             // be stepped over, while one whose key is kept must spread.
             // (Unrolled, since lavapipe counts a thread's iterations, nested ones too, up to 65535.)
             //$ for i in 0..QUADS_V
             var sum_$i = vec4<f32>();
             //$ end
+            var weight = 0.0;
             let query = query_row(head, row);
             let range = own_part(kv_range(params.row_first + row, len_k));
             for (var j = range.x; j < range.y; j += 1u) {
@@ -210,13 +234,16 @@ fn main(
                 //$ end
                 s = finish_kept(s, bh.x, bh.y, params.row_first + row, j, len_k, TILE_MIXED);
                 if bitcast<u32>(s) != bitcast<u32>(DROPPED) {
+                    m = max(m, LOWEST_KEPT);
                     let p = exp_of_one((s - m) * LOG2_E);
+                    weight += p;
                     let v = row_v(bh.x, kv_head, j);
                     //$ for i in 0..QUADS_V
                     sum_$i += p * load4_v(v, 4u * $iu);
                     //$ end
                 }
             }
+            l = select(l, weight, sums);
             //$ for i in 0..QUADS_V
             total[$i] = sum_$i;
             //$ end
