@@ -32,7 +32,7 @@ pub struct DeviceRequest {
     /// A part of the adapter's name, in any case. `None` takes the one with the highest
     /// performance.
     pub adapter: Option<String>,
-    /// Also open cooperative matrices where the adapter offers them, and try them
+    /// Also open cooperative matrices where the adapter offers them, and try them on a GPU
     /// ([`Attention::self_test`]). wgpu calls that feature experimental and warns of undefined behaviour
     /// in its own code or the driver's, hence not by default.
     pub matrix: bool,
@@ -213,7 +213,8 @@ impl Attention {
             .await
             .map_err(|error| Error::NoDevice { adapter: adapter.get_info().name, why: error.to_string() })?;
         let attention = Self::with_options(&device, &queue, Options { matrix, ..request.options.clone() });
-        Ok(attention.self_test().await)
+        // On a processor no plan would choose them: they are not worth the seconds that they compile for.
+        if attention.caps().on_cpu() { Ok(attention) } else { Ok(attention.self_test().await) }
     }
 
     /// This object, with what a test of its cooperative matrices has found.

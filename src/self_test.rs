@@ -19,7 +19,8 @@ impl Attention {
     /// outcome: where it is right, plans for f16 tensors may take [`Family::FusedMatrix`], and where it
     /// is not, none does and [`Caps::missing`](crate::Caps::missing) says why. A device without them is returned as it is.
     ///
-    /// Submits to the queue and waits. [`Attention::request`] has done it already; this is for devices
+    /// Submits to the queue and waits. [`Attention::request`] has done it already on a GPU; this is for
+    /// devices
     /// of the caller's own, opened with
     /// [`Caps::MATRIX_FEATURE`](crate::Caps::MATRIX_FEATURE), before the first plan is made.
     ///
