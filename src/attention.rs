@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::caps::{Caps, MatrixUnits};
 use crate::encode::{Dispatches, prepare};
 use crate::error::{Error, Operand, Result};
-use crate::pipeline::{PipelineCache, experimental_features};
+use crate::pipeline::{PipelineBlob, PipelineCache, experimental_features};
 use crate::plan::{Plan, PlanOptions};
 use crate::problem::AttentionProblem;
 use crate::scratch::Scratch;
@@ -24,6 +24,8 @@ pub struct Options {
     pub matrix: Option<MatrixUnits>,
     /// What was measured on the device's adapter, for plans whose options bring no table of their own.
     pub tuning: Option<Arc<Tuning>>,
+    /// What an earlier run's driver has made of pipelines ([`Attention::pipeline_blob`]).
+    pub pipelines: Option<PipelineBlob>,
 }
 
 /// Which adapter to ask for.
@@ -162,8 +164,8 @@ impl Attention {
                 caps: Caps { matrix, ..Caps::of_device(device) },
                 device: device.clone(),
                 queue: queue.clone(),
+                pipelines: PipelineCache::new(device, options.pipelines.as_ref()),
                 options,
-                pipelines: PipelineCache::default(),
                 scratch: Mutex::default(),
             }),
         }
@@ -227,7 +229,7 @@ impl Attention {
                 queue: of.queue.clone(),
                 caps: Caps { matrix, ..of.caps.clone() },
                 options: of.options.clone(),
-                pipelines: PipelineCache::default(),
+                pipelines: PipelineCache::new(&of.device, of.options.pipelines.as_ref()),
                 scratch: Mutex::default(),
             }),
         }
@@ -251,6 +253,12 @@ impl Attention {
     /// How many pipelines have been built so far.
     pub fn pipelines(&self) -> usize {
         self.shared.pipelines.len()
+    }
+
+    /// What the driver has made of the pipelines so far, for [`Options::pipelines`] of a later run. `None`
+    /// where the device was opened without `PIPELINE_CACHE`, or the driver gives nothing.
+    pub fn pipeline_blob(&self) -> Option<PipelineBlob> {
+        self.shared.pipelines.blob()
     }
 
     /// Bytes of scratch memory that this object holds now.

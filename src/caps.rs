@@ -77,9 +77,11 @@ impl Caps {
     /// with [`wgpu::ExperimentalFeatures`].
     pub const MATRIX_FEATURE: wgpu::Features = wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
 
-    /// The features that any kernel or the timer of this crate can use.
-    pub const FEATURES: wgpu::Features =
-        wgpu::Features::SHADER_F16.union(wgpu::Features::SUBGROUP).union(wgpu::Features::TIMESTAMP_QUERY);
+    /// The features that any kernel, the timer or the kept pipelines of this crate can use.
+    pub const FEATURES: wgpu::Features = wgpu::Features::SHADER_F16
+        .union(wgpu::Features::SUBGROUP)
+        .union(wgpu::Features::PIPELINE_CACHE)
+        .union(wgpu::Features::TIMESTAMP_QUERY);
 
     /// An opened device's capabilities. A device does not tell which cooperative matrices it has: those
     /// come from [`Options::matrix`](crate::Options::matrix).

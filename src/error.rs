@@ -217,6 +217,12 @@ pub enum Error {
         /// What is wrong with it.
         why: String,
     },
+    /// Bytes that were to be a kept blob of pipelines.
+    #[error("no blob of pipelines: {why}")]
+    PipelineBlob {
+        /// What is wrong with them.
+        why: String,
+    },
     /// No adapter answers the request.
     #[error("no adapter: {why}")]
     NoAdapter {

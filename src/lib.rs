@@ -81,6 +81,7 @@ pub use host::{Inputs, Outputs};
 pub use kernel::Family;
 pub use layout::Layout;
 pub use mask::{Align, Window};
+pub use pipeline::PipelineBlob;
 pub use plan::{Dispatch, Path, Plan, PlanOptions, Shader};
 pub use problem::{AttentionProblem, Bias, Similarity};
 pub use readback::read_buffer;

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kernel::{Blueprint, Slot};
 use crate::params::Params;
 use crate::scope::scoped;
@@ -18,14 +18,100 @@ pub(crate) struct Pipeline {
 
 type Cell = Arc<OnceLock<Result<Arc<Pipeline>>>>;
 
+/// What a driver has made of pipelines, to be kept in a file: the next start compiles less.
+///
+/// ```no_run
+/// # fn f(device: &wgpu::Device, queue: &wgpu::Queue) -> Result<(), Box<dyn std::error::Error>> {
+/// use wgpu_attention::{Attention, Options, PipelineBlob};
+/// // SAFETY: nobody but this program writes to that file.
+/// let pipelines = std::fs::read("pipelines.bin").ok().and_then(|bytes| unsafe { PipelineBlob::from_bytes(&bytes) }.ok());
+/// let attention = Attention::with_options(device, queue, Options { pipelines, ..Options::default() });
+/// // ... at the end:
+/// if let Some(blob) = attention.pipeline_blob() {
+///     std::fs::write("pipelines.bin", blob.to_bytes())?;
+/// }
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, PartialEq, Eq)]
+pub struct PipelineBlob {
+    data: Arc<[u8]>,
+}
+
+/// What a kept blob begins with; eight bytes of checksum follow.
+const BLOB_HEAD: &[u8; 16] = b"wgpu-attention 1";
+
+impl PipelineBlob {
+    /// Takes bytes that [`PipelineBlob::to_bytes`] has given. A blob of another adapter or driver is taken,
+    /// too; the driver then does without it.
+    ///
+    /// # Errors
+    /// [`Error::PipelineBlob`] for bytes that are none, or are damaged.
+    ///
+    /// # Safety
+    /// The bytes reach the driver, and a driver may trust them. The checksum finds accidents, but not
+    /// intent: they must come from a blob of this crate, through nothing that others can write to.
+    #[allow(unsafe_code)]
+    pub unsafe fn from_bytes(bytes: &[u8]) -> Result<Self> {
+        let fail = |why: &str| Err(Error::PipelineBlob { why: why.into() });
+        let Some(rest) = bytes.strip_prefix(BLOB_HEAD.as_slice()) else {
+            return fail("it does not begin as one");
+        };
+        match rest.split_at_checked(8) {
+            Some((sum, data)) if *sum == checksum(data).to_le_bytes() => Ok(Self { data: data.into() }),
+            Some(_) => fail("its checksum is that of other bytes"),
+            None => fail("it ends after its first bytes"),
+        }
+    }
+
+    /// The blob as bytes.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        [BLOB_HEAD.as_slice(), &checksum(&self.data).to_le_bytes(), &self.data].concat()
+    }
+}
+
+impl std::fmt::Debug for PipelineBlob {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "PipelineBlob({} bytes)", self.data.len())
+    }
+}
+
+/// FNV-1a.
+fn checksum(data: &[u8]) -> u64 {
+    data.iter()
+        .fold(0xcbf2_9ce4_8422_2325, |sum, &byte| (sum ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
+}
+
 /// The pipelines of one device. Concurrent requests for one blueprint build it once: the others
 /// wait for that build, while other blueprints go on.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct PipelineCache {
     cells: Mutex<HashMap<Blueprint, Cell>>,
+    /// The driver's own, where the device has one.
+    driver: Option<wgpu::PipelineCache>,
 }
 
 impl PipelineCache {
+    /// An empty one, whose driver begins with a blob.
+    #[allow(unsafe_code)]
+    pub(crate) fn new(device: &wgpu::Device, blob: Option<&PipelineBlob>) -> Self {
+        let driver = device.features().contains(wgpu::Features::PIPELINE_CACHE).then(|| {
+            let descriptor = wgpu::PipelineCacheDescriptor {
+                label: Some("attention"),
+                data: blob.map(|blob| &*blob.data),
+                fallback: true,
+            };
+            // SAFETY: the data, if any, came from `get_data`: a blob is made by `blob` below, or by a caller
+            // who has promised it (`PipelineBlob::from_bytes`).
+            unsafe { device.create_pipeline_cache(&descriptor) }
+        });
+        Self { cells: Mutex::default(), driver }
+    }
+
+    pub(crate) fn blob(&self) -> Option<PipelineBlob> {
+        Some(PipelineBlob { data: self.driver.as_ref()?.get_data()?.into() })
+    }
+
     pub(crate) fn get(
         &self,
         device: &wgpu::Device,
@@ -36,7 +122,9 @@ impl PipelineCache {
             let mut cells = self.cells.lock().unwrap_or_else(PoisonError::into_inner);
             Arc::clone(cells.entry(*blueprint).or_default())
         };
-        let built = cell.get_or_init(|| build(device, blueprint, runtime_checks).map(Arc::new)).clone();
+        let built = cell
+            .get_or_init(|| build(device, blueprint, runtime_checks, self.driver.as_ref()).map(Arc::new))
+            .clone();
         if built.is_err() {
             // Memory may be there the next time: a failure is not kept.
             let mut cells = self.cells.lock().unwrap_or_else(PoisonError::into_inner);
@@ -52,7 +140,12 @@ impl PipelineCache {
     }
 }
 
-fn build(device: &wgpu::Device, blueprint: &Blueprint, runtime_checks: bool) -> Result<Pipeline> {
+fn build(
+    device: &wgpu::Device,
+    blueprint: &Blueprint,
+    runtime_checks: bool,
+    cache: Option<&wgpu::PipelineCache>,
+) -> Result<Pipeline> {
     let name = blueprint.kernel.name();
     log::debug!("building {blueprint:?}");
     let entries: Vec<_> = blueprint
@@ -95,7 +188,7 @@ fn build(device: &wgpu::Device, blueprint: &Blueprint, runtime_checks: bool) -> 
                 // Every kernel writes each word of workgroup memory before it reads it.
                 zero_initialize_workgroup_memory: runtime_checks,
             },
-            cache: None,
+            cache,
         });
         Pipeline { pipeline, layout }
     })

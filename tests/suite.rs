@@ -11,8 +11,8 @@ use common::gpu::{self, Door, Kind};
 use common::rng::{Rng, env_number, fresh_seed};
 use common::subject::{Outcome, Subject, check_all, every};
 use wgpu_attention::{
-    Align, AttentionProblem, Bias, Dtype, Layout, MatrixUnits, Operand, Path, PlanOptions, Tensor, Tile,
-    Window,
+    Align, Attention, AttentionProblem, Bias, Dtype, Error, Layout, MatrixUnits, Operand, Options, Path,
+    PipelineBlob, PlanOptions, Tensor, Tile, Window,
 };
 
 /// Multiplications that the oracle may spend on one case of a table.
@@ -570,6 +570,39 @@ fn masks_in_blocks_are_mapped_once_for_all_chunks() {
         .map(|(tile, subjects)| (with_blocks(long, Spread::Shared, tile, [0, 0], 7), subjects))
         .collect();
     check_all("masks in blocks over long rows", &cases);
+}
+
+/// What a driver has made of pipelines serves another object, and whatever is damaged is refused.
+#[test]
+#[allow(unsafe_code)]
+fn pipelines_can_be_kept() {
+    let Some(gpu) = gpu::get(Kind::Full, false) else { return };
+    let (device, queue) = (gpu.attention.device(), gpu.attention.queue());
+    let case = Axes::default().build(3);
+    let expected = Expected::of(&case);
+    let run = |pipelines| {
+        let own = Attention::with_options(device, queue, Options { pipelines, ..Options::default() });
+        let out = own.run_blocking(&case.problem, &case.data.inputs()).expect("served");
+        expected.check(&case, &out, Gap::Zero).unwrap_or_else(|what| panic!("{what}"));
+        own.pipeline_blob()
+    };
+    let offered = device.features().contains(wgpu::Features::PIPELINE_CACHE);
+    let Some(blob) = run(None) else {
+        assert!(!offered, "{} has PIPELINE_CACHE and gives no blob", gpu.attention.caps().adapter);
+        common::say("NOT TESTED: this device keeps no pipelines (PIPELINE_CACHE)");
+        return;
+    };
+    let bytes = blob.to_bytes();
+    // SAFETY: the bytes of a blob, or such as are refused.
+    let read = |bytes: &[u8]| unsafe { PipelineBlob::from_bytes(bytes) };
+    assert_eq!(read(&bytes), Ok(blob.clone()));
+    run(Some(blob));
+    let mut damaged = bytes.clone();
+    *damaged.last_mut().expect("not empty") ^= 1;
+    for (bytes, what) in [(&damaged[..], "checksum"), (&bytes[..20], "ends"), (b"no blob", "begin")] {
+        let Err(Error::PipelineBlob { why }) = read(bytes) else { panic!("{what}") };
+        assert!(why.contains(what), "{why}");
+    }
 }
 
 /// Before a plan trusts cooperative matrices they have passed a test; where they are, they do.
