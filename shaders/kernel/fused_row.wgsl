@@ -209,9 +209,8 @@ fn main(
             //$ end
         }
         //$ end
-        // What the second look sums anew beside O: a sum with a score that is not finite, or that no score
-        // was high enough to count in (where nothing but the scale makes a score).
-        let sums = is_nan(l) || (PLAIN == 1u && l == 0.0);
+        // A score was not finite, perhaps only too low for an f32: the second look sums l anew, too.
+        let sums = is_nan(l);
         var finite = true;
         for (var i = 0u; i < QUADS_V; i += 1u) {
             finite = finite && is_finite4(total[i]);
