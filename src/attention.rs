@@ -221,18 +221,9 @@ impl Attention {
 
     /// This object, with what a test of its cooperative matrices has found.
     pub(crate) fn with_tested(&self, outcome: std::result::Result<(), String>) -> Self {
-        let of = &self.shared;
-        let matrix = of.caps.matrix.clone().map(|matrix| MatrixUnits { tested: Some(outcome), ..matrix });
-        Self {
-            shared: Arc::new(Shared {
-                device: of.device.clone(),
-                queue: of.queue.clone(),
-                caps: Caps { matrix, ..of.caps.clone() },
-                options: of.options.clone(),
-                pipelines: PipelineCache::new(&of.device, of.options.pipelines.as_ref()),
-                scratch: Mutex::default(),
-            }),
-        }
+        let matrix = self.caps().matrix.clone().map(|units| MatrixUnits { tested: Some(outcome), ..units });
+        let options = Options { matrix, ..self.shared.options.clone() };
+        Self::with_options(self.device(), self.queue(), options)
     }
 
     /// The device that this object records for.

@@ -17,12 +17,12 @@ const TOLERANCE: f64 = 4e-3;
 impl Attention {
     /// Tries the device's cooperative matrices on a small problem, and returns an object that knows the
     /// outcome: where it is right, plans for f16 tensors may take [`Family::FusedMatrix`], and where it
-    /// is not, none does and [`Caps::missing`](crate::Caps::missing) says why. A device without them is returned as it is.
+    /// is not, none does and [`Caps::missing`](crate::Caps::missing) says why. Where the device has none,
+    /// the object comes back as it was.
     ///
     /// Submits to the queue and waits. [`Attention::request`] has done it already on a GPU; this is for
-    /// devices
-    /// of the caller's own, opened with
-    /// [`Caps::MATRIX_FEATURE`](crate::Caps::MATRIX_FEATURE), before the first plan is made.
+    /// devices of the caller's own, opened with [`Caps::MATRIX_FEATURE`](crate::Caps::MATRIX_FEATURE),
+    /// before the first plan is made.
     ///
     /// ```no_run
     /// use wgpu_attention::{Attention, MatrixUnits, Options};

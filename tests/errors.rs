@@ -7,7 +7,8 @@ mod common;
 
 use common::case::{Axes, Case, Data, Lens, Sim, Spread};
 use common::check::{Expected, Gap, poison};
-use common::gpu::{self, Gpu, Guarded, Kind, download, upload};
+use common::gpu::{self, Door, Gpu, Guarded, Kind, download, upload};
+use common::subject::Subject;
 use wgpu_attention::{
     Attention, AttentionProblem, Bias, Caps, DeviceRequest, Dtype, Error, Family, Inputs, Layout, Operand,
     Operands, Path, Plan, PlanOptions, Similarity, TensorRef,
@@ -440,10 +441,8 @@ fn lengths_on_the_device_are_clamped() {
         let (device, queue) = (gpu.attention.device(), gpu.attention.queue());
         let case = Axes { batch: 2, lens: Lens::Full, ..Axes::default() }.build(4);
         for family in gpu.families() {
-            let case = match family {
-                Family::FusedMatrix => case.in_f16(),
-                _ => case.clone(),
-            };
+            let subject = Subject::Gpu { kind, checks: false, family: Some(family), door: Door::Encode };
+            let case = subject.asked(&case);
             let guarded = Guarded::new(device, &case);
             let lens = upload(
                 device,

@@ -127,10 +127,16 @@ pub(crate) struct AdapterArgs {
     pub(crate) tuning: Option<std::path::PathBuf>,
 }
 
+impl AdapterArgs {
+    /// The table, read.
+    pub(crate) fn tuning(&self) -> Result<Option<Arc<Tuning>>> {
+        Ok(self.tuning.as_deref().map(read_tuning).transpose()?.map(Arc::new))
+    }
+}
+
 /// Opens an adapter by a part of its name, or the best one.
 pub(crate) fn open(args: &AdapterArgs) -> Result<Attention> {
-    let tuning = args.tuning.as_deref().map(read_tuning).transpose()?.map(Arc::new);
-    let options = Options { tuning, ..Options::default() };
+    let options = Options { tuning: args.tuning()?, ..Options::default() };
     let request = DeviceRequest { adapter: args.adapter.clone(), matrix: true, options };
     pollster::block_on(Attention::request(&request)).map_err(|error| match error {
         Error::NoAdapter { .. } => Failure::input(format!("{error}; {SOFTWARE_ADAPTER}")),

@@ -1,7 +1,5 @@
 //! `explain`: what the planner would do, and why.
 
-use std::sync::Arc;
-
 use clap::Args;
 use wgpu_attention::{Caps, Dtype, Path, Plan, PlanOptions, Tile};
 
@@ -23,7 +21,7 @@ pub(crate) struct ExplainArgs {
     #[arg(long, value_name = "PATH", value_parser = parse_path)]
     path: Option<Path>,
     /// Plan with that kernel family (staged:tile, fused:tile, ...), and sizes of it (fused:row:rows=2)
-    #[arg(long, value_name = "NAME", value_parser = parse_tile)]
+    #[arg(long, value_name = "NAME")]
     family: Option<Tile>,
     /// Bytes that scratch may take
     #[arg(long, value_name = "BYTES")]
@@ -50,17 +48,13 @@ fn parse_path(text: &str) -> Result<Path, String> {
     text.parse().map_err(|_| "there are: staged, fused".into())
 }
 
-fn parse_tile(text: &str) -> Result<Tile, String> {
-    text.parse()
-}
-
 /// Plans and prints; no device is opened.
 pub(crate) fn run(args: &ExplainArgs) -> Result<()> {
     let mut problem = args.synthetic.problem(&args.shape, Dtype::from(args.dtype))?;
     (problem.lse, problem.weights) = (args.lse, args.weights);
     problem.validate()?;
     let caps = if args.minimal { Caps::minimal() } else { caps(args.adapter.adapter.as_deref())? };
-    let tuning = args.adapter.tuning.as_deref().map(backend::read_tuning).transpose()?.map(Arc::new);
+    let tuning = args.adapter.tuning()?;
     let (path, tile, scratch_budget) = (args.path, args.family, args.scratch_budget);
     let options = PlanOptions { path, tile, scratch_budget, tuning, ..PlanOptions::default() };
     let plan = Plan::new(&problem, &caps, &options)?;

@@ -85,7 +85,6 @@ fn main(
     // Rows past the end repeat the last one, and are not stored.
     var query: array<u32, ROWS>;
     var start: array<vec2<f32>, ROWS>;
-    var weights: array<vec4<f32>, ROWS>;
     var peaks: array<f32, ROWS>;
     var m: array<f32, ROWS>;
     var l: array<f32, ROWS>;
@@ -111,6 +110,7 @@ fn main(
         if masked == TILE_DROPPED {
             continue;
         }
+        // Products, then scores, then weights.
         var dots = array<vec4<f32>, ROWS>();
         for (var begin = 0u; begin < quads; begin += SLICE) {
             workgroupBarrier();
@@ -168,8 +168,8 @@ fn main(
             let kept = select(p, vec4<f32>(), dropped);
             l[r] += (kept.x + kept.y) + (kept.z + kept.w);
             let mark = vec4<f32>(bitcast<f32>(DROPPED_WEIGHT_BITS));
-            weights[r] = select(p, mark, dropped);
-            give_weights(own_row + r, x, weights[r]);
+            dots[r] = select(p, mark, dropped);
+            give_weights(own_row + r, x, dots[r]);
         }
 
         for (var begin = 0u; begin < QUADS; begin += SLICE_QUADS) {
@@ -189,7 +189,7 @@ fn main(
                     let v2 = wg_kv[(giver + 2u * LANES) * KV_SKEW + column];
                     let v3 = wg_kv[(giver + 3u * LANES) * KV_SKEW + column];
                     for (var r = 0u; r < ROWS; r += 1u) {
-                        let p = weights_of(own_row + r, giver, weights[r], place);
+                        let p = weights_of(own_row + r, giver, dots[r], place);
                         part[r] += p.x * v0 + p.y * v1 + p.z * v2 + p.w * v3;
                     }
                 }
@@ -207,7 +207,7 @@ fn main(
                         }
                         // All lanes take part in the exchange, whatever they have loaded.
                         for (var r = 0u; r < ROWS; r += 1u) {
-                            let p = weights_of(own_row + r, key % LANES, weights[r], place)[key / LANES];
+                            let p = weights_of(own_row + r, key % LANES, dots[r], place)[key / LANES];
                             if !is_finite4(v) && !is_dropped_weight(p) {
                                 acc[r * QUADS + begin + n] += p * v;
                             }
