@@ -2,7 +2,6 @@
 //! workgroup memory and registers of a thread.
 
 use crate::caps::Caps;
-use crate::dtype::Dtype;
 use crate::problem::AttentionProblem;
 use crate::tile::{Tile, check};
 
@@ -241,12 +240,12 @@ pub(crate) fn row(problem: &AttentionProblem) -> FusedRow {
     let (rows, keys) = match width.next_multiple_of(4) + width_v.next_multiple_of(4) {
         _ if !vec4 => (2, 1),
         _ if finish => (3, 1),
-        0..=64 => (6, 2),
-        65..=112 => (4, 2),
-        // Two elements a load are less text.
-        113..=136 if p.dtype != Dtype::F32 => (4, 2),
-        113..=136 => (3, 2),
-        _ => (4, 1),
+        0..=32 => (6, 2),
+        33..=96 => (8, 1),
+        97..=136 => (6, 1),
+        137..=200 => (4, 1),
+        201..=264 => (3, 1),
+        _ => (2, 1),
     };
     // No more rows than there are.
     let rows = rows.min((problem.seq_q as u32).div_ceil(FusedRow::LANES).max(1));
