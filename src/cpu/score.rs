@@ -8,7 +8,7 @@ use super::math::tanh;
 use crate::dtype::TensorRef;
 
 /// Applies all options to the scores of keys `start..start + scores.len()`. An excluded pair
-/// becomes -inf whatever it was. `extra` is scratch.
+/// becomes -inf whatever it was, one that is kept stays above it if `careful`. `extra` is scratch.
 #[inline(always)]
 pub(super) fn transform<S: Simd, const NV: usize>(
     simd: S,
@@ -17,8 +17,14 @@ pub(super) fn transform<S: Simd, const NV: usize>(
     start: usize,
     scores: &mut [[S::f32s; NV]],
     extra: &mut [f32],
+    careful: bool,
 ) {
     let p = context.problem;
+    if careful {
+        for s in scores.iter_mut().flatten() {
+            *s = clamped(simd, *s);
+        }
+    }
     if let Some(cap) = p.softcap {
         let (cap, inverse) = (simd.splat_f32s(cap), simd.splat_f32s(1.0 / cap));
         for s in scores.iter_mut().flatten() {
@@ -32,8 +38,12 @@ pub(super) fn transform<S: Simd, const NV: usize>(
         let (extra, _) = as_arrays::<NV, _>(S::as_simd_f32s(extra).0);
         for (s, extra) in scores.iter_mut().zip(extra) {
             for n in 0..NV {
+                let mut sum = simd.add_f32s(s[n], extra[n]);
+                if careful {
+                    sum = clamped(simd, sum);
+                }
                 let drop = simd.equal_f32s(extra[n], excluded);
-                s[n] = simd.select_f32s(drop, excluded, simd.add_f32s(s[n], extra[n]));
+                s[n] = simd.select_f32s(drop, excluded, sum);
             }
         }
     }
@@ -45,7 +55,9 @@ pub(super) fn transform<S: Simd, const NV: usize>(
             let j = simd.splat_f32s(j as f32);
             for n in 0..NV {
                 let distance = simd.abs_f32s(simd.sub_f32s(position[n], j));
-                s[n] = simd.negate_mul_add_e_f32s(slope[n], distance, s[n]);
+                let less = simd.negate_mul_add_e_f32s(slope[n], distance, s[n]);
+                let dropped = simd.equal_f32s(s[n], excluded);
+                s[n] = if careful { simd.select_f32s(dropped, excluded, clamped(simd, less)) } else { less };
             }
         }
     }
@@ -61,6 +73,13 @@ pub(super) fn transform<S: Simd, const NV: usize>(
             }
         }
     }
+}
+
+/// No score below every finite f32; a NaN stays one.
+#[inline(always)]
+fn clamped<S: Simd>(simd: S, s: S::f32s) -> S::f32s {
+    let lowest = simd.splat_f32s(f32::MIN);
+    simd.select_f32s(simd.less_than_f32s(s, lowest), lowest, s)
 }
 
 /// One number for each lane, 0 beyond the last.

@@ -49,22 +49,30 @@ pub(super) struct TileRun<'a> {
 
 impl TileRun<'_> {
     /// Computes it. If NaN or infinity comes out, again with care: a product of 0 and NaN would
-    /// else reach rows that drop the NaN's key.
+    /// else reach rows that drop the NaN's key. Likewise if a row that keeps keys weighs nothing:
+    /// its scores are below every f32.
     pub(super) fn run(mut self, isa: Isa) {
         for careful in [false, true] {
             self.state.non_finite.clear();
             isa.dispatch(Pass { run: &mut self, careful });
-            if !self.state.is_tainted(self.tile.lanes.len()) {
+            if !self.state.is_tainted(self.tile.lanes.len()) && !self.sank() {
                 break;
             }
         }
+    }
+
+    /// Whether a row that keeps keys has no weight.
+    fn sank(&self) -> bool {
+        let sums = &self.state.acc[self.context.problem.head_dim_v * self.state.width..];
+        let keeps = |lane: usize| self.keys.clone().any(|key| self.context.keeps(self.tile, lane, key));
+        (sums.iter().take(self.tile.lanes.len()).enumerate()).any(|(lane, &sum)| sum == 0.0 && keeps(lane))
     }
 }
 
 /// One pass over the keys.
 struct Pass<'p, 'a> {
     run: &'p mut TileRun<'a>,
-    /// Takes NaN and infinities in v apart. Slower.
+    /// Takes NaN and infinities in v apart, and keeps kept scores finite below. Slower.
     careful: bool,
 }
 
@@ -143,8 +151,8 @@ impl TileRun<'_> {
                 kernel::scores(simd, keys.data, keys.stride, q, scores, &mut new_max);
             }
             let edge = start < tile.full.start || start + count > tile.full.end;
-            if few || edge || !plain {
-                transform(simd, context, tile, start, scores, extra);
+            if few || edge || !plain || careful {
+                transform(simd, context, tile, start, scores, extra, careful);
                 new_max = row_max;
                 for s in scores.iter() {
                     for n in 0..NV {
