@@ -4,7 +4,7 @@ mod common;
 
 use common::*;
 
-const COLUMNS: [&str; 12] = [
+const COLUMNS: [&str; 13] = [
     "path",
     "kernel",
     "adapter",
@@ -13,6 +13,7 @@ const COLUMNS: [&str; 12] = [
     "options",
     "ms_median",
     "ms_min",
+    "ms_first",
     "gpu_ms",
     "gflops",
     "max_error",
@@ -64,7 +65,7 @@ fn bench_writes_what_it_promises() {
         for text in ["path", "kernel", "adapter", "dtype", "shape", "options"] {
             assert!(row[text].as_str().is_some_and(|text| !text.is_empty()), "{text}: {row:?}");
         }
-        for number in ["ms_median", "ms_min", "gflops"] {
+        for number in ["ms_median", "ms_min", "ms_first", "gflops"] {
             assert!(row[number].as_f64().is_some_and(|x| x > 0.0), "{number}: {row:?}");
         }
         assert!(row["max_error"].as_f64().is_some_and(|x| x < 0.01), "{row:?}");

@@ -19,6 +19,13 @@ pub(crate) struct Sample {
     pub(crate) gpu_ms: Option<f64>,
 }
 
+/// What was timed.
+pub(crate) struct Samples {
+    /// The first run, which compiles what no run before has compiled.
+    pub(crate) first: Sample,
+    pub(crate) rounds: Vec<Sample>,
+}
+
 /// One path, ready to run again and again.
 pub(crate) enum Runner<'a> {
     /// The oracle or the fast CPU path, with its last output.

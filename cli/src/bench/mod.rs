@@ -17,7 +17,7 @@ use crate::failure::{Failure, Result};
 use crate::options::{DtypeArg, SyntheticArgs};
 use crate::output::{self, OutputFile};
 use crate::shapes::Shape;
-use measure::Runner;
+use measure::{Runner, Samples};
 use report::Row;
 
 /// A sentence encoder's batch, three squares, grouped heads, and one token against a cache.
@@ -31,7 +31,8 @@ const TIME_PER_SHAPE: Duration = Duration::from_secs(6);
 ///
 /// The paths take turns within each round, so that load on the machine meets all alike. Operands
 /// are made up and stay where they are; a time is from the first encoded command to the end of the
-/// work. GFLOP/s count 2 B Hq Sq Sk (D + Dv), half of it where causal. `max error` is that of o
+/// work. `first` is the first run, which counts for nothing else: it compiles what no run before has
+/// compiled (drivers keep that on disk: MESA_SHADER_CACHE_DISABLE=true forgets it). GFLOP/s count 2 B Hq Sq Sk (D + Dv), half of it where causal. `max error` is that of o
 /// against the f64 oracle (on a sample of the rows where a problem is large).
 #[derive(Args, Debug)]
 pub(crate) struct BenchArgs {
@@ -185,11 +186,11 @@ fn measure_one(
     for &backend in backends {
         bar.set_message(format!("{shape} {backend}, first run"));
         let made = Runner::new(backend, engine, problem, &data).and_then(|mut runner| {
-            runner.iterate(problem, &inputs)?;
-            Ok(runner)
+            let first = runner.iterate(problem, &inputs)?;
+            Ok((runner, first))
         });
         match made {
-            Ok(runner) => runners.push((backend, runner, Vec::new())),
+            Ok((runner, first)) => runners.push((backend, runner, Samples { first, rounds: Vec::new() })),
             Err(failure) => left_out.push(format!("{shape} {backend}: {}", failure.line())),
         }
     }
@@ -201,7 +202,7 @@ fn measure_one(
         }
         for (backend, runner, samples) in &mut runners {
             bar.set_message(format!("{shape} {backend}, round {} of {rounds}", round + 1));
-            samples.push(runner.iterate(problem, &inputs)?);
+            samples.rounds.push(runner.iterate(problem, &inputs)?);
         }
         bar.set_position(start_at + (100 * backends.len() * (round + 1) / rounds) as u64);
     }

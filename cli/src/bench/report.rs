@@ -3,7 +3,7 @@
 use serde::Serialize;
 use wgpu_attention::AttentionProblem;
 
-use super::measure::{Runner, Sample};
+use super::measure::{Runner, Samples};
 use crate::backend::Backend;
 use crate::failure::{Failure, Result};
 use crate::output::Table;
@@ -20,6 +20,7 @@ pub(crate) struct Row {
     pub(crate) options: String,
     ms_median: f64,
     ms_min: f64,
+    ms_first: f64,
     gpu_ms: Option<f64>,
     pub(crate) gflops: f64,
     /// JSON has no infinity: a NaN where a number belongs is null there.
@@ -38,12 +39,12 @@ impl Row {
         runner: &Runner<'_>,
         problem: &AttentionProblem,
         options: String,
-        samples: &[Sample],
+        samples: &Samples,
         max_error: f64,
         budget: f64,
     ) -> Self {
-        let times: Vec<f64> = samples.iter().map(|sample| sample.ms).collect();
-        let gpu: Option<Vec<f64>> = samples.iter().map(|sample| sample.gpu_ms).collect();
+        let times: Vec<f64> = samples.rounds.iter().map(|sample| sample.ms).collect();
+        let gpu: Option<Vec<f64>> = samples.rounds.iter().map(|sample| sample.gpu_ms).collect();
         let ms_median = median(times.clone());
         Self {
             path: backend.to_string(),
@@ -54,6 +55,7 @@ impl Row {
             options,
             ms_median,
             ms_min: times.into_iter().fold(f64::INFINITY, f64::min),
+            ms_first: samples.first.ms,
             gpu_ms: gpu.map(median),
             gflops: problem.flops() / (ms_median * 1e6),
             max_error,
@@ -115,6 +117,7 @@ pub(crate) fn table(rows: &[Row]) -> String {
         "<path",
         "ms",
         "min ms",
+        "first",
         "GPU ms",
         "GFLOP/s",
         "max error",
@@ -137,6 +140,7 @@ pub(crate) fn table(rows: &[Row]) -> String {
             row.path.clone(),
             time(row.ms_median),
             time(row.ms_min),
+            time(row.ms_first),
             row.gpu_ms.map_or("-".into(), time),
             number(row.gflops),
             format!("{:.1e}", row.max_error),
@@ -160,7 +164,7 @@ fn time(ms: f64) -> String {
     if ms < 1.0 { format!("{ms:.3}") } else { number(ms) }
 }
 
-const COLUMNS: [&str; 12] = [
+const COLUMNS: [&str; 13] = [
     "path",
     "kernel",
     "adapter",
@@ -169,6 +173,7 @@ const COLUMNS: [&str; 12] = [
     "options",
     "ms_median",
     "ms_min",
+    "ms_first",
     "gpu_ms",
     "gflops",
     "max_error",
@@ -191,6 +196,7 @@ pub(crate) fn csv(rows: &[Row]) -> String {
         fields.extend([
             row.ms_median.to_string(),
             row.ms_min.to_string(),
+            row.ms_first.to_string(),
             row.gpu_ms.map_or(String::new(), |ms| ms.to_string()),
             row.gflops.to_string(),
             format!("{:e}", row.max_error),
