@@ -64,6 +64,11 @@ impl FusedMatrix {
         Ok(Self { bands: rows / self.edge, subgroups: threads / self.subgroup, tile_kv: keys, ..self })
     }
 
+    /// Fragments of keys of a step.
+    pub(crate) fn key_frags(self) -> u32 {
+        self.tile_kv / self.edge.max(1)
+    }
+
     /// Query rows of a workgroup.
     pub(crate) fn tile_q(self) -> u32 {
         self.edge * self.bands * self.subgroups

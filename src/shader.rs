@@ -217,6 +217,8 @@ fn constants(b: &Blueprint) -> Vec<(&'static str, u32)> {
             ("TILE_KV", t.matrix.tile_kv),
             ("D_FRAGS", t.matrix.frags),
             ("V_FRAGS", t.matrix.frags_v),
+            ("KEY_FRAGS", t.matrix.key_frags()),
+            ("ROUNDS", t.matrix.frags_v.div_ceil(t.matrix.key_frags())),
             ("Q_PARTS", t.matrix.parts),
         ],
         Kernel::FusedRow => &[

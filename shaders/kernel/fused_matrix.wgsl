@@ -21,7 +21,6 @@
 // The LANES threads of a row are neighbours in the subgroup that owns it (shaders/exchange/subgroup.wgsl).
 
 const THREADS = LANES * TILE_Q;
-const KEY_FRAGS = TILE_KV / EDGE;
 // Quads of four scores of a thread.
 const OWN_QUADS = TILE_KV / 4u / LANES;
 // Rows of workgroup memory, skewed by 16 bytes so that they begin in different banks, in quads (S: f32).
@@ -208,27 +207,36 @@ fn main(
 
         if atomicLoad(&wg_leaves) != 0u {
             let careful = atomicLoad(&wg_careful) != 0u;
-            // Neighbours in O take turns in S as well: no barrier between one and the next.
-            //$ for n in 0..V_FRAGS
+            // As many fragments at a time as S has columns for.
+            //$ for g in 0..ROUNDS
+            //$ for again in 0..$g below 1
+            workgroupBarrier();
+            //$ end
+            //$ for n in $g*KEY_FRAGS..$g*KEY_FRAGS+KEY_FRAGS below V_FRAGS
             //$ for b in 0..BANDS
-            coopStoreT(o_$b_$n, &wg_s[(band + $bu * EDGE) * S_STRIDE + ($nu % 2u) * EDGE], S_STRIDE);
+            coopStoreT(o_$b_$n, &wg_s[(band + $bu * EDGE) * S_STRIDE + $nu % KEY_FRAGS * EDGE], S_STRIDE);
+            //$ end
             //$ end
             workgroupBarrier();
-            for (var e = x; e < EDGE / 4u; e += LANES) {
-                let at = own_row * S_STRIDE + ($nu % 2u) * EDGE + 4u * e;
-                let d = $nu * EDGE + 4u * e;
-                var sum = shrink * vec4<f32>(wg_s[at], wg_s[at + 1u], wg_s[at + 2u], wg_s[at + 3u]);
-                if careful && d < params.head_dim_v {
-                    sum += not_finite(own_row, bh.x, kv_head, first, len_k, d);
+            for (var e = x; e < KEY_FRAGS * EDGE / 4u; e += LANES) {
+                let d = $gu * KEY_FRAGS * EDGE + 4u * e;
+                if d < params.head_dim_v {
+                    let at = own_row * S_STRIDE + 4u * e;
+                    var sum = shrink * vec4<f32>(wg_s[at], wg_s[at + 1u], wg_s[at + 2u], wg_s[at + 3u]);
+                    if careful {
+                        sum += not_finite(own_row, bh.x, kv_head, first, len_k, d);
+                    }
+                    wg_s[at] = sum.x;
+                    wg_s[at + 1u] = sum.y;
+                    wg_s[at + 2u] = sum.z;
+                    wg_s[at + 3u] = sum.w;
                 }
-                wg_s[at] = sum.x;
-                wg_s[at + 1u] = sum.y;
-                wg_s[at + 2u] = sum.z;
-                wg_s[at + 3u] = sum.w;
             }
             workgroupBarrier();
+            //$ for n in $g*KEY_FRAGS..$g*KEY_FRAGS+KEY_FRAGS below V_FRAGS
             //$ for b in 0..BANDS
-            o_$b_$n = coopLoadT<FRAGMENT<f32, C>>(&wg_s[(band + $bu * EDGE) * S_STRIDE + ($nu % 2u) * EDGE], S_STRIDE);
+            o_$b_$n = coopLoadT<FRAGMENT<f32, C>>(&wg_s[(band + $bu * EDGE) * S_STRIDE + $nu % KEY_FRAGS * EDGE], S_STRIDE);
+            //$ end
             //$ end
             //$ end
         }
@@ -255,15 +263,17 @@ fn main(
         end = end_of(index, bh.y, start, m, sum, x == 0u);
     }
     let out = row_o(bh.x, bh.y, i);
+    //$ for g in 0..ROUNDS
     workgroupBarrier();
-    //$ for n in 0..V_FRAGS
+    //$ for n in $g*KEY_FRAGS..$g*KEY_FRAGS+KEY_FRAGS below V_FRAGS
     //$ for b in 0..BANDS
-    coopStoreT(o_$b_$n, &wg_s[(band + $bu * EDGE) * S_STRIDE + ($nu % 2u) * EDGE], S_STRIDE);
+    coopStoreT(o_$b_$n, &wg_s[(band + $bu * EDGE) * S_STRIDE + $nu % KEY_FRAGS * EDGE], S_STRIDE);
+    //$ end
     //$ end
     workgroupBarrier();
-    for (var e = x; e < EDGE / 4u && exists; e += LANES) {
-        let at = own_row * S_STRIDE + ($nu % 2u) * EDGE + 4u * e;
-        let d = $nu * EDGE + 4u * e;
+    for (var e = x; e < KEY_FRAGS * EDGE / 4u && exists; e += LANES) {
+        let at = own_row * S_STRIDE + 4u * e;
+        let d = $gu * KEY_FRAGS * EDGE + 4u * e;
         if d < params.head_dim_v {
             end_quad(index, out, d, vec4<f32>(wg_s[at], wg_s[at + 1u], wg_s[at + 2u], wg_s[at + 3u]), end);
         }
