@@ -2,6 +2,7 @@
 //! workgroup memory and registers of a thread.
 
 use crate::caps::Caps;
+use crate::dtype::Dtype;
 use crate::problem::AttentionProblem;
 use crate::tile::{Tile, check};
 
@@ -244,7 +245,8 @@ pub(crate) fn row(problem: &AttentionProblem) -> FusedRow {
         33..=96 => (8, 1),
         97..=136 => (6, 1),
         137..=200 => (4, 1),
-        201..=264 => (3, 1),
+        // A conversion for each element is text.
+        201..=264 if p.dtype == Dtype::F32 => (3, 1),
         _ => (2, 1),
     };
     // No more rows than there are.
