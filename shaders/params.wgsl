@@ -20,6 +20,9 @@ struct Params {
     // The value kernel's part of the keys: [key_first, key_end); the last part has no end.
     key_first: u32,
     key_end: u32,
+    // Splits of the keys that workgroups take side by side, and keys of each.
+    splits: u32,
+    split_keys: u32,
     // Scores.
     scale: f32,
     softcap: f32,

@@ -103,7 +103,7 @@ const LEAST_SUBGROUP: u32 = 4;
 /// The tile kernels' sizes for a problem: the widest step of keys whose tiles fit the device's workgroup
 /// memory (barriers dominate small steps), then keys and values together, then the widest slice.
 pub(crate) fn tile(
-    seq_q: usize,
+    rows: usize,
     head_dim: usize,
     head_dim_v: usize,
     subgroup: bool,
@@ -118,7 +118,7 @@ pub(crate) fn tile(
         let row_lanes = threads / lanes;
         let own_quads = quads(head_dim_v).div_ceil(lanes);
         // Rows that there are, and registers that there are.
-        let wanted = (seq_q as u32).div_ceil(row_lanes).next_power_of_two();
+        let wanted = (rows as u32).div_ceil(row_lanes).next_power_of_two();
         let rows = (MOST_OUTPUT_REGISTERS / 4 / own_quads).clamp(1, 4).min(wanted);
         let rows = if rows == 3 { 2 } else { rows.max(1) };
         FusedTile {
@@ -250,7 +250,7 @@ pub(crate) fn row(problem: &AttentionProblem) -> FusedRow {
         _ => (2, 1),
     };
     // No more rows than there are.
-    let rows = rows.min((problem.seq_q as u32).div_ceil(FusedRow::LANES).max(1));
+    let rows = rows.min((problem.owned_rows() as u32).div_ceil(FusedRow::LANES).max(1));
     let widest = if vec4 { MOST_ROW_WIDTH } else { MOST_ROW_WIDTH_BY_ELEMENT };
     FusedRow { rows, keys, width, width_v, widest }
 }

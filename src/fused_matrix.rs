@@ -157,7 +157,7 @@ pub(crate) fn sizes(problem: &AttentionProblem, caps: &Caps) -> FusedMatrix {
     };
     let edge = matrix.edge;
     let frags = |width: usize| (width as u32).div_ceil(edge);
-    let wanted = (problem.seq_q as u32).div_ceil(edge).next_power_of_two().clamp(1, MOST_SUBGROUPS);
+    let wanted = (problem.owned_rows() as u32).div_ceil(edge).next_power_of_two().clamp(1, MOST_SUBGROUPS);
     let mut all = [4, 2, 1].into_iter().filter(|&subgroups| subgroups <= wanted).flat_map(|subgroups| {
         // A row's quads of keys are dealt out to its lanes.
         [64, 32, 16].map(|tile_kv| FusedMatrix {

@@ -117,6 +117,7 @@ pub(crate) enum Kernel {
     FusedSubgroup,
     FusedMatrix,
     FusedRow,
+    Merge,
 }
 
 impl Kernel {
@@ -135,6 +136,7 @@ impl Kernel {
             Self::FusedSubgroup => "fused_tile_subgroup",
             Self::FusedMatrix => "fused_tile_matrix",
             Self::FusedRow => "fused_row",
+            Self::Merge => "merge",
         }
     }
 
@@ -293,7 +295,8 @@ pub(crate) fn tiles(family: Family, problem: &AttentionProblem, caps: &Caps) -> 
         }
         Family::FusedTile | Family::FusedSubgroup => {
             let subgroup = family == Family::FusedSubgroup;
-            let fused = fused::tile(problem.seq_q, problem.head_dim, problem.head_dim_v, subgroup, caps);
+            let fused =
+                fused::tile(problem.owned_rows(), problem.head_dim, problem.head_dim_v, subgroup, caps);
             Tiles { fused, ..Tiles::none(family) }
         }
         Family::FusedMatrix => Tiles { matrix: fused_matrix::sizes(problem, caps), ..Tiles::none(family) },
@@ -351,6 +354,10 @@ pub(crate) struct Blueprint {
     pub(crate) bundled: bool,
     /// [`Kernel::MaskMap`] has mapped the mask's tiles.
     pub(crate) mapped: bool,
+    /// Tiles take rows of all heads of a group.
+    pub(crate) packed: bool,
+    /// Workgroups take splits of the keys, which [`Kernel::Merge`] joins.
+    pub(crate) split: bool,
 }
 
 impl Blueprint {
@@ -365,7 +372,8 @@ impl Blueprint {
         };
         let (bundles, maps) = (kernel == Kernel::Bundle, kernel == Kernel::MaskMap);
         let scores = kernel.is_scores() || kernel.is_fused();
-        let softmax = kernel == Kernel::SoftmaxRow || kernel.is_fused();
+        let merges = kernel == Kernel::Merge;
+        let softmax = kernel == Kernel::SoftmaxRow || kernel.is_fused() || merges;
         let values = kernel.is_values() || kernel.is_fused();
         Self {
             kernel,
@@ -373,19 +381,26 @@ impl Blueprint {
             q: io(kernel == Kernel::Project || (scores && !bilinear), Operand::Q),
             k: io(scores, Operand::K),
             v: io(values, Operand::V),
-            o: io(values, Operand::O),
+            o: io(values || merges, Operand::O),
             bias: io(scores, Operand::Bias),
             projected: scores && bilinear,
             softcap: scores && problem.softcap.is_some(),
             alibi: (scores || bundles) && problem.alibi,
             mask: (scores || maps) && problem.mask.is_some(),
-            kv_lens: kernel != Kernel::Project && !maps && problem.kv_lens,
+            kv_lens: kernel != Kernel::Project && !maps && !merges && problem.kv_lens,
             sinks: (softmax || bundles) && problem.sinks,
             lse: softmax && problem.lse,
             parts: values && key_parts(problem) > 1,
             bundled: false,
             mapped: false,
+            packed: kernel.is_fused() && problem.packs(),
+            split: false,
         }
+    }
+
+    /// The same kernel for splits of the keys: what a finished row needs is the merging kernel's.
+    pub(crate) fn split(self) -> Self {
+        Self { split: true, parts: false, o: None, lse: false, sinks: false, ..self }
     }
 
     /// The same kernel with its lists in one buffer.
@@ -412,7 +427,9 @@ impl Blueprint {
     pub(crate) fn threads(&self) -> u32 {
         let t = &self.tiles;
         match self.kernel {
-            Kernel::Project | Kernel::Weights | Kernel::Bundle | Kernel::MaskMap => ELEMENT_LANES,
+            Kernel::Project | Kernel::Weights | Kernel::Bundle | Kernel::MaskMap | Kernel::Merge => {
+                ELEMENT_LANES
+            }
             Kernel::FusedTile | Kernel::FusedSubgroup => t.fused.threads(),
             Kernel::FusedMatrix => t.matrix.threads(),
             Kernel::FusedRow => FusedRow::LANES,
@@ -446,6 +463,8 @@ impl Blueprint {
         let t = &self.tiles;
         let keys = problem.seq_kv as u64;
         let tiles = |n: u64, tile: u32| n.div_ceil(u64::from(tile));
+        let group = if self.packed { (problem.heads_q / problem.heads_kv) as u64 } else { 1 };
+        let fused = |tile: u32| heads / group * tiles(rows * group, tile.max(1));
         match self.kernel {
             Kernel::Project => tiles(heads * rows * (problem.head_dim as u64).div_ceil(4), ELEMENT_LANES),
             Kernel::ScoresTile | Kernel::ScoresDirect => {
@@ -458,9 +477,10 @@ impl Blueprint {
             Kernel::Weights => heads * rows * tiles(keys, ELEMENT_LANES),
             Kernel::Bundle => tiles(bundle_words(problem), ELEMENT_LANES),
             Kernel::MaskMap => t.map().map_or(0, |tile| mask_map::words(problem, tile)),
-            Kernel::FusedTile | Kernel::FusedSubgroup => heads * tiles(rows, t.fused.tile_q()),
-            Kernel::FusedMatrix => heads * tiles(rows, t.matrix.tile_q().max(1)),
-            Kernel::FusedRow => heads * tiles(rows, t.row.tile_q()),
+            Kernel::FusedTile | Kernel::FusedSubgroup => fused(t.fused.tile_q()),
+            Kernel::FusedMatrix => fused(t.matrix.tile_q()),
+            Kernel::FusedRow => fused(t.row.tile_q()),
+            Kernel::Merge => tiles(heads * rows * (problem.head_dim_v as u64).div_ceil(4), ELEMENT_LANES),
         }
     }
 
@@ -524,7 +544,7 @@ impl Blueprint {
         for (present, binding) in [
             (self.projected, read(Slot::Projected)),
             (self.lse, write(Slot::Operand(Operand::Lse))),
-            (self.parts, write(Slot::Carried)),
+            (self.parts || self.split, write(Slot::Carried)),
             (self.bundled, read(Slot::Bundle)),
             (self.mapped, read(Slot::MaskMap)),
         ] {
@@ -543,8 +563,11 @@ impl Blueprint {
             Kernel::Bundle => all.push(write(Slot::Bundle)),
             Kernel::MaskMap => all.push(write(Slot::MaskMap)),
             Kernel::FusedTile | Kernel::FusedSubgroup | Kernel::FusedMatrix | Kernel::FusedRow => {
-                all.push(write(Slot::Operand(Operand::O)))
+                if !self.split {
+                    all.push(write(Slot::Operand(Operand::O)))
+                }
             }
+            Kernel::Merge => all.extend([read(Slot::Carried), write(Slot::Operand(Operand::O))]),
             Kernel::Weights => all.extend([
                 read(Slot::Scores),
                 read(Slot::InverseSums),

@@ -46,6 +46,9 @@ pub(crate) fn words(problem: &AttentionProblem, tile: MapTile) -> u64 {
 /// reading; a skipped tile saves all products of its pairs, and the loads of its keys and values.
 pub(crate) fn futile(problem: &AttentionProblem, tile: MapTile) -> Option<String> {
     let p = problem;
+    if p.packs() {
+        return Some("tiles have rows of several heads".into());
+    }
     if p.seq_q < tile.rows as usize {
         // Every byte would be read for the map, and so few rows wait for that dispatch to end.
         return Some(format!("{} query rows do not fill a tile of {}", p.seq_q, tile.rows));

@@ -21,6 +21,8 @@ pub(crate) struct Params {
     pub(crate) projected_stride: u32,
     pub(crate) key_first: u32,
     pub(crate) key_end: u32,
+    pub(crate) splits: u32,
+    pub(crate) split_keys: u32,
     pub(crate) scale: f32,
     pub(crate) softcap: f32,
     pub(crate) w_head_stride: u32,

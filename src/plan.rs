@@ -25,6 +25,14 @@ const DISPATCH_FLOP: u64 = 300_000_000_000;
 /// What a tile of the tuning table is for.
 const TUNED: &str = "the fastest by the tuning table";
 
+/// Workgroups that a split of the keys aims at: enough to fill a large GPU's hundred and more
+/// multiprocessors a few times, or a processor's threads.
+const WANTED_GROUPS: usize = 256;
+const WANTED_ON_CPU: usize = 16;
+
+/// Fewest keys of a split that nobody asked for: joining it costs about as much as a few dozen keys.
+const LEAST_SPLIT: usize = 256;
+
 /// Elements of k or v that the row kernel's masked index reaches: 2^26 quads.
 const MOST_ROW_ELEMENTS: u128 = 1 << 28;
 
@@ -75,6 +83,9 @@ pub struct PlanOptions {
     pub family: Option<Family>,
     /// Force a family of kernels with some of its sizes.
     pub tile: Option<Tile>,
+    /// Force how many splits of the keys are worked on side by side, or at most so many where the keys are
+    /// too few (Flash-Decoding); 1 forbids it. Fused kernels alone can.
+    pub splits: Option<usize>,
     /// What was measured on the caller's adapter; counts where neither a family nor a tile is forced.
     pub tuning: Option<Arc<Tuning>>,
 }
@@ -140,6 +151,9 @@ pub struct Plan {
     stages: Vec<Blueprint>,
     heads_per_chunk: usize,
     rows_per_chunk: usize,
+    /// Splits of the keys and keys of each; 0 splits where the keys are not split.
+    splits: usize,
+    split_keys: usize,
     budget: u64,
     reasons: Vec<String>,
 }
@@ -171,6 +185,9 @@ impl Plan {
             }
             tile = options.tile.unwrap_or(tile);
             let fits = tile.resolve(problem, caps).and_then(|tiles| {
+                if family.path() == Path::Staged && options.splits.is_some_and(|n| n > 1) {
+                    return Err("it does not split the keys".into());
+                }
                 let stages = stages(tiles, problem, caps)?;
                 match untrusted(family, caps, forced == Some(family)) {
                     Some(why) => Err(why),
@@ -212,10 +229,13 @@ impl Plan {
             stages,
             heads_per_chunk: 1,
             rows_per_chunk: 1,
+            splits: 0,
+            split_keys: 0,
             budget: options.scratch_budget.unwrap_or(DEFAULT_BUDGET),
             reasons,
         };
         plan.check_windows()?;
+        plan.split(options.splits);
         plan.map_mask();
         plan.choose_chunks()?;
         Ok(plan)
@@ -270,6 +290,20 @@ impl Plan {
         self.tiles.map().filter(|_| mapped).map(|tile| [tile.rows as usize, tile.keys as usize])
     }
 
+    /// Splits of the keys that workgroups take side by side, to be joined by a dispatch more
+    /// (Flash-Decoding); 1 where the keys are not split.
+    ///
+    /// ```
+    /// use wgpu_attention::{AttentionProblem, Caps, Plan, PlanOptions};
+    /// // A step of decoding against a cache of 8192 keys.
+    /// let problem = AttentionProblem::new(1, 32, 8, 1, 8192, 128, 128);
+    /// assert!(Plan::new(&problem, &Caps::minimal(), &PlanOptions::default())?.splits() > 8);
+    /// # Ok::<(), wgpu_attention::Error>(())
+    /// ```
+    pub fn splits(&self) -> usize {
+        self.splits.max(1)
+    }
+
     /// Bytes of o, lse and weights.
     pub fn output_bytes(&self) -> u64 {
         [Operand::O, Operand::Lse, Operand::Weights]
@@ -295,9 +329,10 @@ impl Plan {
     pub fn dispatches(&self) -> impl Iterator<Item = Dispatch> + '_ {
         (0..self.chunks()).flat_map(move |index| {
             let chunk = self.chunk(index);
-            let parts = key_parts(&self.problem);
+            let parts = self.parts();
             self.stages.iter().enumerate().flat_map(move |(stage, blueprint)| {
-                let groups = blueprint.groups(&self.problem, chunk.heads as u64, chunk.rows as u64);
+                let splits = if blueprint.split { self.splits as u64 } else { 1 };
+                let groups = splits * blueprint.groups(&self.problem, chunk.heads as u64, chunk.rows as u64);
                 let due = groups > 0 && (index == 0 || !blueprint.kernel.is_once());
                 let repeats = if blueprint.parts { parts } else { usize::from(due) };
                 (0..repeats).map(move |part| Dispatch {
@@ -356,13 +391,18 @@ impl Plan {
 
     /// How many uniform blocks there are: one for each part of the keys of each chunk.
     pub(crate) fn blocks(&self) -> usize {
-        self.chunks() * key_parts(&self.problem)
+        self.chunks() * self.parts()
+    }
+
+    /// Parts of the keys that are worked on one after the other.
+    fn parts(&self) -> usize {
+        if self.splits > 0 { 1 } else { key_parts(&self.problem) }
     }
 
     /// A uniform block.
     pub(crate) fn params(&self, block: usize) -> Params {
         let p = &self.problem;
-        let parts = key_parts(p);
+        let parts = self.parts();
         let chunk = self.chunk(block / parts);
         let part = block % parts;
         let align = |align: Align| match align {
@@ -394,6 +434,8 @@ impl Plan {
             projected_stride: self.projected_stride() as u32,
             key_first: (part * part_keys(p)) as u32,
             key_end: if part + 1 == parts { u32::MAX } else { ((part + 1) * part_keys(p)) as u32 },
+            splits: self.splits as u32,
+            split_keys: self.split_keys as u32,
             scale: p.effective_scale() as f32,
             softcap: p.softcap.unwrap_or(1.0),
             w_head_stride: if per_head { (p.query_dim() * p.head_dim) as u32 } else { 0 },
@@ -459,11 +501,14 @@ impl Plan {
         }
     }
 
-    /// Bytes of a row's sums between two parts of the keys.
+    /// Bytes of a row's sums between two parts of the keys, or of all splits.
     fn carried_bytes(&self) -> u64 {
         // The fused kernels carry a row's maximum and sum as well.
         let quads = (self.problem.head_dim_v as u64).div_ceil(4) + u64::from(self.path() == Path::Fused);
-        if key_parts(&self.problem) > 1 { 16 * quads } else { 0 }
+        match self.splits as u64 {
+            0 if self.parts() > 1 => 16 * quads,
+            splits => 16 * quads * splits,
+        }
     }
 
     /// Rows that one dispatch of a fused kernel may take before a slow GPU's watchdog (2 s, some) sees
@@ -473,7 +518,7 @@ impl Plan {
             return u64::MAX;
         }
         let p = &self.problem;
-        let keys = p.seq_kv.clamp(1, part_keys(p)) as u64;
+        let keys = p.seq_kv.clamp(1, if self.splits > 0 { MAX_SEQ } else { part_keys(p) }) as u64;
         (DISPATCH_FLOP / (2 * keys * (p.head_dim + p.head_dim_v) as u64)).max(64)
     }
 
@@ -490,6 +535,36 @@ impl Plan {
             }
         }
         Ok(())
+    }
+
+    /// Splits the keys where the rows alone would leave most of a device idle, or where the caller asks.
+    fn split(&mut self, asked: Option<usize>) {
+        let p = &self.problem;
+        let (Some(tile), false) = (self.tiles.map(), p.rows() == 0 || p.seq_kv == 0) else { return };
+        let heads = (p.batch * p.heads_q) as u64;
+        let groups = |stage: &Blueprint| stage.groups(p, heads, p.seq_q as u64) as usize;
+        let groups = self.stages.iter().find(|stage| stage.kernel.is_fused()).map_or(1, groups).max(1);
+        let wanted = if self.caps.on_cpu() { WANTED_ON_CPU } else { WANTED_GROUPS };
+        let own = (wanted / groups).min(p.seq_kv.div_ceil(LEAST_SPLIT));
+        if asked.unwrap_or(own) < 2 {
+            return;
+        }
+        // Whole steps of the kernel, and no more iterations than a part has.
+        let step = tile.keys as usize;
+        let most = part_keys(p) / step * step;
+        self.split_keys = p.seq_kv.div_ceil(asked.unwrap_or(own)).next_multiple_of(step).min(most);
+        self.splits = p.seq_kv.div_ceil(self.split_keys);
+        let why = if asked.is_some() { "as asked" } else { "to fill the device" };
+        self.reasons.push(format!(
+            "the keys are split {} times, {} keys each, over {groups} tiles of rows: {why}",
+            self.splits, self.split_keys
+        ));
+        for stage in &mut self.stages {
+            if stage.kernel.is_fused() {
+                *stage = stage.split();
+            }
+        }
+        self.stages.push(Blueprint::new(Kernel::Merge, self.tiles, &self.problem, &self.caps));
     }
 
     fn map_bytes(&self) -> u64 {
@@ -587,8 +662,13 @@ impl Plan {
             .min(by_scratch(u64::from(u32::MAX), widest / 4))
             .min(self.rows_of_a_dispatch());
         let rows = usize::try_from(rows).unwrap_or(usize::MAX);
+        // Packed tiles have whole groups, where those fit.
+        let group = if p.packs() && rows >= p.owned_rows() { p.heads_q / p.heads_kv } else { 1 };
+        if group == 1 {
+            self.stages.iter_mut().for_each(|stage| stage.packed = false);
+        }
         if rows >= p.seq_q {
-            self.heads_per_chunk = (rows / p.seq_q).min(p.batch * p.heads_q);
+            self.heads_per_chunk = (rows / p.seq_q / group * group).min(p.batch * p.heads_q);
             self.rows_per_chunk = p.seq_q;
         } else {
             // Whole tiles where at least one fits.
@@ -731,7 +811,9 @@ impl std::fmt::Display for Plan {
                     4 * t.values_lanes,
                     t.values_step
                 ),
-                Kernel::Project | Kernel::Weights | Kernel::Bundle => "element by element".into(),
+                Kernel::Project | Kernel::Weights | Kernel::Bundle | Kernel::Merge => {
+                    "element by element".into()
+                }
                 Kernel::MaskMap => match t.map() {
                     Some(tile) => format!("{} queries x {} keys, two bits each", tile.rows, tile.keys),
                     None => "no tiles".into(),

@@ -9,6 +9,10 @@ use crate::mask::{Align, Window};
 /// The longest sequence: positions plus offsets plus windows then stay inside an `i32`.
 pub(crate) const MAX_SEQ: usize = 1 << 28;
 
+/// Most queries of a head whose group's rows share a tile: those of a step of decoding, also where several
+/// are guessed ahead.
+const MOST_PACKED: usize = 16;
+
 /// How a query and a key are compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]
@@ -182,6 +186,17 @@ impl AttentionProblem {
     /// The key-value head that query head `head` reads.
     pub fn kv_head(&self, head: usize) -> usize {
         head / (self.heads_q / self.heads_kv)
+    }
+
+    /// Whether a tile of a fused kernel takes rows of all heads of a group: where a head has so few that
+    /// they would not fill one, and the group's could share the keys that it reads.
+    pub(crate) fn packs(&self) -> bool {
+        self.heads_q > self.heads_kv && self.seq_q <= MOST_PACKED
+    }
+
+    /// Query rows that tiles are cut from.
+    pub(crate) fn owned_rows(&self) -> usize {
+        if self.packs() { self.seq_q * (self.heads_q / self.heads_kv) } else { self.seq_q }
     }
 
     /// Query rows over all batch entries and heads (`usize::MAX` where that overflows).

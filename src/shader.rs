@@ -110,10 +110,11 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         } else if fused {
             add(part!("io/mask_map_none"));
         }
-    } else {
+    } else if b.kernel != Kernel::Merge {
         add(part!("values_range"));
     }
-    if b.kernel == Kernel::SoftmaxRow || fused {
+    let merges = b.kernel == Kernel::Merge;
+    if b.kernel == Kernel::SoftmaxRow || fused || merges {
         add(if b.sinks { part!("io/sink") } else { part!("io/sink_none") });
         if b.lse {
             add(&named(part!("io/lse"), Operand::Lse));
@@ -124,13 +125,21 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
     if let Some(io) = b.o {
         add(&named(part!("io/row"), Operand::O));
         add(&store(io));
-        add(match (fused, b.parts) {
-            (false, false) => part!("io/finish_whole"),
-            (false, true) => part!("io/finish_part"),
-            (true, false) => part!("io/end_whole"),
-            (true, true) => part!("io/end_part"),
-        });
-        add(if fused { part!("online_softmax") } else { part!("careful") });
+        match (fused, b.parts) {
+            _ if merges => {}
+            (false, false) => add(part!("io/finish_whole")),
+            (false, true) => add(part!("io/finish_part")),
+            (true, false) => add(part!("io/end_whole")),
+            (true, true) => add(part!("io/end_part")),
+        }
+        add(if fused || merges { part!("online_softmax") } else { part!("careful") });
+    }
+    if b.split {
+        add(part!("io/end_split"));
+        add(part!("online_softmax"));
+    }
+    if fused {
+        add(if b.packed { part!("io/rows_packed") } else { part!("io/rows") });
     }
     if b.kernel.is_fused_tile() {
         // (Browsers want `enable subgroups;` first, which naga refuses; wgpu offers none there.)
@@ -145,6 +154,7 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         Kernel::ValuesTile => part!("kernel/values_tile"),
         Kernel::ValuesDirect => part!("kernel/values_direct"),
         Kernel::Weights => part!("kernel/weights"),
+        Kernel::Merge => part!("kernel/merge"),
         Kernel::FusedTile | Kernel::FusedSubgroup => part!("kernel/fused_tile"),
         Kernel::FusedMatrix => {
             add(part!("exchange/subgroup"));
@@ -192,7 +202,7 @@ fn constants(b: &Blueprint) -> Vec<(&'static str, u32)> {
     let t = &b.tiles;
     let values = [("VALUES_ROWS", t.values_rows), ("VALUES_STEP", t.values_step)];
     let own: &[(&str, u32)] = match b.kernel {
-        Kernel::Project | Kernel::Bundle | Kernel::MaskMap => &[("LANES", b.threads())],
+        Kernel::Project | Kernel::Bundle | Kernel::MaskMap | Kernel::Merge => &[("LANES", b.threads())],
         Kernel::ScoresTile => &[("SIDE", t.scores_lanes), ("STEP", t.scores_step)],
         Kernel::ScoresDirect => {
             &[("LANES", t.scores_lanes), ("ROWS", t.scores_rows), ("KEYS", t.scores_keys / t.scores_lanes)]

@@ -441,7 +441,8 @@ fn lengths_on_the_device_are_clamped() {
         let (device, queue) = (gpu.attention.device(), gpu.attention.queue());
         let case = Axes { batch: 2, lens: Lens::Full, ..Axes::default() }.build(4);
         for family in gpu.families() {
-            let subject = Subject::Gpu { kind, checks: false, family: Some(family), door: Door::Encode };
+            let subject =
+                Subject::Gpu { kind, checks: false, family: Some(family), door: Door::Encode, split: false };
             let case = subject.asked(&case);
             let guarded = Guarded::new(device, &case);
             let lens = upload(

@@ -227,6 +227,49 @@ fn every_composed_shader_is_valid_and_declares_what_the_plan_says() {
     common::say(&format!("{} different shaders are valid", seen.len()));
 }
 
+/// Few rows are not enough for a device: keys are split until they are, by whole steps, and what the
+/// splits find out is priced. A group's heads share a tile.
+#[test]
+fn few_rows_split_the_keys() {
+    let problem = AttentionProblem::new(1, 32, 8, 1, 16_384, 128, 128);
+    let gpu = Caps { device_type: wgpu::DeviceType::DiscreteGpu, ..Caps::minimal() };
+    let cpu = Caps { device_type: wgpu::DeviceType::Cpu, ..Caps::minimal() };
+    let splits = |plan: &Plan| plan.kernels().contains(&"merge").then(|| plan.splits());
+    for caps in [&gpu, &cpu] {
+        let plan = Plan::new(&problem, caps, &PlanOptions::default()).expect("served");
+        let n = plan.splits();
+        assert!(splits(&plan).is_some() && n >= 2, "{plan}");
+        // (m, l), and O, of each row and split, in vec4s.
+        assert_eq!(plan.scratch_bytes(), (32 * n * 33 * 16) as u64, "{plan}");
+        // Eight tiles, each of four heads.
+        let groups: u32 = plan.dispatches().next().expect("one").groups.iter().product();
+        assert_eq!(groups as usize, 8 * n, "{plan}");
+        let text = plan.to_string();
+        assert!(text.contains("split") && text.contains("fill the device"), "{text}");
+        // Many rows are enough.
+        let prefill = AttentionProblem::new(1, 32, 8, 4096, 16_384, 128, 128);
+        let plan = Plan::new(&prefill, caps, &PlanOptions::default()).expect("served");
+        assert_eq!((splits(&plan), plan.splits()), (None, 1), "{plan}");
+    }
+    for family in Family::ALL.into_iter().filter(|family| family.lacks(&gpu).is_none()) {
+        let plan = |splits| {
+            let options =
+                PlanOptions { family: Some(family), splits: Some(splits), ..PlanOptions::default() };
+            Plan::new(&problem, &gpu, &options)
+        };
+        assert_eq!(splits(&plan(1).expect("served")), None);
+        if family.path() == Path::Staged {
+            let error = plan(2).expect_err("no kernel for it").to_string();
+            assert!(error.contains(&family.to_string()) && error.contains("split"), "{error}");
+            continue;
+        }
+        // No fewer than keep a thread's loops short; no more than there are steps.
+        assert!(splits(&plan(2).expect("served")).is_some_and(|n| n >= 2));
+        assert_eq!(splits(&plan(16).expect("served")), Some(16));
+        assert!(splits(&plan(usize::MAX).expect("served")).is_some_and(|n| n <= 16_384 / 4));
+    }
+}
+
 /// Where the mask's map would be one buffer too many, or its bytes too many, the plan does without.
 #[test]
 fn a_mask_is_mapped_where_there_is_room() {
@@ -240,7 +283,8 @@ fn a_mask_is_mapped_where_there_is_room() {
     let caps = Caps { subgroup: Some((8, 8)), ..Caps::minimal() };
     for family in Family::of(Path::Fused).filter(|family| family.lacks(&caps).is_none()) {
         let plan = |problem: &AttentionProblem, scratch_budget| {
-            let options = PlanOptions { family: Some(family), scratch_budget, ..PlanOptions::default() };
+            let (family, splits) = (Some(family), Some(1));
+            let options = PlanOptions { family, scratch_budget, splits, ..PlanOptions::default() };
             Plan::new(problem, &caps, &options).expect("served")
         };
         let mapped = plan(&problem, None);

@@ -327,7 +327,9 @@ fn runtime_checks_do_not_change_a_bit() {
         for kind in [Kind::Full, Kind::Minimal] {
             let Some(gpu) = gpu::get(kind, true) else { return };
             for family in gpu.families().map(Some) {
-                let run = |checks| Subject::Gpu { kind, checks, family, door: Door::Encode }.outputs(&case);
+                let run = |checks| {
+                    Subject::Gpu { kind, checks, family, door: Door::Encode, split: false }.outputs(&case)
+                };
                 if let (Some(trusted), Some(checked)) = (run(false), run(true)) {
                     assert!(same_bits(&trusted, &checked), "{kind:?} {family:?}\n  {}", case.name);
                 }
@@ -634,7 +636,8 @@ fn any_tile_gives_the_right_answer() {
     for (i, axes) in [base, Axes { dtype: Dtype::F16, ..all }].into_iter().enumerate() {
         for family in gpu.families() {
             let door = Door::Encode;
-            let subject = Subject::Gpu { kind: Kind::Full, checks: false, family: Some(family), door };
+            let subject =
+                Subject::Gpu { kind: Kind::Full, checks: false, family: Some(family), door, split: false };
             let case = subject.asked(&axes.build(i as u64));
             let expected = Expected::of(&case);
             let tiles: Vec<_> = Tile::candidates(&case.problem, gpu.attention.caps())
@@ -657,6 +660,48 @@ fn any_tile_gives_the_right_answer() {
     common::say(&format!("tiles: {runs} runs"));
 }
 
+/// Any number of splits gives what one gives, up to rounding: steps of decoding, one query or a few guessed
+/// ahead, heads in groups whose rows share a tile, against a cache that is longer than what it holds.
+#[test]
+fn splits_of_the_keys_change_nothing() {
+    let base = Axes { batch: 2, seq_kv: 515, causal: Some(Align::BottomRight), ..Axes::default() };
+    let base = Axes { head_dim: 20, head_dim_v: 33, lens: Lens::Partial, ..base };
+    let decode = [
+        Axes { heads: (8, 2), seq_q: 1, sinks: true, ..base },
+        Axes { heads: (6, 2), seq_q: 3, alibi: true, softcap: Some(20.0), ..base },
+        Axes { heads: (9, 3), seq_q: 16, bias: Some((Dtype::F32, Spread::PerHead, true)), ..base },
+        Axes { heads: (4, 1), seq_q: 7, mask: Some(Spread::PerHead), storage: Storage::Odd, ..base },
+        Axes { heads: (4, 2), seq_q: 2, window: Some(Window { left: Some(40), right: Some(0) }), ..base },
+        Axes { heads: (4, 2), seq_q: 5, similarity: Sim::Bilinear { extra: 3, per_head: true }, ..base },
+        Axes { heads: (6, 3), seq_q: 1, dtype: Dtype::F16, out_dtype: Dtype::F32, head_dim: 64, ..base },
+    ];
+    let Some(gpu) = gpu::get(Kind::Full, false) else { return };
+    for (i, axes) in decode.into_iter().enumerate() {
+        let case = axes.build(i as u64);
+        for family in gpu.families().filter(|family| family.path() == Path::Fused) {
+            let (kind, door) = (Kind::Full, Door::Encode);
+            let subject = Subject::Gpu { kind, checks: false, family: Some(family), door, split: true };
+            let case = subject.asked(&case);
+            let expected = Expected::of(&case);
+            for splits in [1, 2, 5, 1000] {
+                // A budget of less than a group of rows, too: its heads then take tiles of their own.
+                for scratch_budget in [None, Some(60_000)] {
+                    let options = PlanOptions {
+                        family: Some(family),
+                        splits: Some(splits),
+                        scratch_budget,
+                        ..PlanOptions::default()
+                    };
+                    let outcome = gpu.run(&case, &options, door).map_err(|e| e.to_string());
+                    if let Err(what) = outcome.and_then(|(out, gap)| expected.check(&case, &out, gap)) {
+                        panic!("{family}, {splits} splits: {what}\n  {}", case.name);
+                    }
+                }
+            }
+        }
+    }
+}
+
 /// What another call left in scratch memory, NaN included, is never read.
 #[test]
 fn stale_scratch_reaches_nothing() {
@@ -675,10 +720,18 @@ fn stale_scratch_reaches_nothing() {
         for (i, axes) in after.into_iter().enumerate() {
             let case = axes.build(i as u64);
             for family in gpu.families() {
-                let options = PlanOptions { family: Some(family), ..PlanOptions::default() };
+                let fused = family.path() == Path::Fused;
+                let splits = (fused && i % 2 == 1).then_some(3);
+                let options = PlanOptions { family: Some(family), splits, ..PlanOptions::default() };
                 let (mut poison, mut case) = (poison.clone(), case.clone());
                 for case in [&mut poison, &mut case] {
-                    let subject = Subject::Gpu { kind, checks: false, family: Some(family), door: Door::Run };
+                    let subject = Subject::Gpu {
+                        kind,
+                        checks: false,
+                        family: Some(family),
+                        door: Door::Run,
+                        split: false,
+                    };
                     *case = subject.asked(case);
                     let plan = own.plan_with(&case.problem, &options).expect("served");
                     let out = own.run_plan_blocking(&plan, &case.data.inputs()).expect("served");

@@ -27,12 +27,22 @@ pub(crate) enum Backend {
     /// A path on the adapter, with a kernel family (`staged:tile`) and sizes of it (`fused:row:rows=2`)
     /// if they are forced.
     Gpu(Path, Option<Tile>),
+    /// The fused path with its keys in splits, however many rows there are.
+    Decode(Option<Tile>),
 }
 
+/// Splits of the keys on the path `decode`.
+const DECODE_SPLITS: usize = 16;
+
 impl Backend {
-    /// How the planner is told.
-    pub(crate) fn plan_options(path: Path, tile: Option<Tile>) -> PlanOptions {
-        PlanOptions { path: Some(path), tile, ..PlanOptions::default() }
+    /// How the planner is told; `None` where the host computes.
+    pub(crate) fn plan_options(self) -> Option<PlanOptions> {
+        let (path, tile, splits) = match self {
+            Self::Oracle | Self::Cpu => return None,
+            Self::Gpu(path, tile) => (path, tile, None),
+            Self::Decode(tile) => (Path::Fused, tile, Some(DECODE_SPLITS)),
+        };
+        Some(PlanOptions { path: Some(path), tile, splits, ..PlanOptions::default() })
     }
 }
 
@@ -47,10 +57,12 @@ impl FromStr for Backend {
         match (path, named) {
             ("oracle", None) => return Ok(Self::Oracle),
             ("cpu", None) => return Ok(Self::Cpu),
+            ("decode", _) => return Ok(Self::Decode(named.map(|name| tile(Path::Fused, name)).transpose()?)),
             _ => {}
         }
-        let path: Path =
-            path.parse().map_err(|_| format!("no path '{path}'; there are cpu, oracle, staged, fused"))?;
+        let path: Path = path
+            .parse()
+            .map_err(|_| format!("no path '{path}'; there are cpu, oracle, staged, fused, decode"))?;
         Ok(Self::Gpu(path, named.map(|name| tile(path, name)).transpose()?))
     }
 }
@@ -62,6 +74,8 @@ impl fmt::Display for Backend {
             Self::Cpu => f.write_str("cpu"),
             Self::Gpu(path, None) => write!(f, "{path}"),
             Self::Gpu(_, Some(tile)) => write!(f, "{tile}"),
+            Self::Decode(None) => f.write_str("decode"),
+            Self::Decode(Some(tile)) => f.write_str(&tile.to_string().replacen("fused", "decode", 1)),
         }
     }
 }
@@ -78,16 +92,18 @@ pub(crate) enum Choice {
 impl Choice {
     /// The same with a kernel forced; `auto` means the fused path then.
     pub(crate) fn with_kernel(self, name: &str) -> Result<Self> {
+        let own = |path| tile(path, name).map(Some).map_err(Failure::input);
         let path = match self {
             Self::Auto => Path::Fused,
             Self::Only(Backend::Gpu(path, None)) => path,
+            Self::Only(Backend::Decode(None)) => return Ok(Self::Only(Backend::Decode(own(Path::Fused)?))),
             Self::Only(other) => {
                 return Err(Failure::input(format!(
                     "--kernel {name} forces a kernel of a GPU path, not of {other}"
                 )));
             }
         };
-        Ok(Self::Only(Backend::Gpu(path, Some(tile(path, name).map_err(Failure::input)?))))
+        Ok(Self::Only(Backend::Gpu(path, own(path)?)))
     }
 }
 
@@ -180,10 +196,10 @@ pub(crate) fn compute(
         Choice::Only(Backend::Oracle) => {
             Ok(Computed { outputs: oracle(problem, inputs)?, by: "the f64 oracle".into() })
         }
-        Choice::Only(Backend::Cpu) => on_cpu(problem, inputs, ""),
-        Choice::Only(Backend::Gpu(path, tile)) => {
-            on_gpu(&open(adapter)?, &Backend::plan_options(path, tile), problem, inputs)
-        }
+        Choice::Only(backend) => match backend.plan_options() {
+            None => on_cpu(problem, inputs, ""),
+            Some(options) => on_gpu(&open(adapter)?, &options, problem, inputs),
+        },
         Choice::Auto => match open_if_any(adapter)? {
             None => on_cpu(problem, inputs, ", there is no adapter"),
             Some(engine) => match on_gpu(&engine, &PlanOptions::default(), problem, inputs) {

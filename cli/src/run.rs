@@ -38,7 +38,8 @@ pub(crate) struct RunArgs {
     /// Order of the dimensions of q, k, v and o
     #[arg(long, value_enum, default_value = "bhsd")]
     layout: LayoutArg,
-    /// auto, fused, staged, cpu or oracle; auto is the adapter if there is one, else the CPU
+    /// auto, fused, decode (fused, the keys in splits), staged, cpu or oracle; auto is the adapter if there
+    /// is one, else the CPU
     #[arg(long, value_name = "PATH", default_value = "auto")]
     path: Choice,
     /// Force a kernel of the path (fused: row, tile, ...; staged: tile, direct), with sizes if they are to

@@ -13,7 +13,7 @@ fn run(path: &str, input: &Tensors, flags: &[&str]) -> Tensors {
     args.extend(flags);
     let output = program(&args);
     assert!(output.status.success(), "{args:?}: {output:?}");
-    assert!(output.stderr.is_empty() || ["staged", "fused"].contains(&path), "quiet: {output:?}");
+    assert!(output.stderr.is_empty() || ["staged", "fused", "decode"].contains(&path), "quiet: {output:?}");
     assert_eq!(folder.files(), ["in.safetensors", "out.safetensors"], "nothing else is left behind");
     read(&folder.path("out.safetensors"))
 }
@@ -219,11 +219,14 @@ fn a_kernel_can_be_forced() {
     let too_wide = folder.write("wide.safetensors", file(&qkv(wide, wide, wide)));
     let to = folder.text("out.safetensors");
     if paths().contains(&"fused") {
-        for (path, kernel) in [("fused", "row"), ("fused", "tile"), ("auto", "row"), ("staged", "direct")] {
+        for (path, kernel) in
+            [("fused", "row"), ("fused", "tile"), ("decode", "tile"), ("auto", "row"), ("staged", "direct")]
+        {
             let output = program(&["run", &from, "-o", &to, "--path", path, "--kernel", kernel]);
             let stderr = String::from_utf8(output.stderr).unwrap();
             let used = if path == "staged" { "scores_direct".into() } else { format!("fused_{kernel}") };
             assert!(output.status.success() && stderr.contains(&used), "{stderr}");
+            assert_eq!(stderr.contains("merge"), path == "decode", "{stderr}");
         }
         let args = ["run", &too_wide, "-o", &to, "--path", "fused", "--kernel", "row"];
         refuse("fused_row unrolls head_dim + head_dim_v = 1200", &args);

@@ -4,6 +4,11 @@
 // A carried row: (m, l, 0, 0), then the quads of O.
 @group(0) @binding(16) var<storage, read_write> carried: array<vec4<f32>>;
 
+// The tile of a workgroup; at least `tiles` if there is none.
+fn tile_of(group: u32, tiles: u32) -> u32 {
+    return group;
+}
+
 fn own_part(visited: vec2<u32>) -> vec2<u32> {
     return clamp(visited, vec2<u32>(params.key_first), vec2<u32>(params.key_end));
 }

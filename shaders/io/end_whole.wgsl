@@ -1,5 +1,10 @@
 // All keys in one part.
 
+// The tile of a workgroup; at least `tiles` if there is none.
+fn tile_of(group: u32, tiles: u32) -> u32 {
+    return group;
+}
+
 fn own_part(visited: vec2<u32>) -> vec2<u32> {
     return visited;
 }

@@ -44,29 +44,33 @@ fn main(
     let thread = thread_of(place);
     let x = thread % LANES;
     let own_row = thread / LANES;
-    let tiles_q = div_ceil(params.row_count, TILE_Q);
-    let tiles = tiles_q * params.head_count;
+    let tiles_q = div_ceil(owned_rows(), TILE_Q);
+    let tiles = tiles_q * owners();
     // The surplus of a folded dispatch sees no key and stores nothing (naga wants all to arrive at the
     // operations on fragments).
-    let surplus = linear_group(group, groups) >= tiles;
-    let tile = min(linear_group(group, groups), tiles - 1u);
-    let head = tile / tiles_q;
+    let tile_or_none = tile_of(linear_group(group, groups), tiles);
+    let surplus = tile_or_none >= tiles;
+    let tile = min(tile_or_none, tiles - 1u);
+    let owner = tile / tiles_q;
     let row = tile % tiles_q * TILE_Q;
-    let row_end = min(row + TILE_Q, params.row_count);
-    let bh = batch_head(head);
+    let queries = queries_of(row, min(row + TILE_Q, owned_rows()));
+    let bh = batch_head(head_of(owner, 0u));
     let kv_head = bh.y / params.group_size;
     let len_k = key_length(bh.x);
-    var seen = own_part(tile_kv_range(params.row_first + row, params.row_first + row_end, len_k));
+    var seen = own_part(tile_kv_range(queries.x, queries.y, len_k));
     if surplus {
         seen = vec2<u32>();
     }
-    let seen_by_all = tile_full_range(params.row_first + row, params.row_first + row_end, len_k);
+    let seen_by_all = tile_full_range(queries.x, queries.y, len_k);
     // Rows past the end repeat the last one, and are not stored.
-    let own = min(row + own_row, params.row_count - 1u);
-    let i = params.row_first + own;
+    let own = min(row + own_row, owned_rows() - 1u);
+    let head = head_of(owner, own);
+    let h = batch_head(head).y;
+    let i = params.row_first + row_of(own);
+    let index = head * params.row_count + row_of(own);
     let band = place.subgroup * BANDS * EDGE;
 
-    let query = query_row(head, own);
+    let query = query_row(head, row_of(own));
     var scale = 1.0;
     var unscale = 1.0;
     if Q_PARTS > 1u {
@@ -111,12 +115,12 @@ fn main(
     //$ end
     //$ end
 
-    let start = start_of(head * params.row_count + own);
+    let start = start_of(index);
     var m = start.x;
     var l = 0.0;
     for (var first = seen.x / TILE_KV * TILE_KV; first < seen.y; first += TILE_KV) {
         // Whole tiles of the mask: chunks of rows begin at one, or lie inside one.
-        let masked = mask_tile(bh.x, bh.y, params.row_first + row, first);
+        let masked = mask_tile(bh.x, bh.y, queries.x, first);
         if masked == TILE_DROPPED {
             continue;
         }
@@ -166,7 +170,7 @@ fn main(
             let quad = 4u * (x + c * LANES);
             for (var j = 0u; j < 4u; j += 1u) {
                 let dot = unscale * wg_s[own_row * S_STRIDE + quad + j];
-                scores[c][j] = finish_score(dot, bh.x, bh.y, i, first + quad + j, range, len_k, masked);
+                scores[c][j] = finish_score(dot, bh.x, h, i, first + quad + j, range, len_k, masked);
             }
             peak = max(peak, max(max(scores[c].x, scores[c].y), max(scores[c].z, scores[c].w)));
         }
@@ -256,13 +260,12 @@ fn main(
     }
 
     let sum = row_sum(own_row, l);
-    let index = head * params.row_count + own;
     var end = vec2<f32>();
-    let exists = !surplus && row + own_row < params.row_count;
+    let exists = !surplus && row + own_row < owned_rows();
     if exists {
-        end = end_of(index, bh.y, start, m, sum, x == 0u);
+        end = end_of(index, h, start, m, sum, x == 0u);
     }
-    let out = row_o(bh.x, bh.y, i);
+    let out = row_o(bh.x, h, i);
     //$ for g in 0..ROUNDS
     workgroupBarrier();
     //$ for n in $g*KEY_FRAGS..$g*KEY_FRAGS+KEY_FRAGS below V_FRAGS

@@ -26,19 +26,19 @@ fn main(
     // Orders nothing. With a barrier, lavapipe's compiler makes the shader a coroutine, and its bounds
     // checks conditional moves beside the arithmetic instead of branches before it: 1.6 times as fast.
     workgroupBarrier();
-    let tiles_q = div_ceil(params.row_count, LANES * ROWS);
-    let tile = linear_group(group, groups);
-    if tile >= tiles_q * params.head_count {
+    let tiles_q = div_ceil(owned_rows(), LANES * ROWS);
+    let tile = tile_of(linear_group(group, groups), tiles_q * owners());
+    if tile >= tiles_q * owners() {
         return;
     }
-    let head = tile / tiles_q;
+    let owner = tile / tiles_q;
     let first_row = tile % tiles_q * LANES * ROWS;
-    let row_end = min(first_row + LANES * ROWS, params.row_count);
-    let bh = batch_head(head);
+    let queries = queries_of(first_row, min(first_row + LANES * ROWS, owned_rows()));
+    let bh = batch_head(head_of(owner, 0u));
     let kv_head = bh.y / params.group_size;
     let len_k = key_length(bh.x);
-    let seen = own_part(tile_kv_range(params.row_first + first_row, params.row_first + row_end, len_k));
-    let seen_by_all = own_part(tile_full_range(params.row_first + first_row, params.row_first + row_end, len_k));
+    let seen = own_part(tile_kv_range(queries.x, queries.y, len_k));
+    let seen_by_all = own_part(tile_full_range(queries.x, queries.y, len_k));
     let k_begin = row_k(bh.x, kv_head, 0u);
     let v_begin = row_v(bh.x, kv_head, 0u);
 
@@ -48,9 +48,11 @@ fn main(
 
     // Rows past the end repeat the last one, and are not stored.
     //$ for r in 0..ROWS
-    let row_$r = min(first_row + $ru * LANES + lane, params.row_count - 1u);
-    let query_$r = query_row(head, row_$r);
-    let start_$r = start_of(head * params.row_count + row_$r);
+    let own_$r = min(first_row + $ru * LANES + lane, owned_rows() - 1u);
+    let head_$r = head_of(owner, own_$r);
+    let row_$r = row_of(own_$r);
+    let query_$r = query_row(head_$r, row_$r);
+    let start_$r = start_of(head_$r * params.row_count + row_$r);
     //$ for i in 0..QUADS
     let q_$r_$i = load4_q(query_$r, 4u * $iu);
     //$ end
@@ -83,7 +85,7 @@ fn main(
         //$ for once in 0..MAPPED
         for (var first = level; first < level_end; first = mask_tile_end(first, level_end)) {
             let last = mask_tile_end(first, level_end);
-            let masked = mask_tile(bh.x, bh.y, params.row_first + first_row, first);
+            let masked = mask_tile(bh.x, bh.y, queries.x, first);
             if masked == TILE_DROPPED {
                 continue;
             }
@@ -104,7 +106,7 @@ fn main(
             //$ for r in 0..ROWS
             //$ for c in 0..KEYS
             //$ for once in PLAIN..1
-            s_$r_$c = finish_kept(s_$r_$c, bh.x, bh.y, params.row_first + row_$r, j_$c, len_k, masked);
+            s_$r_$c = finish_kept(s_$r_$c, bh.x, batch_head(head_$r).y, params.row_first + row_$r, j_$c, len_k, masked);
             //$ end
             //$ for once in 0..PLAIN
             // The same but for a score below every number, which the second look minds.
@@ -203,10 +205,13 @@ fn main(
 
     // Once a row, so its text is written once: drivers take their time over long texts.
     for (var r = 0u; r < ROWS; r += 1u) {
-        let row = first_row + r * LANES + lane;
-        if row >= params.row_count {
+        let own = first_row + r * LANES + lane;
+        if own >= owned_rows() {
             break;
         }
+        let head = head_of(owner, own);
+        let row = row_of(own);
+        let h = batch_head(head).y;
         var start = start_0;
         var m = m_0;
         var l = l_0;
@@ -243,7 +248,7 @@ fn main(
                 //$ for i in 0..QUADS
                 s += dot(load4_q(query, 4u * $iu), load4_k(k, 4u * $iu));
                 //$ end
-                s = finish_kept(s, bh.x, bh.y, params.row_first + row, j, len_k, TILE_MIXED);
+                s = finish_kept(s, bh.x, h, params.row_first + row, j, len_k, TILE_MIXED);
                 if bitcast<u32>(s) != bitcast<u32>(DROPPED) {
                     m = max(m, LOWEST_KEPT);
                     let p = exp_of_one((s - m) * LOG2_E);
@@ -260,8 +265,8 @@ fn main(
             //$ end
         }
         let index = head * params.row_count + row;
-        let end = end_of(index, bh.y, start, m, l, true);
-        let at = row_o(bh.x, bh.y, params.row_first + row);
+        let end = end_of(index, h, start, m, l, true);
+        let at = row_o(bh.x, h, params.row_first + row);
         for (var i = 0u; i < QUADS_V; i += 1u) {
             end_quad(index, at, 4u * i, total[i], end);
         }

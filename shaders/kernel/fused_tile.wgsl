@@ -66,19 +66,19 @@ fn main(
 ) {
     let thread = thread_of(place);
     let x = thread % LANES;
-    let tiles_q = div_ceil(params.row_count, TILE_Q);
-    let tile = linear_group(group, groups);
-    if tile >= tiles_q * params.head_count {
+    let tiles_q = div_ceil(owned_rows(), TILE_Q);
+    let tile = tile_of(linear_group(group, groups), tiles_q * owners());
+    if tile >= tiles_q * owners() {
         return;
     }
-    let head = tile / tiles_q;
+    let owner = tile / tiles_q;
     let row = tile % tiles_q * TILE_Q;
-    let row_end = min(row + TILE_Q, params.row_count);
-    let bh = batch_head(head);
+    let queries = queries_of(row, min(row + TILE_Q, owned_rows()));
+    let bh = batch_head(head_of(owner, 0u));
     let kv_head = bh.y / params.group_size;
     let len_k = key_length(bh.x);
-    let seen = own_part(tile_kv_range(params.row_first + row, params.row_first + row_end, len_k));
-    let seen_by_all = tile_full_range(params.row_first + row, params.row_first + row_end, len_k);
+    let seen = own_part(tile_kv_range(queries.x, queries.y, len_k));
+    let seen_by_all = tile_full_range(queries.x, queries.y, len_k);
     let quads = div_ceil(params.head_dim, 4u);
     let own_row = thread / LANES * ROWS;
 
@@ -90,9 +90,10 @@ fn main(
     var l: array<f32, ROWS>;
     var acc: array<vec4<f32>, ROWS * QUADS>;
     for (var r = 0u; r < ROWS; r += 1u) {
-        let own = min(row + own_row + r, params.row_count - 1u);
-        query[r] = query_row(head, own);
-        start[r] = start_of(head * params.row_count + own);
+        let own = min(row + own_row + r, owned_rows() - 1u);
+        let head = head_of(owner, own);
+        query[r] = query_row(head, row_of(own));
+        start[r] = start_of(head * params.row_count + row_of(own));
         m[r] = start[r].x;
         l[r] = 0.0;
     }
@@ -106,7 +107,7 @@ fn main(
     var turn = 0u;
     for (var first = seen.x / TILE_KV * TILE_KV; first < seen.y; first += TILE_KV) {
         // Whole tiles of the mask: chunks of rows begin at one, or lie inside one.
-        let masked = mask_tile(bh.x, bh.y, params.row_first + row, first);
+        let masked = mask_tile(bh.x, bh.y, queries.x, first);
         if masked == TILE_DROPPED {
             continue;
         }
@@ -136,14 +137,16 @@ fn main(
 
         let inside = first >= seen_by_all.x && first + TILE_KV <= seen_by_all.y;
         for (var r = 0u; r < ROWS; r += 1u) {
-            let i = params.row_first + min(row + own_row + r, params.row_count - 1u);
+            let own = min(row + own_row + r, owned_rows() - 1u);
+            let h = batch_head(head_of(owner, own)).y;
+            let i = params.row_first + row_of(own);
             var range = vec2<u32>(0u, len_k);
             if !inside {
                 range = own_part(kv_range(i, len_k));
             }
             for (var c = 0u; c < 4u; c += 1u) {
                 let j = first + x + c * LANES;
-                dots[r][c] = finish_score(dots[r][c], bh.x, bh.y, i, j, range, len_k, masked);
+                dots[r][c] = finish_score(dots[r][c], bh.x, h, i, j, range, len_k, masked);
             }
             let s = dots[r];
             peaks[r] = max(max(s.x, s.y), max(s.z, s.w));
@@ -228,10 +231,12 @@ fn main(
     for (var r = 0u; r < ROWS; r += 1u) {
         let own = row + own_row + r;
         let sum = row_sum(own_row + r, l[r]);
-        if own < params.row_count {
-            let index = head * params.row_count + own;
-            let end = end_of(index, bh.y, start[r], m[r], sum, x == 0u);
-            let at = row_o(bh.x, bh.y, params.row_first + own);
+        if own < owned_rows() {
+            let head = head_of(owner, own);
+            let h = batch_head(head).y;
+            let index = head * params.row_count + row_of(own);
+            let end = end_of(index, h, start[r], m[r], sum, x == 0u);
+            let at = row_o(bh.x, h, params.row_first + row_of(own));
             for (var n = 0u; n < QUADS; n += 1u) {
                 let d = 4u * (x + n * LANES);
                 if d < params.head_dim_v {

@@ -17,6 +17,8 @@ pub enum Subject {
         checks: bool,
         family: Option<Family>,
         door: Door,
+        /// Forces splits of the keys on a family that can.
+        split: bool,
     },
 }
 
@@ -41,7 +43,8 @@ impl Subject {
         ]
     }
 
-    /// Device kinds x shader modes x families, the ways in taking turns.
+    /// Device kinds x shader modes x families, the ways in taking turns; keys in splits with one of the
+    /// shader modes.
     pub fn gpus() -> Vec<Self> {
         let mut doors = [Door::Encode, Door::Run, Door::Pass].into_iter().cycle();
         let mut all = Vec::new();
@@ -49,7 +52,8 @@ impl Subject {
             let Some(gpu) = gpu else { continue };
             for checks in [false, true] {
                 for family in gpu.families().map(Some).chain([None]) {
-                    all.push(Self::Gpu { kind, checks, family, door: doors.next().unwrap_or(Door::Encode) });
+                    let door = doors.next().unwrap_or(Door::Encode);
+                    all.push(Self::Gpu { kind, checks, family, door, split: checks });
                 }
             }
         }
@@ -67,7 +71,7 @@ impl Subject {
             let turn = kinds.next().unwrap_or((Kind::Full, false));
             let (kind, checks) =
                 if minimal.families().any(|of| of == family) { turn } else { (Kind::Full, turn.1) };
-            Self::Gpu { kind, checks, family: Some(family), door: Door::Encode }
+            Self::Gpu { kind, checks, family: Some(family), door: Door::Encode, split: !checks }
         }));
         few
     }
@@ -103,10 +107,12 @@ impl Subject {
                 let out = wgpu_attention::cpu::attention(&case.problem, &case.data.inputs())?;
                 Ok(Outcome::Done(Box::new(out), Gap::Zero))
             }
-            Self::Gpu { kind, checks, family, door } => {
+            Self::Gpu { kind, checks, family, door, split } => {
                 let gpu = gpu::get(kind, checks).expect("subjects are listed where there is an adapter");
                 let mut options = PlanOptions::default();
                 (options.family, options.scratch_budget) = (family, scratch_budget);
+                let fused = family.is_some_and(|family| family.path() == Path::Fused);
+                options.splits = (split && fused).then_some(3);
                 match gpu.run(case, &options, door) {
                     Ok((out, gap)) => Ok(Outcome::Done(Box::new(out), gap)),
                     // A kernel that was forced may not fit; the plan's own choice always does.

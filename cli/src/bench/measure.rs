@@ -50,9 +50,9 @@ impl<'a> Runner<'a> {
         problem: &AttentionProblem,
         data: &Data,
     ) -> Result<Self> {
-        let Backend::Gpu(path, tile) = backend else { return Ok(Self::Host(backend, None)) };
+        let Some(options) = backend.plan_options() else { return Ok(Self::Host(backend, None)) };
         let engine = engine.ok_or_else(|| Failure::input("no adapter"))?;
-        let plan = engine.plan_with(problem, &Backend::plan_options(path, tile))?;
+        let plan = engine.plan_with(problem, &options)?;
         let buffers = upload(engine, problem, &data.inputs())?;
         let timer = GpuTimer::new(engine.device(), engine.queue());
         Ok(Self::Device(Box::new(OnDevice { engine, plan, buffers, timer })))

@@ -42,8 +42,8 @@ pub(crate) struct BenchArgs {
     /// Element type of q, k and v (several: separated by commas)
     #[arg(long, value_enum, value_delimiter = ',', value_name = "LIST", default_value = "f32")]
     dtype: Vec<DtypeArg>,
-    /// Paths, separated by commas: cpu, oracle, fused, staged (fused:row, fused:tile, staged:tile,
-    /// ... force a kernel) [default: cpu,fused,staged]
+    /// Paths, separated by commas: cpu, oracle, fused, decode (fused, the keys in splits), staged
+    /// (fused:row, fused:tile, staged:tile, ... force a kernel) [default: cpu,fused,staged]
     #[arg(long, value_delimiter = ',', value_name = "LIST")]
     path: Vec<Backend>,
     /// Kernels of the fused path to set against each other, as --path fused:NAME,..., with sizes if they
@@ -136,7 +136,7 @@ fn problems(args: &BenchArgs) -> Result<Vec<AttentionProblem>> {
 fn backends(args: &BenchArgs) -> Result<(Vec<Backend>, Option<Attention>)> {
     let asked: Vec<_> = args.path.iter().chain(&args.kernel).copied().collect();
     if !asked.is_empty() {
-        let needs_adapter = asked.iter().any(|backend| matches!(backend, Backend::Gpu(..)));
+        let needs_adapter = asked.iter().any(|backend| backend.plan_options().is_some());
         let engine = if needs_adapter { Some(backend::open(&args.adapter)?) } else { None };
         return Ok((asked, engine));
     }

@@ -51,7 +51,7 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<()> {
     } else {
         args.path.clone()
     };
-    let needs_adapter = backends.iter().any(|backend| matches!(backend, Backend::Gpu(..)));
+    let needs_adapter = backends.iter().any(|backend| backend.plan_options().is_some());
     let engine = match needs_adapter.then(|| backend::open(&args.adapter)).transpose() {
         Ok(engine) => engine,
         Err(failure) => {
@@ -123,9 +123,9 @@ fn attempt(
     problem: &AttentionProblem,
     inputs: &Inputs<'_>,
 ) -> std::result::Result<(Vec<String>, Outputs), Attempt> {
-    match (backend, engine) {
-        (Backend::Gpu(path, tile), Some(engine)) => {
-            let plan = engine.plan_with(problem, &Backend::plan_options(path, tile))?;
+    match (backend, backend.plan_options().zip(engine)) {
+        (_, Some((options, engine))) => {
+            let plan = engine.plan_with(problem, &options)?;
             let kernels = plan.kernels().iter().map(ToString::to_string).collect();
             Ok((kernels, engine.run_plan_blocking(&plan, inputs)?))
         }

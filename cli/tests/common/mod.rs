@@ -170,7 +170,7 @@ pub(crate) fn refuse(what: &str, args: &[&str]) -> String {
 /// The paths that this machine has. No adapter is a failure unless the variable allows it.
 pub(crate) fn paths() -> Vec<&'static str> {
     if !succeed(&["adapters"]).starts_with("no adapter") {
-        return vec!["oracle", "cpu", "staged", "fused"];
+        return vec!["oracle", "cpu", "staged", "fused", "decode"];
     }
     let allowed = std::env::var("WGPU_ATTENTION_ALLOW_NO_ADAPTER").is_ok_and(|value| value == "1");
     assert!(allowed, "no adapter; WGPU_ATTENTION_ALLOW_NO_ADAPTER=1 leaves the GPU paths out");
@@ -178,9 +178,9 @@ pub(crate) fn paths() -> Vec<&'static str> {
     vec!["oracle", "cpu"]
 }
 
-/// What a path can give besides o and lse: the fused one has no weights.
+/// What a path can give besides o and lse: the fused ones have no weights.
 pub(crate) fn weights_flag(path: &str) -> &'static [&'static str] {
-    if path == "fused" { &[] } else { &["--weights"] }
+    if ["fused", "decode"].contains(&path) { &[] } else { &["--weights"] }
 }
 
 /// Numbers that look random and are the same every time.
