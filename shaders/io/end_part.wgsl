@@ -4,12 +4,12 @@
 // A carried row: (m, l, 0, 0), then the quads of O.
 @group(0) @binding(16) var<storage, read_write> carried: array<vec4<f32>>;
 
-// The tile of a workgroup; at least `tiles` if there is none.
-fn tile_of(group: u32, tiles: u32) -> u32 {
-    return group;
+// The tile of a workgroup, at least `tiles` if there is none; and its split of the keys.
+fn tile_of(group: u32, tiles: u32) -> vec2<u32> {
+    return vec2<u32>(group, 0u);
 }
 
-fn own_part(visited: vec2<u32>) -> vec2<u32> {
+fn own_part(visited: vec2<u32>, split: u32) -> vec2<u32> {
     return clamp(visited, vec2<u32>(params.key_first), vec2<u32>(params.key_end));
 }
 
@@ -26,7 +26,7 @@ fn start_of(index: u32) -> vec2<f32> {
 }
 
 // The factors for `end_quad`, once a row's maximum `m` and this part's sum `l` are known.
-fn end_of(index: u32, h: u32, start: vec2<f32>, m: f32, l: f32, first_lane: bool) -> vec2<f32> {
+fn end_of(index: u32, h: u32, start: vec2<f32>, m: f32, l: f32, first_lane: bool, split: u32) -> vec2<f32> {
     let shrink = shrinking(start.x, m);
     let sum = start.y * shrink + l;
     if params.key_end == 0xffffffffu {
@@ -39,7 +39,7 @@ fn end_of(index: u32, h: u32, start: vec2<f32>, m: f32, l: f32, first_lane: bool
 }
 
 // Carries on, or at last stores, a quad of the chunk's row `index`; its output row begins at `at`.
-fn end_quad(index: u32, at: u32, d: u32, sum: vec4<f32>, end: vec2<f32>) {
+fn end_quad(index: u32, at: u32, d: u32, sum: vec4<f32>, end: vec2<f32>, split: u32) {
     let place = carried_row(index) + 1u + d / 4u;
     var total = sum;
     if params.key_first > 0u {

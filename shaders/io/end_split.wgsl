@@ -2,17 +2,14 @@
 // joins them. A row's share of a split: (m, l, 0, 0), then the quads of O, not divided by l.
 @group(0) @binding(16) var<storage, read_write> carried: array<vec4<f32>>;
 
-// This workgroup's.
-var<private> own_split: u32;
-
-// The tile of a workgroup; at least `tiles` if there is none.
-fn tile_of(group: u32, tiles: u32) -> u32 {
-    own_split = group / tiles;
-    return select(tiles, group % tiles, own_split < params.splits);
+// The tile of a workgroup, at least `tiles` if there is none; and its split of the keys.
+fn tile_of(group: u32, tiles: u32) -> vec2<u32> {
+    let split = group / tiles;
+    return vec2<u32>(select(tiles, group % tiles, split < params.splits), split);
 }
 
-fn own_part(visited: vec2<u32>) -> vec2<u32> {
-    let first = own_split * params.split_keys;
+fn own_part(visited: vec2<u32>, split: u32) -> vec2<u32> {
+    let first = split * params.split_keys;
     return clamp(visited, vec2<u32>(first), vec2<u32>(first + params.split_keys));
 }
 
@@ -21,21 +18,21 @@ fn start_of(index: u32) -> vec2<f32> {
     return vec2<f32>(DROPPED, 0.0);
 }
 
-fn share_of(index: u32) -> u32 {
+fn share_of(index: u32, split: u32) -> u32 {
     let rows = params.head_count * params.row_count;
-    return (own_split * rows + index) * (div_ceil(params.head_dim_v, 4u) + 1u);
+    return (split * rows + index) * (div_ceil(params.head_dim_v, 4u) + 1u);
 }
 
 // What `end_quad` wants to know, once a row's maximum `m` and sum `l` are known.
-fn end_of(index: u32, h: u32, start: vec2<f32>, m: f32, l: f32, first_lane: bool) -> vec2<f32> {
+fn end_of(index: u32, h: u32, start: vec2<f32>, m: f32, l: f32, first_lane: bool, split: u32) -> vec2<f32> {
     if first_lane {
-        carried[share_of(index)] = vec4<f32>(m, l, 0.0, 0.0);
+        carried[share_of(index, split)] = vec4<f32>(m, l, 0.0, 0.0);
     }
     return vec2<f32>();
 }
 
-fn end_quad(index: u32, at: u32, d: u32, sum: vec4<f32>, end: vec2<f32>) {
-    carried[share_of(index) + 1u + d / 4u] = sum;
+fn end_quad(index: u32, at: u32, d: u32, sum: vec4<f32>, end: vec2<f32>, split: u32) {
+    carried[share_of(index, split) + 1u + d / 4u] = sum;
 }
 
 // Rows of o are the other kernel's business.

@@ -48,16 +48,17 @@ fn main(
     let tiles = tiles_q * owners();
     // The surplus of a folded dispatch sees no key and stores nothing (naga wants all to arrive at the
     // operations on fragments).
-    let tile_or_none = tile_of(linear_group(group, groups), tiles);
-    let surplus = tile_or_none >= tiles;
-    let tile = min(tile_or_none, tiles - 1u);
+    let tile_split = tile_of(linear_group(group, groups), tiles);
+    let surplus = tile_split.x >= tiles;
+    let tile = min(tile_split.x, tiles - 1u);
+    let split = tile_split.y;
     let owner = tile / tiles_q;
     let row = tile % tiles_q * TILE_Q;
     let queries = queries_of(row, min(row + TILE_Q, owned_rows()));
     let bh = batch_head(head_of(owner, 0u));
     let kv_head = bh.y / params.group_size;
     let len_k = key_length(bh.x);
-    var seen = own_part(tile_kv_range(queries.x, queries.y, len_k));
+    var seen = own_part(tile_kv_range(queries.x, queries.y, len_k), split);
     if surplus {
         seen = vec2<u32>();
     }
@@ -162,7 +163,7 @@ fn main(
 
         var range = vec2<u32>(0u, len_k);
         if first < seen_by_all.x || first + TILE_KV > seen_by_all.y {
-            range = own_part(kv_range(i, len_k));
+            range = own_part(kv_range(i, len_k), split);
         }
         var scores: array<vec4<f32>, OWN_QUADS>;
         var peak = DROPPED;
@@ -263,7 +264,7 @@ fn main(
     var end = vec2<f32>();
     let exists = !surplus && row + own_row < owned_rows();
     if exists {
-        end = end_of(index, h, start, m, sum, x == 0u);
+        end = end_of(index, h, start, m, sum, x == 0u, split);
     }
     let out = row_o(bh.x, h, i);
     //$ for g in 0..ROUNDS
@@ -278,7 +279,7 @@ fn main(
         let at = own_row * S_STRIDE + 4u * e;
         let d = $gu * KEY_FRAGS * EDGE + 4u * e;
         if d < params.head_dim_v {
-            end_quad(index, out, d, vec4<f32>(wg_s[at], wg_s[at + 1u], wg_s[at + 2u], wg_s[at + 3u]), end);
+            end_quad(index, out, d, vec4<f32>(wg_s[at], wg_s[at + 1u], wg_s[at + 2u], wg_s[at + 3u]), end, split);
         }
     }
     //$ end

@@ -67,7 +67,9 @@ fn main(
     let thread = thread_of(place);
     let x = thread % LANES;
     let tiles_q = div_ceil(owned_rows(), TILE_Q);
-    let tile = tile_of(linear_group(group, groups), tiles_q * owners());
+    let tile_split = tile_of(linear_group(group, groups), tiles_q * owners());
+    let tile = tile_split.x;
+    let split = tile_split.y;
     if tile >= tiles_q * owners() {
         return;
     }
@@ -77,7 +79,7 @@ fn main(
     let bh = batch_head(head_of(owner, 0u));
     let kv_head = bh.y / params.group_size;
     let len_k = key_length(bh.x);
-    let seen = own_part(tile_kv_range(queries.x, queries.y, len_k));
+    let seen = own_part(tile_kv_range(queries.x, queries.y, len_k), split);
     let seen_by_all = tile_full_range(queries.x, queries.y, len_k);
     let quads = div_ceil(params.head_dim, 4u);
     let own_row = thread / LANES * ROWS;
@@ -142,7 +144,7 @@ fn main(
             let i = params.row_first + row_of(own);
             var range = vec2<u32>(0u, len_k);
             if !inside {
-                range = own_part(kv_range(i, len_k));
+                range = own_part(kv_range(i, len_k), split);
             }
             for (var c = 0u; c < 4u; c += 1u) {
                 let j = first + x + c * LANES;
@@ -235,12 +237,12 @@ fn main(
             let head = head_of(owner, own);
             let h = batch_head(head).y;
             let index = head * params.row_count + row_of(own);
-            let end = end_of(index, h, start[r], m[r], sum, x == 0u);
+            let end = end_of(index, h, start[r], m[r], sum, x == 0u, split);
             let at = row_o(bh.x, h, params.row_first + row_of(own));
             for (var n = 0u; n < QUADS; n += 1u) {
                 let d = 4u * (x + n * LANES);
                 if d < params.head_dim_v {
-                    end_quad(index, at, d, acc[r * QUADS + n], end);
+                    end_quad(index, at, d, acc[r * QUADS + n], end, split);
                 }
             }
         }
