@@ -4,7 +4,7 @@ mod common;
 
 use common::*;
 
-const COLUMNS: [&str; 13] = [
+const COLUMNS: [&str; 15] = [
     "path",
     "kernel",
     "adapter",
@@ -18,6 +18,8 @@ const COLUMNS: [&str; 13] = [
     "gflops",
     "max_error",
     "scratch_bytes",
+    "kv_gb_s",
+    "of_copy",
 ];
 
 fn data(name: &str) -> String {
@@ -65,7 +67,7 @@ fn bench_writes_what_it_promises() {
         for text in ["path", "kernel", "adapter", "dtype", "shape", "options"] {
             assert!(row[text].as_str().is_some_and(|text| !text.is_empty()), "{text}: {row:?}");
         }
-        for number in ["ms_median", "ms_min", "ms_first", "gflops"] {
+        for number in ["ms_median", "ms_min", "ms_first", "gflops", "kv_gb_s"] {
             assert!(row[number].as_f64().is_some_and(|x| x > 0.0), "{number}: {row:?}");
         }
         assert!(row["max_error"].as_f64().is_some_and(|x| x < 0.01), "{row:?}");
@@ -99,6 +101,23 @@ fn bench_without_an_adapter_says_how_to_get_one() {
         refuse("asked for", &["bench", "--shapes", "1x1x8x8", "--path", "staged"]);
     }
     assert!(stdout.contains("1x1x8x8") && stdout.contains("cpu"), "{stdout}");
+}
+
+#[test]
+fn decoding_is_measured_in_bytes() {
+    let folder = Folder::new();
+    let json = folder.text("b.json");
+    let more = ["--decode", "--shapes", "1x4/2x1/64x16", "--repeat", "2", "--json", &json];
+    let stdout = succeed(&[&["bench"], &more[..]].concat());
+    assert!(stdout.contains("K, V GB/s") && stdout.contains("of a copy"), "{stdout}");
+    let rows: Vec<serde_json::Value> = serde_json::from_str(&std::fs::read_to_string(json).unwrap()).unwrap();
+    for row in &rows {
+        // 2 heads x 64 keys x (16 + 16) numbers of four bytes.
+        let bytes = row["kv_gb_s"].as_f64().unwrap() * row["ms_median"].as_f64().unwrap() * 1e6;
+        assert!((bytes - 16384.0).abs() < 1.0, "{row:?}");
+        assert_eq!(row["of_copy"].is_null(), row["path"] == "cpu", "{row:?}");
+    }
+    assert_eq!(rows.len(), if paths().contains(&"fused") { 2 } else { 1 });
 }
 
 #[test]

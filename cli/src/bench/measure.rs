@@ -10,6 +10,9 @@ use crate::backend::{self, Backend};
 use crate::data::Data;
 use crate::failure::{Failure, Result};
 
+/// Copies, of which the fastest counts.
+const COPIES: usize = 5;
+
 /// Milliseconds of one iteration.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sample {
@@ -168,6 +171,35 @@ impl OnDevice<'_> {
         let used = problem.extent(Operand::O) as usize * problem.element_bytes(Operand::O);
         Ok(Tensor::from_bytes(problem.out_dtype, &bytes[..used.min(bytes.len())]))
     }
+}
+
+/// Gigabytes a second that a copy of so many bytes inside the device moves, read and written ones counted:
+/// the best of a few.
+pub(crate) fn copy_gb_s(engine: &Attention, bytes: u64) -> Result<f64> {
+    let (device, queue) = (engine.device(), engine.queue());
+    let size = bytes.min(engine.caps().max_buffer).next_multiple_of(4).max(4);
+    let buffer = || {
+        device.create_buffer(&wgpu::BufferDescriptor {
+            label: Some("copy"),
+            size,
+            usage: wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::COPY_SRC,
+            mapped_at_creation: false,
+        })
+    };
+    let (from, to) = (buffer(), buffer());
+    let mut best = f64::INFINITY;
+    // The first writes the zeros that new buffers hold.
+    for round in 0..=COPIES {
+        let start = Instant::now();
+        let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        encoder.copy_buffer_to_buffer(&from, 0, &to, 0, size);
+        queue.submit([encoder.finish()]);
+        device.poll(wgpu::PollType::wait_indefinitely()).map_err(Failure::input)?;
+        if round > 0 {
+            best = best.min(milliseconds(start));
+        }
+    }
+    Ok(2.0 * size as f64 / (best * 1e6))
 }
 
 fn milliseconds(since: Instant) -> f64 {

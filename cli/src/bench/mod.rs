@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use wgpu_attention::{Attention, AttentionProblem, Dtype, Path};
+use wgpu_attention::{Attention, AttentionProblem, Dtype, Operand, Path};
 
 use crate::backend::{self, AdapterArgs, Backend};
 use crate::check::Judge;
@@ -23,6 +23,8 @@ use report::Row;
 /// A sentence encoder's batch, three squares, grouped heads, and one token against a cache.
 const SHAPES: [&str; 6] =
     ["8x12x128x32", "1x8x512x64", "1x8x1024x64", "1x8x2048x64", "1x32/8x512x128", "1x32/8x1/4096x128"];
+/// That of `--decode`.
+const DECODE_SHAPE: &str = "1x32/8x1/4096x128";
 /// Without `--repeat`: this often, unless the time is up before.
 const ROUNDS: usize = 7;
 const TIME_PER_SHAPE: Duration = Duration::from_secs(6);
@@ -39,6 +41,11 @@ pub(crate) struct BenchArgs {
     /// Shapes, BxHq[/Hkv]xSq[/Sk]xD[/Dv], separated by commas
     #[arg(long, value_delimiter = ',', value_name = "LIST")]
     shapes: Vec<Shape>,
+    /// A step of decoding: one query a head against a cache. Gigabytes of keys and values a second, and how
+    /// that compares with a copy on the same adapter [default shape: 1x32/8x1/4096x128, default paths: cpu,
+    /// fused]
+    #[arg(long)]
+    decode: bool,
     /// Element type of q, k and v (several: separated by commas)
     #[arg(long, value_enum, value_delimiter = ',', value_name = "LIST", default_value = "f32")]
     dtype: Vec<DtypeArg>,
@@ -91,7 +98,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     }
     bar.finish_and_clear();
 
-    output::print(&report::table(&rows));
+    output::print(&report::table(&rows, args.decode));
     for line in &left_out {
         output::print(&format!("left out: {line}\n"));
     }
@@ -115,7 +122,8 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
 
 fn problems(args: &BenchArgs) -> Result<Vec<AttentionProblem>> {
     let shapes = if args.shapes.is_empty() {
-        SHAPES.iter().map(|text| text.parse().map_err(Failure::input)).collect::<Result<Vec<Shape>>>()?
+        let shapes: &[&str] = if args.decode { &[DECODE_SHAPE] } else { &SHAPES };
+        shapes.iter().map(|text| text.parse().map_err(Failure::input)).collect::<Result<Vec<Shape>>>()?
     } else {
         args.shapes.clone()
     };
@@ -143,7 +151,8 @@ fn backends(args: &BenchArgs) -> Result<(Vec<Backend>, Option<Attention>)> {
     let engine = backend::open_if_any(&args.adapter)?;
     let mut backends = vec![Backend::Cpu];
     if engine.is_some() {
-        backends.extend([Path::Fused, Path::Staged].map(|path| Backend::Gpu(path, None)));
+        let paths: &[Path] = if args.decode { &[Path::Fused] } else { &[Path::Fused, Path::Staged] };
+        backends.extend(paths.iter().map(|&path| Backend::Gpu(path, None)));
     } else {
         output::print(&format!("no adapter: this is the CPU alone. For {}\n\n", backend::SOFTWARE_ADAPTER));
     }
@@ -221,6 +230,16 @@ fn measure_one(
             error,
             judge.budget,
         ));
+    }
+    if let (true, Some(engine)) = (args.decode, engine) {
+        let bytes = |of| problem.extent(of) as u64 * problem.element_bytes(of) as u64;
+        let copy = measure::copy_gb_s(engine, bytes(Operand::K) + bytes(Operand::V))?;
+        let on_device = backends.iter().filter(|backend| backend.plan_options().is_some());
+        let on_device: Vec<String> = on_device.map(ToString::to_string).collect();
+        rows[first..]
+            .iter_mut()
+            .filter(|row| on_device.contains(&row.path))
+            .for_each(|row| row.set_copy(copy));
     }
     report::set_speed_ups(&mut rows[first..]);
     Ok(())

@@ -1,7 +1,7 @@
 //! The rows of a benchmark as a table, CSV and JSON.
 
 use serde::Serialize;
-use wgpu_attention::AttentionProblem;
+use wgpu_attention::{AttentionProblem, Operand};
 
 use super::measure::{Runner, Samples};
 use crate::backend::Backend;
@@ -26,6 +26,10 @@ pub(crate) struct Row {
     /// JSON has no infinity: a NaN where a number belongs is null there.
     max_error: f64,
     scratch_bytes: u64,
+    /// Keys and values read a second, each once.
+    kv_gb_s: f64,
+    /// That of a copy on the same adapter.
+    of_copy: Option<f64>,
     #[serde(skip)]
     budget: f64,
     #[serde(skip)]
@@ -46,6 +50,7 @@ impl Row {
         let times: Vec<f64> = samples.rounds.iter().map(|sample| sample.ms).collect();
         let gpu: Option<Vec<f64>> = samples.rounds.iter().map(|sample| sample.gpu_ms).collect();
         let ms_median = median(times.clone());
+        let bytes = |operand| (problem.extent(operand) * problem.element_bytes(operand) as u128) as f64;
         Self {
             path: backend.to_string(),
             kernel: runner.kernel(),
@@ -60,9 +65,16 @@ impl Row {
             gflops: problem.flops() / (ms_median * 1e6),
             max_error,
             scratch_bytes: runner.scratch_bytes(),
+            kv_gb_s: (bytes(Operand::K) + bytes(Operand::V)) / (ms_median * 1e6),
+            of_copy: None,
             budget,
             speed_up: None,
         }
+    }
+
+    /// Sets what share of a copy's traffic the keys and values are.
+    pub(crate) fn set_copy(&mut self, gb_s: f64) {
+        self.of_copy = Some(self.kv_gb_s / gb_s);
     }
 
     /// Whether the contract allows the error.
@@ -89,7 +101,7 @@ fn median(mut x: Vec<f64>) -> f64 {
 }
 
 /// What the rows share stands above the table once.
-pub(crate) fn table(rows: &[Row]) -> String {
+pub(crate) fn table(rows: &[Row], decode: bool) -> String {
     let mut text = String::new();
     let mut seen: Vec<(&str, &str)> = Vec::new();
     for row in rows {
@@ -119,13 +131,16 @@ pub(crate) fn table(rows: &[Row]) -> String {
         "min ms",
         "first",
         "GPU ms",
-        "GFLOP/s",
+        if decode { "K, V GB/s" } else { "GFLOP/s" },
         "max error",
         "budget",
         "<within",
         "vs cpu",
-        "<kernels",
     ]);
+    if decode {
+        head.push("of a copy");
+    }
+    head.push("<kernels");
     let mut table = Table::new(&head);
     for (at, row) in rows.iter().enumerate() {
         // Paths of one problem stand together.
@@ -142,13 +157,16 @@ pub(crate) fn table(rows: &[Row]) -> String {
             time(row.ms_min),
             time(row.ms_first),
             row.gpu_ms.map_or("-".into(), time),
-            number(row.gflops),
+            number(if decode { row.kv_gb_s } else { row.gflops }),
             format!("{:.1e}", row.max_error),
             format!("{:.1e}", row.budget),
             if row.within_budget() { "yes".into() } else { "NO".into() },
             row.speed_up.map_or("-".into(), |x| format!("{x:.2}x")),
-            row.kernel.replace('+', ", "),
         ]);
+        if decode {
+            cells.push(row.of_copy.map_or("-".into(), |x| format!("{:.0} %", 100.0 * x)));
+        }
+        cells.extend([row.kernel.replace('+', ", ")]);
         table.row(cells);
     }
     text + &table.render()
@@ -164,7 +182,7 @@ fn time(ms: f64) -> String {
     if ms < 1.0 { format!("{ms:.3}") } else { number(ms) }
 }
 
-const COLUMNS: [&str; 13] = [
+const COLUMNS: [&str; 15] = [
     "path",
     "kernel",
     "adapter",
@@ -178,6 +196,8 @@ const COLUMNS: [&str; 13] = [
     "gflops",
     "max_error",
     "scratch_bytes",
+    "kv_gb_s",
+    "of_copy",
 ];
 
 /// One line for each row under a line of names (RFC 4180).
@@ -201,6 +221,8 @@ pub(crate) fn csv(rows: &[Row]) -> String {
             row.gflops.to_string(),
             format!("{:e}", row.max_error),
             row.scratch_bytes.to_string(),
+            row.kv_gb_s.to_string(),
+            row.of_copy.map_or(String::new(), |x| x.to_string()),
         ]);
         text += &(fields.join(",") + "\n");
     }
