@@ -97,6 +97,10 @@ impl FusedTile {
 /// Threads of a workgroup of the tile kernels: four warps, and no fewer than the largest subgroup there is.
 const MOST_THREADS: u32 = 128;
 
+/// Threads of a workgroup that has few rows: enough that a multiprocessor's share of workgroups, of which
+/// each takes a part of its workgroup memory, has loads in flight.
+const LEAST_THREADS: u32 = 64;
+
 /// The smallest subgroup there is.
 const LEAST_SUBGROUP: u32 = 4;
 
@@ -114,8 +118,12 @@ pub(crate) fn tile(
     let threads = caps.max_invocations.clamp(8, MOST_THREADS);
     // A row's lanes are neighbours in a subgroup.
     let neighbours = if subgroup { caps.subgroup.map_or(LEAST_SUBGROUP, |(least, _)| least) } else { 8 };
+    // No more threads than there are rows for, but two warps, and whole subgroups.
+    let subgroup_most = caps.subgroup.map_or(1, |(_, most)| most);
+    let least_threads = LEAST_THREADS.max(if subgroup { subgroup_most } else { 1 });
     let candidate = |lanes: u32, both: bool, slice: u32| {
-        let row_lanes = threads / lanes;
+        let wanted = (rows as u32 * lanes).max(least_threads).next_power_of_two();
+        let row_lanes = threads.min(wanted) / lanes;
         let own_quads = quads(head_dim_v).div_ceil(lanes);
         // Rows that there are, and registers that there are.
         let wanted = (rows as u32).div_ceil(row_lanes).next_power_of_two();
