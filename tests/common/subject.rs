@@ -43,8 +43,7 @@ impl Subject {
         ]
     }
 
-    /// Device kinds x shader modes x families, the ways in taking turns; keys in splits with one of the
-    /// shader modes.
+    /// Device kinds x shader modes x families, the ways in taking turns.
     pub fn gpus() -> Vec<Self> {
         let mut doors = [Door::Encode, Door::Run, Door::Pass].into_iter().cycle();
         let mut all = Vec::new();
@@ -53,7 +52,7 @@ impl Subject {
             for checks in [false, true] {
                 for family in gpu.families().map(Some).chain([None]) {
                     let door = doors.next().unwrap_or(Door::Encode);
-                    all.push(Self::Gpu { kind, checks, family, door, split: checks });
+                    all.push(Self::Gpu { kind, checks, family, door, split: false });
                 }
             }
         }
@@ -71,7 +70,13 @@ impl Subject {
             let turn = kinds.next().unwrap_or((Kind::Full, false));
             let (kind, checks) =
                 if minimal.families().any(|of| of == family) { turn } else { (Kind::Full, turn.1) };
-            Self::Gpu { kind, checks, family: Some(family), door: Door::Encode, split: !checks }
+            Self::Gpu {
+                kind,
+                checks,
+                family: Some(family),
+                door: Door::Encode,
+                split: !checks && family.path() == Path::Fused,
+            }
         }));
         few
     }
@@ -94,6 +99,18 @@ impl Subject {
         case
     }
 
+    /// The same with its keys in splits, if it is the family's turn and it can.
+    fn in_splits(self, turn: usize) -> Self {
+        match self {
+            Self::Gpu { kind, checks, family: Some(family), door, .. } if family.path() == Path::Fused => {
+                let place = Family::ALL.iter().position(|of| *of == family).unwrap_or(0);
+                let split = (turn + place) % 2 == 1;
+                Self::Gpu { kind, checks, family: Some(family), door, split }
+            }
+            other => other,
+        }
+    }
+
     pub fn run(self, case: &Case) -> Result<Outcome, Error> {
         self.run_within(case, None)
     }
@@ -111,8 +128,7 @@ impl Subject {
                 let gpu = gpu::get(kind, checks).expect("subjects are listed where there is an adapter");
                 let mut options = PlanOptions::default();
                 (options.family, options.scratch_budget) = (family, scratch_budget);
-                let fused = family.is_some_and(|family| family.path() == Path::Fused);
-                options.splits = (split && fused).then_some(3);
+                options.splits = split.then_some(3);
                 match gpu.run(case, &options, door) {
                     Ok((out, gap)) => Ok(Outcome::Done(Box::new(out), gap)),
                     // A kernel that was forced may not fit; the plan's own choice always does.
@@ -185,7 +201,8 @@ fn in_turn(number: usize, subjects: &[Subject]) -> Vec<Subject> {
         turn += usize::from(matches!(subject, Subject::Gpu { .. }));
         !matches!(subject, Subject::Gpu { .. }) || turn.is_multiple_of(every)
     });
-    taken.copied().collect()
+    // Every family splits the keys of every other of its cases.
+    taken.map(|subject| subject.in_splits(number / every)).collect()
 }
 
 /// Runs `cases` on their subjects with as many threads as there are cores, and reports up to ten
