@@ -31,7 +31,7 @@ fn main(
     for (var s = 0u; s < params.splits; s += 1u) {
         let share = (s * rows + index) * (quads + 1u);
         let of_split = carried[share].xy;
-        // (A sum that is NaN is not 0, and has to spread.)
+        // Nothing to add. (A sum that is NaN is not 0, and has to spread.)
         if of_split.y == 0.0 {
             continue;
         }
