@@ -678,7 +678,9 @@ fn splits_of_the_keys_change_nothing() {
     let Some(gpu) = gpu::get(Kind::Full, false) else { return };
     for (i, axes) in decode.into_iter().enumerate() {
         let case = axes.build(i as u64);
-        for family in gpu.families().filter(|family| family.path() == Path::Fused) {
+        let fused = gpu.families().filter(|family| family.path() == Path::Fused).enumerate();
+        // Each takes a driver four kernels: slow adapters try some of them.
+        for (_, family) in fused.filter(|(place, _)| (i + place).is_multiple_of(every())) {
             let (kind, door) = (Kind::Full, Door::Encode);
             let subject = Subject::Gpu { kind, checks: false, family: Some(family), door, split: true };
             let case = subject.asked(&case);
