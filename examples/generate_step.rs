@@ -48,18 +48,12 @@ async fn run() -> Result<(), Box<dyn std::error::Error>> {
     let (q, k, v) =
         (wave(0.37, STEPS * heads_q * head_dim), wave(0.11, STEPS * row), wave(0.73, STEPS * row));
     let lengths: Vec<u32> = (1..=STEPS as u32).collect();
-    let new = ["q of each step", "k of each step", "v of each step"].map(|label| {
-        let data = if label.starts_with('q') {
-            &q
-        } else if label.starts_with('k') {
-            &k
-        } else {
-            &v
-        };
-        let new = buffer(label, data.len());
-        queue.write_buffer(&new, 0, bytemuck::cast_slice(data));
-        new
-    });
+    let new =
+        [("q of each step", &q), ("k of each step", &k), ("v of each step", &v)].map(|(label, data)| {
+            let new = buffer(label, data.len());
+            queue.write_buffer(&new, 0, bytemuck::cast_slice(data));
+            new
+        });
     let new_lens = buffer("lengths", STEPS);
     queue.write_buffer(&new_lens, 0, bytemuck::cast_slice(&lengths));
 

@@ -463,7 +463,7 @@ impl Blueprint {
         let t = &self.tiles;
         let keys = problem.seq_kv as u64;
         let tiles = |n: u64, tile: u32| n.div_ceil(u64::from(tile));
-        let group = if self.packed { (problem.heads_q / problem.heads_kv) as u64 } else { 1 };
+        let group = if self.packed { problem.group_size() as u64 } else { 1 };
         let fused = |tile: u32| heads / group * tiles(rows * group, tile.max(1));
         match self.kernel {
             Kernel::Project => tiles(heads * rows * (problem.head_dim as u64).div_ceil(4), ELEMENT_LANES),

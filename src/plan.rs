@@ -420,7 +420,7 @@ impl Plan {
         let per_head = matches!(p.similarity, Similarity::Bilinear { per_head: true, .. });
         Params {
             heads_q: p.heads_q as u32,
-            group_size: (p.heads_q / p.heads_kv) as u32,
+            group_size: p.group_size() as u32,
             seq_q: p.seq_q as u32,
             seq_kv: p.seq_kv as u32,
             head_dim: p.head_dim as u32,
@@ -663,7 +663,7 @@ impl Plan {
             .min(self.rows_of_a_dispatch());
         let rows = usize::try_from(rows).unwrap_or(usize::MAX);
         // Packed tiles have whole groups, where those fit.
-        let group = if p.packs() && rows >= p.owned_rows() { p.heads_q / p.heads_kv } else { 1 };
+        let group = if p.packs() && rows >= p.owned_rows() { p.group_size() } else { 1 };
         if group == 1 {
             self.stages.iter_mut().for_each(|stage| stage.packed = false);
         }

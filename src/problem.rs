@@ -185,7 +185,12 @@ impl AttentionProblem {
 
     /// The key-value head that query head `head` reads.
     pub fn kv_head(&self, head: usize) -> usize {
-        head / (self.heads_q / self.heads_kv)
+        head / self.group_size()
+    }
+
+    /// Query heads that share a key-value head.
+    pub(crate) fn group_size(&self) -> usize {
+        self.heads_q / self.heads_kv
     }
 
     /// Whether a tile of a fused kernel takes rows of all heads of a group: where a head has so few that
@@ -196,7 +201,7 @@ impl AttentionProblem {
 
     /// Query rows that tiles are cut from.
     pub(crate) fn owned_rows(&self) -> usize {
-        if self.packs() { self.seq_q * (self.heads_q / self.heads_kv) } else { self.seq_q }
+        if self.packs() { self.seq_q * self.group_size() } else { self.seq_q }
     }
 
     /// Query rows over all batch entries and heads (`usize::MAX` where that overflows).

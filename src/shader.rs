@@ -132,11 +132,14 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
             (true, false) => add(part!("io/end_whole")),
             (true, true) => add(part!("io/end_part")),
         }
-        add(if fused || merges { part!("online_softmax") } else { part!("careful") });
     }
     if b.split {
         add(part!("io/end_split"));
+    }
+    if fused || merges {
         add(part!("online_softmax"));
+    } else if b.o.is_some() {
+        add(part!("careful"));
     }
     if fused {
         add(if b.packed { part!("io/rows_packed") } else { part!("io/rows") });

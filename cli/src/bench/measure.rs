@@ -173,6 +173,12 @@ impl OnDevice<'_> {
     }
 }
 
+/// Bytes of keys and values.
+pub(crate) fn kv_bytes(problem: &AttentionProblem) -> u64 {
+    let bytes = |of| problem.extent(of) as u64 * problem.element_bytes(of) as u64;
+    bytes(Operand::K) + bytes(Operand::V)
+}
+
 /// Gigabytes a second that a copy of so many bytes inside the device moves, read and written ones counted:
 /// the best of a few.
 pub(crate) fn copy_gb_s(engine: &Attention, bytes: u64) -> Result<f64> {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use wgpu_attention::{Attention, AttentionProblem, Dtype, Operand, Path};
+use wgpu_attention::{Attention, AttentionProblem, Dtype, Path};
 
 use crate::backend::{self, AdapterArgs, Backend};
 use crate::check::Judge;
@@ -34,8 +34,9 @@ const TIME_PER_SHAPE: Duration = Duration::from_secs(6);
 /// The paths take turns within each round, so that load on the machine meets all alike. Operands
 /// are made up and stay where they are; a time is from the first encoded command to the end of the
 /// work. `first` is the first run, which counts for nothing else: it compiles what no run before has
-/// compiled (drivers keep that on disk: MESA_SHADER_CACHE_DISABLE=true forgets it). GFLOP/s count 2 B Hq Sq Sk (D + Dv), half of it where causal. `max error` is that of o
-/// against the f64 oracle (on a sample of the rows where a problem is large).
+/// compiled (drivers keep that on disk: MESA_SHADER_CACHE_DISABLE=true forgets it). GFLOP/s count
+/// 2 B Hq Sq Sk (D + Dv), half of it where causal. `max error` is that of o against the f64 oracle (on a
+/// sample of the rows where a problem is large).
 #[derive(Args, Debug)]
 pub(crate) struct BenchArgs {
     /// Shapes, BxHq[/Hkv]xSq[/Sk]xD[/Dv], separated by commas
@@ -232,14 +233,12 @@ fn measure_one(
         ));
     }
     if let (true, Some(engine)) = (args.decode, engine) {
-        let bytes = |of| problem.extent(of) as u64 * problem.element_bytes(of) as u64;
-        let copy = measure::copy_gb_s(engine, bytes(Operand::K) + bytes(Operand::V))?;
-        let on_device = backends.iter().filter(|backend| backend.plan_options().is_some());
-        let on_device: Vec<String> = on_device.map(ToString::to_string).collect();
-        rows[first..]
-            .iter_mut()
-            .filter(|row| on_device.contains(&row.path))
-            .for_each(|row| row.set_copy(copy));
+        let copy = measure::copy_gb_s(engine, measure::kv_bytes(problem))?;
+        for (row, (_, runner, _)) in rows[first..].iter_mut().zip(&runners) {
+            if matches!(runner, Runner::Device(_)) {
+                row.set_copy(copy);
+            }
+        }
     }
     report::set_speed_ups(&mut rows[first..]);
     Ok(())

@@ -1,9 +1,9 @@
 //! The rows of a benchmark as a table, CSV and JSON.
 
 use serde::Serialize;
-use wgpu_attention::{AttentionProblem, Operand};
+use wgpu_attention::AttentionProblem;
 
-use super::measure::{Runner, Samples};
+use super::measure::{Runner, Samples, kv_bytes};
 use crate::backend::Backend;
 use crate::failure::{Failure, Result};
 use crate::output::Table;
@@ -50,7 +50,6 @@ impl Row {
         let times: Vec<f64> = samples.rounds.iter().map(|sample| sample.ms).collect();
         let gpu: Option<Vec<f64>> = samples.rounds.iter().map(|sample| sample.gpu_ms).collect();
         let ms_median = median(times.clone());
-        let bytes = |operand| (problem.extent(operand) * problem.element_bytes(operand) as u128) as f64;
         Self {
             path: backend.to_string(),
             kernel: runner.kernel(),
@@ -65,7 +64,7 @@ impl Row {
             gflops: problem.flops() / (ms_median * 1e6),
             max_error,
             scratch_bytes: runner.scratch_bytes(),
-            kv_gb_s: (bytes(Operand::K) + bytes(Operand::V)) / (ms_median * 1e6),
+            kv_gb_s: kv_bytes(problem) as f64 / (ms_median * 1e6),
             of_copy: None,
             budget,
             speed_up: None,
