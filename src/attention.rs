@@ -4,7 +4,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::caps::{Caps, MatrixUnits};
-use crate::encode::{Dispatches, prepare};
+use crate::encode::{Prepared, prepare};
 use crate::error::{Error, Operand, Result};
 use crate::pipeline::{PipelineBlob, PipelineCache, experimental_features};
 use crate::plan::{Plan, PlanOptions};
@@ -293,15 +293,7 @@ impl Attention {
         plan: &Plan,
         operands: &Operands<'_>,
     ) -> Result<()> {
-        let dispatches = self.prepare(plan, operands)?;
-        if dispatches.is_empty() {
-            return Ok(());
-        }
-        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor {
-            label: Some("attention"),
-            timestamp_writes: None,
-        });
-        dispatches.record(&mut pass);
+        self.prepare(plan, operands)?.encode(encoder);
         Ok(())
     }
 
@@ -316,11 +308,19 @@ impl Attention {
         plan: &Plan,
         operands: &Operands<'_>,
     ) -> Result<()> {
-        self.prepare(plan, operands)?.record(pass);
+        self.prepare(plan, operands)?.encode_in_pass(pass);
         Ok(())
     }
 
-    fn prepare(&self, plan: &Plan, operands: &Operands<'_>) -> Result<Dispatches> {
+    /// All of [`Attention::encode`] but the recording, for calls that are made again and again on the same
+    /// buffers.
+    ///
+    /// What was prepared keeps the scratch memory that it was made with, also when this object has grown a
+    /// larger one or has given its own back.
+    ///
+    /// # Errors
+    /// Those of [`Attention::encode`].
+    pub fn prepare(&self, plan: &Plan, operands: &Operands<'_>) -> Result<Prepared> {
         prepare(&self.shared, plan, operands)
     }
 }

@@ -7,35 +7,89 @@ use crate::attention::{Operands, Shared};
 use crate::error::{Error, Operand, Result};
 use crate::kernel::{Blueprint, Slot};
 use crate::params::Params;
-use crate::pipeline::Pipeline;
+use crate::pipeline::{Pipeline, Recipe};
 use crate::plan::{Dispatch, Plan};
 use crate::scope::scoped;
 use crate::scratch::Scratch;
 
-/// Dispatches with all that they bind.
-pub(crate) struct Dispatches {
-    stages: Vec<(Arc<Pipeline>, wgpu::BindGroup)>,
-    dispatches: Vec<Dispatch>,
-    params_step: u32,
+/// Recorded work of this crate with all that it binds, to be encoded as often as one likes: steps of
+/// generation differ in what the buffers hold, and not in what is dispatched.
+///
+/// It keeps the buffers alive. Lengths and positions that lie on the GPU are read anew by each run.
+///
+/// ```no_run
+/// # fn f(attention: &wgpu_attention::Attention, plan: &wgpu_attention::Plan,
+/// #      operands: &wgpu_attention::Operands<'_>) -> wgpu_attention::Result<()> {
+/// let step = attention.prepare(plan, operands)?;
+/// for _ in 0..64 {
+///     let mut encoder = attention.device().create_command_encoder(&Default::default());
+///     // ... the model's own kernels, which write q, k and v ...
+///     step.encode(&mut encoder);
+///     attention.queue().submit([encoder.finish()]);
+/// }
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct Prepared {
+    dispatches: Vec<Ready>,
 }
 
-impl Dispatches {
-    pub(crate) fn is_empty(&self) -> bool {
+/// A dispatch that needs nothing more.
+#[derive(Clone, Debug)]
+pub(crate) struct Ready {
+    pub(crate) pipeline: Arc<Pipeline>,
+    pub(crate) bind_group: wgpu::BindGroup,
+    /// Where its uniform block begins, in bytes.
+    pub(crate) params_at: u32,
+    pub(crate) groups: [u32; 3],
+}
+
+impl Prepared {
+    pub(crate) fn new(dispatches: Vec<Ready>) -> Self {
+        Self { dispatches }
+    }
+
+    /// This work, and `next` after it.
+    #[must_use]
+    pub fn then(mut self, next: Self) -> Self {
+        self.dispatches.extend(next.dispatches);
+        self
+    }
+
+    /// Whether there is nothing to do.
+    pub fn is_empty(&self) -> bool {
         self.dispatches.is_empty()
     }
 
-    pub(crate) fn record(&self, pass: &mut wgpu::ComputePass<'_>) {
-        for dispatch in &self.dispatches {
-            let (pipeline, bind_group) = &self.stages[dispatch.stage];
-            let [x, y, z] = dispatch.groups;
-            pass.set_pipeline(&pipeline.pipeline);
-            pass.set_bind_group(0, bind_group, &[dispatch.block as u32 * self.params_step]);
+    /// How many dispatches it records.
+    pub fn dispatches(&self) -> usize {
+        self.dispatches.len()
+    }
+
+    /// Records into a compute pass of its own. Submits nothing.
+    pub fn encode(&self, encoder: &mut wgpu::CommandEncoder) {
+        if self.is_empty() {
+            return;
+        }
+        self.encode_in_pass(&mut encoder.begin_compute_pass(&wgpu::ComputePassDescriptor {
+            label: Some("attention"),
+            timestamp_writes: None,
+        }));
+    }
+
+    /// Records into a pass that the caller has begun. Leaves its pipeline and bind group 0 set.
+    pub fn encode_in_pass(&self, pass: &mut wgpu::ComputePass<'_>) {
+        for ready in &self.dispatches {
+            let [x, y, z] = ready.groups;
+            pass.set_pipeline(&ready.pipeline.pipeline);
+            pass.set_bind_group(0, &ready.bind_group, &[ready.params_at]);
             pass.dispatch_workgroups(x, y, z);
         }
     }
 }
 
-pub(crate) fn prepare(shared: &Shared, plan: &Plan, operands: &Operands<'_>) -> Result<Dispatches> {
+pub(crate) fn prepare(shared: &Shared, plan: &Plan, operands: &Operands<'_>) -> Result<Prepared> {
     if plan.caps() != &shared.caps {
         return Err(Error::ForeignPlan {
             plan: plan.caps().adapter.clone(),
@@ -46,12 +100,14 @@ pub(crate) fn prepare(shared: &Shared, plan: &Plan, operands: &Operands<'_>) -> 
     let dispatches: Vec<_> = plan.dispatches().collect();
     let step = plan.params_step();
     if dispatches.is_empty() {
-        return Ok(Dispatches { stages: Vec::new(), dispatches, params_step: step });
+        return Ok(Prepared::default());
     }
     let pipelines = plan
         .stages()
         .iter()
-        .map(|stage| shared.pipelines.get(&shared.device, stage, shared.options.runtime_checks))
+        .map(|stage| {
+            shared.pipelines.get(&shared.device, Recipe::Attention(*stage), shared.options.runtime_checks)
+        })
         .collect::<Result<Vec<_>>>()?;
 
     let mut params = vec![0; plan.blocks() * step as usize];
@@ -70,7 +126,13 @@ pub(crate) fn prepare(shared: &Shared, plan: &Plan, operands: &Operands<'_>) -> 
             .collect::<Vec<_>>()
     });
     let groups = made.inspect_err(|_| scratch.clear())?;
-    Ok(Dispatches { stages: pipelines.into_iter().zip(groups).collect(), dispatches, params_step: step })
+    let ready = |dispatch: &Dispatch| Ready {
+        pipeline: Arc::clone(&pipelines[dispatch.stage]),
+        bind_group: groups[dispatch.stage].clone(),
+        params_at: dispatch.block as u32 * step,
+        groups: dispatch.groups,
+    };
+    Ok(Prepared::new(dispatches.iter().map(ready).collect()))
 }
 
 fn bind(

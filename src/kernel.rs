@@ -413,8 +413,13 @@ impl Blueprint {
         Self { mapped: true, ..self }
     }
 
+    /// The bindings but the uniform block.
+    pub(crate) fn storage(&self) -> impl Iterator<Item = Binding> {
+        self.bindings().into_iter().filter(|binding| binding.slot != Slot::Params)
+    }
+
     fn storage_buffers(&self) -> u32 {
-        self.bindings().iter().filter(|b| b.slot != Slot::Params).count() as u32
+        self.storage().count() as u32
     }
 
     /// Whether there are more bindings than the device has, and bundling could mend that.

@@ -76,6 +76,7 @@ mod unroll;
 pub use attention::{Attention, DeviceRequest, Operands, Options, adapters};
 pub use caps::{Caps, MatrixUnits};
 pub use dtype::{Dtype, Tensor, TensorRef};
+pub use encode::Prepared;
 pub use error::{Error, Operand, Result};
 pub use host::{Inputs, Outputs};
 pub use kernel::Family;

@@ -1,13 +1,50 @@
-//! Pipelines, built once for each blueprint and kept; the one home of `unsafe`.
+//! Pipelines, built once for each recipe and kept; the one home of `unsafe`.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crate::error::{Error, Result};
-use crate::kernel::{Blueprint, Slot};
+use crate::kernel::Blueprint;
 use crate::params::Params;
 use crate::scope::scoped;
 use crate::shader::compose;
+
+/// Everything that is compiled into one pipeline: what the cache tells pipelines apart by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Recipe {
+    /// A kernel of an attention plan.
+    Attention(Blueprint),
+}
+
+impl Recipe {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Attention(blueprint) => blueprint.kernel.name(),
+        }
+    }
+
+    fn wgsl(&self) -> String {
+        match self {
+            Self::Attention(blueprint) => compose(blueprint),
+        }
+    }
+
+    /// Bytes of its uniform block, which is binding 0 and has a dynamic offset.
+    fn params_bytes(&self) -> u64 {
+        match self {
+            Self::Attention(_) => size_of::<Params>() as u64,
+        }
+    }
+
+    /// Numbers of its storage bindings, and which of them it writes.
+    fn storage(&self) -> Vec<(u32, bool)> {
+        match self {
+            Self::Attention(blueprint) => {
+                blueprint.storage().map(|binding| (binding.slot.number(), binding.writes)).collect()
+            }
+        }
+    }
+}
 
 /// A compiled kernel.
 #[derive(Debug)]
@@ -82,11 +119,11 @@ fn checksum(data: &[u8]) -> u64 {
         .fold(0xcbf2_9ce4_8422_2325, |sum, &byte| (sum ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
 }
 
-/// The pipelines of one device. Concurrent requests for one blueprint build it once: the others
-/// wait for that build, while other blueprints go on.
+/// The pipelines of one device. Concurrent requests for one recipe build it once: the others
+/// wait for that build, while other recipes go on.
 #[derive(Debug)]
 pub(crate) struct PipelineCache {
-    cells: Mutex<HashMap<Blueprint, Cell>>,
+    cells: Mutex<HashMap<Recipe, Cell>>,
     /// The driver's own, where the device has one.
     driver: Option<wgpu::PipelineCache>,
 }
@@ -115,21 +152,21 @@ impl PipelineCache {
     pub(crate) fn get(
         &self,
         device: &wgpu::Device,
-        blueprint: &Blueprint,
+        recipe: Recipe,
         runtime_checks: bool,
     ) -> Result<Arc<Pipeline>> {
         let cell = {
             let mut cells = self.cells.lock().unwrap_or_else(PoisonError::into_inner);
-            Arc::clone(cells.entry(*blueprint).or_default())
+            Arc::clone(cells.entry(recipe).or_default())
         };
         let built = cell
-            .get_or_init(|| build(device, blueprint, runtime_checks, self.driver.as_ref()).map(Arc::new))
+            .get_or_init(|| build(device, recipe, runtime_checks, self.driver.as_ref()).map(Arc::new))
             .clone();
         if built.is_err() {
             // Memory may be there the next time: a failure is not kept.
             let mut cells = self.cells.lock().unwrap_or_else(PoisonError::into_inner);
-            if cells.get(blueprint).is_some_and(|kept| Arc::ptr_eq(kept, &cell)) {
-                cells.remove(blueprint);
+            if cells.get(&recipe).is_some_and(|kept| Arc::ptr_eq(kept, &cell)) {
+                cells.remove(&recipe);
             }
         }
         built
@@ -142,31 +179,26 @@ impl PipelineCache {
 
 fn build(
     device: &wgpu::Device,
-    blueprint: &Blueprint,
+    recipe: Recipe,
     runtime_checks: bool,
     cache: Option<&wgpu::PipelineCache>,
 ) -> Result<Pipeline> {
-    let name = blueprint.kernel.name();
-    log::debug!("building {blueprint:?}");
-    let entries: Vec<_> = blueprint
-        .bindings()
-        .iter()
-        .map(|binding| wgpu::BindGroupLayoutEntry {
-            binding: binding.slot.number(),
-            visibility: wgpu::ShaderStages::COMPUTE,
-            ty: wgpu::BindingType::Buffer {
-                ty: match binding.slot {
-                    Slot::Params => wgpu::BufferBindingType::Uniform,
-                    _ => wgpu::BufferBindingType::Storage { read_only: !binding.writes },
-                },
-                has_dynamic_offset: binding.slot == Slot::Params,
-                min_binding_size: (binding.slot == Slot::Params)
-                    .then(|| wgpu::BufferSize::new(size_of::<Params>() as u64))
-                    .flatten(),
-            },
-            count: None,
-        })
-        .collect();
+    let name = recipe.name();
+    log::debug!("building {recipe:?}");
+    let entry = |binding, ty, dynamic: bool, bytes| wgpu::BindGroupLayoutEntry {
+        binding,
+        visibility: wgpu::ShaderStages::COMPUTE,
+        ty: wgpu::BindingType::Buffer {
+            ty,
+            has_dynamic_offset: dynamic,
+            min_binding_size: wgpu::BufferSize::new(bytes),
+        },
+        count: None,
+    };
+    let mut entries = vec![entry(0, wgpu::BufferBindingType::Uniform, true, recipe.params_bytes())];
+    entries.extend(recipe.storage().into_iter().map(|(number, writes)| {
+        entry(number, wgpu::BufferBindingType::Storage { read_only: !writes }, false, 0)
+    }));
     scoped(device, name, || {
         let layout = device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor {
             label: Some(name),
@@ -177,7 +209,7 @@ fn build(
             bind_group_layouts: &[Some(&layout)],
             immediate_size: 0,
         });
-        let module = module(device, blueprint, runtime_checks);
+        let module = module(device, recipe, runtime_checks);
         let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
             label: Some(name),
             layout: Some(&pipeline_layout),
@@ -206,10 +238,10 @@ pub(crate) fn experimental_features() -> wgpu::ExperimentalFeatures {
 }
 
 #[allow(unsafe_code)]
-fn module(device: &wgpu::Device, blueprint: &Blueprint, runtime_checks: bool) -> wgpu::ShaderModule {
+fn module(device: &wgpu::Device, recipe: Recipe, runtime_checks: bool) -> wgpu::ShaderModule {
     let descriptor = wgpu::ShaderModuleDescriptor {
-        label: Some(blueprint.kernel.name()),
-        source: wgpu::ShaderSource::Wgsl(compose(blueprint).into()),
+        label: Some(recipe.name()),
+        source: wgpu::ShaderSource::Wgsl(recipe.wgsl().into()),
     };
     if runtime_checks {
         return device.create_shader_module(descriptor);
