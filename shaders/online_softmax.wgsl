@@ -20,11 +20,9 @@ fn close_row(index: u32, h: u32, m: f32, l: f32, stores: bool) -> f32 {
     if stores {
         // Some software adapters lose a NaN in log2.
         let lse = select(row_max + log2(row_sum) * LN_2, row_sum, is_nan(row_sum));
-        let head = params.head_first + index / params.row_count;
-        store_lse(
-            head * params.seq_q + params.row_first + index % params.row_count,
-            select(lse, bitcast<f32>(neg_inf_bits()), empty),
-        );
+        let b = batch_head(index / params.row_count).x;
+        let i = params.row_first + index % params.row_count;
+        store_lse(lse_at(b, h, i), select(lse, bitcast<f32>(neg_inf_bits()), empty));
     }
     return select(shrink / row_sum, 0.0, empty);
 }

@@ -2,6 +2,7 @@
 // equal by reflection. Offsets and strides are in elements, so that alignment never matters.
 struct Params {
     // Sizes.
+    batch: u32,
     heads_q: u32,
     group_size: u32, // query heads that share one key-value head
     seq_q: u32,
@@ -20,9 +21,15 @@ struct Params {
     // The value kernel's part of the keys: [key_first, key_end); the last part has no end.
     key_first: u32,
     key_end: u32,
-    // Splits of the keys that workgroups take side by side, and keys of each.
+    // Splits of the keys that workgroups take side by side; keys of a step, and fewest steps of a split.
     splits: u32,
-    split_keys: u32,
+    split_step: u32,
+    split_least: u32,
+    // Ragged queries and keys: rows of all entries. Pages, and entries of a row of the block table.
+    total_q: u32,
+    total_kv: u32,
+    pages: u32,
+    max_blocks: u32,
     // Scores.
     scale: f32,
     softcap: f32,

@@ -23,7 +23,7 @@ fn soft_cap(s: f32) -> f32 {
     return select(capped, s, is_nan(s));
 }
 
-// The score of query `i` and key `j`, or DROPPED. `range` is kv_range(i), `tile` what the boolean mask
+// The score of query `i` and key `j`, or DROPPED. `range` is kv_range(b, i), `tile` what the boolean mask
 // does to the tile of the pair.
 fn finish_score(
     dot: f32, b: u32, h: u32, i: u32, j: u32, range: vec2<u32>, len_k: u32, tile: u32,
@@ -48,6 +48,6 @@ fn finish_kept(dot: f32, b: u32, h: u32, i: u32, j: u32, len_k: u32, tile: u32) 
         s = soft_cap(s);
     }
     s += bias;
-    s -= alibi(h, i, j, len_k);
+    s -= alibi(b, h, i, j, len_k);
     return select(max(s, LOWEST_KEPT), s, is_nan(s));
 }

@@ -105,6 +105,14 @@ pub struct Operands<'a> {
     pub sinks: Option<&'a wgpu::Buffer>,
     /// Valid keys, u32, one for each batch entry; clamped to seq_kv.
     pub kv_lens: Option<&'a wgpu::Buffer>,
+    /// Pages of each batch entry's keys, u32. An entry ends before the first page that does not exist.
+    pub block_table: Option<&'a wgpu::Buffer>,
+    /// Where each batch entry's ragged queries begin, and the last end, u32; clamped.
+    pub cu_seqlens_q: Option<&'a wgpu::Buffer>,
+    /// Where each batch entry's ragged keys begin, and the last end, u32; clamped.
+    pub cu_seqlens_k: Option<&'a wgpu::Buffer>,
+    /// Gains the bits of [`Status`](crate::Status), a u32; nothing is ever taken from it.
+    pub status: Option<&'a wgpu::Buffer>,
     /// Receives the natural logarithm of each row's denominator, f32.
     pub lse: Option<&'a wgpu::Buffer>,
     /// Receives the weights, f32.
@@ -125,6 +133,10 @@ impl<'a> Operands<'a> {
             alibi_slopes: None,
             sinks: None,
             kv_lens: None,
+            block_table: None,
+            cu_seqlens_q: None,
+            cu_seqlens_k: None,
+            status: None,
             lse: None,
             weights: None,
         }
@@ -142,6 +154,10 @@ impl<'a> Operands<'a> {
             Operand::AlibiSlopes => self.alibi_slopes,
             Operand::Sinks => self.sinks,
             Operand::KvLens => self.kv_lens,
+            Operand::BlockTable => self.block_table,
+            Operand::CuSeqlensQ => self.cu_seqlens_q,
+            Operand::CuSeqlensK => self.cu_seqlens_k,
+            Operand::Status => self.status,
             Operand::Lse => self.lse,
             Operand::Weights => self.weights,
         }

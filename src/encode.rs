@@ -223,7 +223,7 @@ fn check(plan: &Plan, operands: &Operands<'_>) -> Result<()> {
     }
     // Across dispatches one buffer may serve both, but not one place of it: a later dispatch must not
     // find an input overwritten by an earlier output.
-    for output in [O, Lse, Weights] {
+    for output in [O, Lse, Weights, Status] {
         for other in Operand::ALL.into_iter().filter(|&other| other != output) {
             let same = operands.get(output).is_some_and(|buffer| operands.get(other) == Some(buffer));
             let (a, b) = (plan.window(output), plan.window(other));

@@ -28,6 +28,14 @@ pub enum Operand {
     Sinks,
     /// Valid keys of each batch entry, `[batch]`.
     KvLens,
+    /// Pages of each batch entry's keys, `[batch, max_blocks]`.
+    BlockTable,
+    /// Where each batch entry's ragged queries begin, and the last end, `[batch + 1]`.
+    CuSeqlensQ,
+    /// Where each batch entry's ragged keys begin, and the last end, `[batch + 1]`.
+    CuSeqlensK,
+    /// The word that reports what was wrong with numbers on the GPU.
+    Status,
     /// The natural logarithm of each row's denominator, `[batch, heads_q, seq_q]`.
     Lse,
     /// The attention weights, `[batch, heads_q, seq_q, seq_kv]`.
@@ -36,7 +44,7 @@ pub enum Operand {
 
 impl Operand {
     /// Every operand, inputs before outputs.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 16] = [
         Self::Q,
         Self::K,
         Self::V,
@@ -46,9 +54,13 @@ impl Operand {
         Self::AlibiSlopes,
         Self::Sinks,
         Self::KvLens,
+        Self::BlockTable,
+        Self::CuSeqlensQ,
+        Self::CuSeqlensK,
         Self::O,
         Self::Lse,
         Self::Weights,
+        Self::Status,
     ];
 }
 
@@ -65,6 +77,10 @@ impl std::fmt::Display for Operand {
             Self::AlibiSlopes => "alibi_slopes",
             Self::Sinks => "sinks",
             Self::KvLens => "kv_lens",
+            Self::BlockTable => "block_table",
+            Self::CuSeqlensQ => "cu_seqlens_q",
+            Self::CuSeqlensK => "cu_seqlens_k",
+            Self::Status => "status",
             Self::Lse => "lse",
             Self::Weights => "weights",
         })
@@ -154,6 +170,48 @@ pub enum Error {
         need: Dtype,
         /// The call's type.
         got: Dtype,
+    },
+    /// An operand cannot have the element type that the problem gives it.
+    #[error("{operand}: {got} is not one of its element types: {need}")]
+    DtypeUnfit {
+        /// The operand.
+        operand: Operand,
+        /// The type given.
+        got: Dtype,
+        /// The types that it may have.
+        need: &'static str,
+    },
+    /// A cache's sizes do not hold what the problem asks of it.
+    #[error("cache: {why}")]
+    Cache {
+        /// What does not fit.
+        why: String,
+    },
+    /// The block table names a page that does not exist.
+    #[error("block_table[{batch}][{block}] = {got} is none of the {pages} pages")]
+    BlockTable {
+        /// The batch entry.
+        batch: usize,
+        /// The block of its keys.
+        block: usize,
+        /// The page given.
+        got: u32,
+        /// Pages that exist.
+        pages: usize,
+    },
+    /// Offsets of ragged sequences do not rise from 0 to all rows, or an entry is longer than stated.
+    #[error("{operand}[{index}] = {got} must be between {least} and {most}")]
+    CuSeqlens {
+        /// Which of the two lists.
+        operand: Operand,
+        /// The place in it.
+        index: usize,
+        /// The offset given.
+        got: u32,
+        /// The offset before it; for the last one, all rows.
+        least: u32,
+        /// The most it may be, by the total and by the longest sequence that the problem states.
+        most: u64,
     },
     /// A key length is longer than the keys that exist.
     #[error("kv_lens[{batch}] = {got} is beyond seq_kv = {seq_kv}")]

@@ -103,8 +103,11 @@ impl FusedMatrix {
         if let Some(why) = lacks(caps) {
             return Some(why);
         }
-        if problem.dtype != Dtype::F16 {
-            return Some(format!("matrix units take f16, not {}", problem.dtype));
+        for dtype in [problem.dtype, problem.stored_kv()] {
+            // Codes become f16; f32 and bf16 reach further than that.
+            if dtype.is_float() && dtype != Dtype::F16 {
+                return Some(format!("matrix units take f16, not {dtype}"));
+            }
         }
         if self == Self::NONE {
             return Some(format!(

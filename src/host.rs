@@ -1,6 +1,7 @@
 //! Operands and results as slices and vectors: what the one-shot calls, the CPU path and the
 //! oracle take and give.
 
+use crate::cache::Cache;
 use crate::dtype::{Dtype, Tensor, TensorRef};
 use crate::error::{Error, Operand, Result};
 use crate::problem::AttentionProblem;
@@ -33,6 +34,12 @@ pub struct Inputs<'a> {
     pub sinks: Option<&'a [f32]>,
     /// Valid keys, one for each batch entry.
     pub kv_lens: Option<&'a [u32]>,
+    /// Pages of each batch entry's keys, `[batch, max_blocks]`; those past its length are not looked at.
+    pub block_table: Option<&'a [u32]>,
+    /// Where each batch entry's ragged queries begin, and the last end.
+    pub cu_seqlens_q: Option<&'a [u32]>,
+    /// Where each batch entry's ragged keys begin, and the last end.
+    pub cu_seqlens_k: Option<&'a [u32]>,
 }
 
 impl<'a> Inputs<'a> {
@@ -52,6 +59,9 @@ impl<'a> Inputs<'a> {
             alibi_slopes: None,
             sinks: None,
             kv_lens: None,
+            block_table: None,
+            cu_seqlens_q: None,
+            cu_seqlens_k: None,
         }
     }
 
@@ -59,6 +69,7 @@ impl<'a> Inputs<'a> {
     pub(crate) fn get(&self, operand: Operand) -> Option<(Option<Dtype>, usize, &'a [u8])> {
         let tensor = |t: TensorRef<'a>| (Some(t.dtype()), t.len(), t.bytes());
         let floats = |x: &'a [f32]| (None, x.len(), bytemuck::cast_slice(x));
+        let words = |x: &'a [u32]| (None, x.len(), bytemuck::cast_slice(x));
         match operand {
             Operand::Q => Some(tensor(self.q)),
             Operand::K => Some(tensor(self.k)),
@@ -68,8 +79,11 @@ impl<'a> Inputs<'a> {
             Operand::Mask => self.mask.map(|x| (None, x.len(), x)),
             Operand::AlibiSlopes => self.alibi_slopes.map(floats),
             Operand::Sinks => self.sinks.map(floats),
-            Operand::KvLens => self.kv_lens.map(|x| (None, x.len(), bytemuck::cast_slice(x))),
-            Operand::O | Operand::Lse | Operand::Weights => None,
+            Operand::KvLens => self.kv_lens.map(words),
+            Operand::BlockTable => self.block_table.map(words),
+            Operand::CuSeqlensQ => self.cu_seqlens_q.map(words),
+            Operand::CuSeqlensK => self.cu_seqlens_k.map(words),
+            Operand::O | Operand::Lse | Operand::Weights | Operand::Status => None,
         }
     }
 
@@ -77,12 +91,13 @@ impl<'a> Inputs<'a> {
     ///
     /// # Errors
     /// Those of [`AttentionProblem::validate`], and [`Error::MissingOperand`],
-    /// [`Error::UnexpectedOperand`], [`Error::DtypeMismatch`], [`Error::OutOfBounds`] and
-    /// [`Error::KvLen`].
+    /// [`Error::UnexpectedOperand`], [`Error::DtypeMismatch`], [`Error::OutOfBounds`], [`Error::KvLen`],
+    /// [`Error::BlockTable`] and [`Error::CuSeqlens`].
     pub fn check(&self, problem: &AttentionProblem) -> Result<()> {
         use Operand::*;
         problem.validate()?;
-        for operand in [Q, K, V, W, Bias, Mask, AlibiSlopes, Sinks, KvLens] {
+        let inputs = [Q, K, V, W, Bias, Mask, AlibiSlopes, Sinks, KvLens, BlockTable, CuSeqlensQ, CuSeqlensK];
+        for operand in inputs {
             let (wanted, got) = (problem.layout(operand).is_some(), self.get(operand));
             let Some((dtype, len, _)) = got else {
                 if wanted {
@@ -93,8 +108,11 @@ impl<'a> Inputs<'a> {
             if !wanted {
                 return Err(Error::UnexpectedOperand { operand });
             }
-            let need =
-                if operand == Bias { problem.bias.map(|bias| bias.dtype) } else { Some(problem.dtype) };
+            let need = match operand {
+                Bias => problem.bias.map(|bias| bias.dtype),
+                K | V => Some(problem.stored_kv()),
+                _ => Some(problem.dtype),
+            };
             if let (Some(got), Some(need)) = (dtype, need)
                 && got != need
             {
@@ -116,12 +134,61 @@ impl<'a> Inputs<'a> {
                 return Err(Error::KvLen { batch, got, seq_kv: problem.seq_kv });
             }
         }
+        self.check_ragged(problem)?;
+        let Some(table) = self.block_table else { return Ok(()) };
+        let Cache::Paged { pages, page_size, max_blocks } = problem.cache else { return Ok(()) };
+        for batch in 0..problem.batch {
+            for block in 0..self.len_k(problem, batch).div_ceil(page_size) {
+                let got = table[batch * max_blocks + block];
+                if got as usize >= pages {
+                    return Err(Error::BlockTable { batch, block, got, pages });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Offsets of ragged sequences rise, stay inside the rows, and leave no entry longer than stated.
+    fn check_ragged(&self, problem: &AttentionProblem) -> Result<()> {
+        let total_k = if let Cache::Ragged { total } = problem.cache { Some(total) } else { None };
+        for (operand, total, list, longest) in [
+            (Operand::CuSeqlensQ, problem.total_q, self.cu_seqlens_q, problem.seq_q),
+            (Operand::CuSeqlensK, total_k, self.cu_seqlens_k, problem.seq_kv),
+        ] {
+            let (Some(total), Some(list)) = (total, list) else { continue };
+            let mut before = 0;
+            for (index, &got) in list[..=problem.batch].iter().enumerate() {
+                // From the first row to the last, so that every row is somebody's.
+                let least = if index == problem.batch { total as u32 } else { before };
+                let longest = if index == 0 { 0 } else { u64::from(before) + longest as u64 };
+                let most = longest.min(total as u64);
+                if got < least || u64::from(got) > most {
+                    return Err(Error::CuSeqlens { operand, index, got, least, most });
+                }
+                before = got;
+            }
+        }
         Ok(())
     }
 
     /// Valid keys of a batch entry.
     pub(crate) fn len_k(&self, problem: &AttentionProblem, batch: usize) -> usize {
+        if let Some(list) = self.cu_seqlens_k {
+            return (list[batch + 1] - list[batch]) as usize;
+        }
         self.kv_lens.map_or(problem.seq_kv, |lens| (lens[batch] as usize).min(problem.seq_kv))
+    }
+
+    /// Queries of a batch entry.
+    pub(crate) fn len_q(&self, problem: &AttentionProblem, batch: usize) -> usize {
+        self.cu_seqlens_q.map_or(problem.seq_q, |list| (list[batch + 1] - list[batch]) as usize)
+    }
+
+    /// The batch entry and the query of an index of q and o: of the first and third of their dimensions.
+    pub(crate) fn query_of(&self, [entry, row]: [usize; 2]) -> [usize; 2] {
+        let Some(list) = self.cu_seqlens_q else { return [entry, row] };
+        let batch = list.partition_point(|&first| first as usize <= row) - 1;
+        [batch, row - list[batch] as usize]
     }
 }
 

@@ -1,5 +1,6 @@
 //! The table of kernels, and the blueprint of one: everything that is compiled in.
 
+use crate::cache::Cache;
 use crate::caps::Caps;
 use crate::dtype::Dtype;
 use crate::error::Operand;
@@ -111,6 +112,7 @@ pub(crate) enum Kernel {
     ValuesTile,
     ValuesDirect,
     Weights,
+    Lengths,
     Bundle,
     MaskMap,
     FusedTile,
@@ -130,6 +132,7 @@ impl Kernel {
             Self::ValuesTile => "values_tile",
             Self::ValuesDirect => "values_direct",
             Self::Weights => "weights",
+            Self::Lengths => "lengths",
             Self::Bundle => "bundle",
             Self::MaskMap => "mask_map",
             Self::FusedTile => "fused_tile",
@@ -151,7 +154,7 @@ impl Kernel {
 
     /// Whether what it makes serves every chunk: it is dispatched before the first alone.
     pub(crate) fn is_once(self) -> bool {
-        matches!(self, Self::Bundle | Self::MaskMap)
+        matches!(self, Self::Lengths | Self::Bundle | Self::MaskMap)
     }
 
     pub(crate) fn is_scores(self) -> bool {
@@ -235,9 +238,19 @@ pub(crate) fn key_parts(problem: &AttentionProblem) -> usize {
     problem.seq_kv.div_ceil(part_keys(problem)).max(1)
 }
 
-/// Words of the buffer that holds slopes, sinks and key lengths together.
+/// Words of the buffer that holds all lists together.
 pub(crate) fn bundle_words(problem: &AttentionProblem) -> u64 {
-    2 * problem.heads_q as u64 + problem.batch as u64
+    let table = match problem.cache {
+        Cache::Paged { max_blocks, .. } => problem.batch as u64 * max_blocks as u64,
+        _ => 0,
+    };
+    2 * problem.heads_q as u64 + 3 * problem.batch as u64 + 2 + table
+}
+
+/// Whether [`Kernel::Lengths`] looks after the lengths first: where pages might not exist, and where the
+/// caller wants to know what was wrong.
+pub(crate) fn looks_after_lengths(problem: &AttentionProblem) -> bool {
+    problem.status || matches!(problem.cache, Cache::Paged { .. })
 }
 
 /// Threads of the element-wise kernels (project, weights, bundle) and of the mask's map.
@@ -320,12 +333,24 @@ impl Io {
         let dtype = match operand {
             Operand::O => problem.out_dtype,
             Operand::Bias => problem.bias?.dtype,
+            Operand::K | Operand::V => problem.stored_kv(),
             _ => problem.dtype,
         };
-        // The bias is read element by element, whatever its layout.
-        let vec4 = operand != Operand::Bias && layout.is_vec4(problem.shape(operand)[3]);
+        // The bias is read element by element, whatever its layout, and codes by the word.
+        let vec4 = operand != Operand::Bias && dtype.is_float() && layout.is_vec4(problem.shape(operand)[3]);
         Some(Self { dtype, vec4, native: dtype == Dtype::F16 && caps.shader_f16 })
     }
+}
+
+/// How a kernel finds the rows of k and v: [`Cache`], with what is compiled in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Keys {
+    Contiguous,
+    Ragged,
+    /// Rows of the ring.
+    Ring(u32),
+    /// Rows of a page.
+    Paged(u32),
 }
 
 /// Everything that is compiled into one pipeline: its cache key, and (by
@@ -345,8 +370,15 @@ pub(crate) struct Blueprint {
     pub(crate) alibi: bool,
     pub(crate) mask: bool,
     pub(crate) kv_lens: bool,
+    /// [`Kernel::Lengths`] has looked after the lengths.
+    pub(crate) looked_after: bool,
+    /// How rows of k and v are found; contiguous where the kernel looks for none.
+    pub(crate) keys: Keys,
+    pub(crate) ragged_q: bool,
     pub(crate) sinks: bool,
     pub(crate) lse: bool,
+    /// The status word is there.
+    pub(crate) status: bool,
     /// Keys come in several parts.
     pub(crate) parts: bool,
     /// Key lengths, slopes and sinks lie in one buffer, made by [`Kernel::Bundle`]: with a binding for
@@ -375,6 +407,11 @@ impl Blueprint {
         let merges = kernel == Kernel::Merge;
         let softmax = kernel == Kernel::SoftmaxRow || kernel.is_fused() || merges;
         let values = kernel.is_values() || kernel.is_fused();
+        let lengths = kernel == Kernel::Lengths;
+        // It asks how many keys an entry has, or gathers the list.
+        let counts = kernel != Kernel::Project && !maps && !merges;
+        let looked_after = counts && !lengths && looks_after_lengths(problem);
+        let finds = scores || values || lengths || bundles;
         Self {
             kernel,
             tiles,
@@ -387,9 +424,18 @@ impl Blueprint {
             softcap: scores && problem.softcap.is_some(),
             alibi: (scores || bundles) && problem.alibi,
             mask: (scores || maps) && problem.mask.is_some(),
-            kv_lens: kernel != Kernel::Project && !maps && !merges && problem.kv_lens,
+            kv_lens: counts && problem.kv_lens && !looked_after,
+            looked_after,
+            keys: match problem.cache {
+                Cache::Ragged { .. } if finds || (counts && !looked_after) => Keys::Ragged,
+                Cache::Ring { capacity } if finds => Keys::Ring(capacity as u32),
+                Cache::Paged { page_size, .. } if finds => Keys::Paged(page_size as u32),
+                _ => Keys::Contiguous,
+            },
+            ragged_q: !maps && problem.total_q.is_some(),
             sinks: (softmax || bundles) && problem.sinks,
             lse: softmax && problem.lse,
+            status: lengths && problem.status,
             parts: values && key_parts(problem) > 1,
             bundled: false,
             mapped: false,
@@ -424,17 +470,34 @@ impl Blueprint {
 
     /// Whether there are more bindings than the device has, and bundling could mend that.
     pub(crate) fn wants_bundle(&self, caps: &Caps) -> bool {
-        self.storage_buffers() > caps.max_storage_buffers
-            && [self.kv_lens, self.alibi, self.sinks].iter().filter(|&&has| has).count() > 1
+        self.storage_buffers() > caps.max_storage_buffers && self.lists().count() > 1
+    }
+
+    /// The lists that it reads, by the binding of each.
+    pub(crate) fn lists(&self) -> impl Iterator<Item = Slot> {
+        let lengths = if self.looked_after { Slot::Lengths } else { Slot::Operand(Operand::KvLens) };
+        [
+            (self.alibi, Slot::Operand(Operand::AlibiSlopes)),
+            (self.sinks, Slot::Operand(Operand::Sinks)),
+            (self.kv_lens || self.looked_after, lengths),
+            (self.ragged_q, Slot::Operand(Operand::CuSeqlensQ)),
+            (self.keys == Keys::Ragged, Slot::Operand(Operand::CuSeqlensK)),
+            (matches!(self.keys, Keys::Paged(_)), Slot::Operand(Operand::BlockTable)),
+        ]
+        .into_iter()
+        .filter_map(|(present, slot)| present.then_some(slot))
     }
 
     /// Threads of a workgroup.
     pub(crate) fn threads(&self) -> u32 {
         let t = &self.tiles;
         match self.kernel {
-            Kernel::Project | Kernel::Weights | Kernel::Bundle | Kernel::MaskMap | Kernel::Merge => {
-                ELEMENT_LANES
-            }
+            Kernel::Project
+            | Kernel::Weights
+            | Kernel::Lengths
+            | Kernel::Bundle
+            | Kernel::MaskMap
+            | Kernel::Merge => ELEMENT_LANES,
             Kernel::FusedTile | Kernel::FusedSubgroup => t.fused.threads(),
             Kernel::FusedMatrix => t.matrix.threads(),
             Kernel::FusedRow => FusedRow::LANES,
@@ -454,6 +517,7 @@ impl Blueprint {
             Kernel::SoftmaxRow => 4 * self.threads(),
             // A bit for each tile of a word, twice.
             Kernel::MaskMap => 8,
+            Kernel::Lengths => 4,
             Kernel::FusedTile | Kernel::FusedSubgroup => t.fused.workgroup_bytes(),
             Kernel::FusedMatrix => t.matrix.workgroup_bytes(),
             Kernel::ValuesTile => {
@@ -480,6 +544,7 @@ impl Blueprint {
                 heads * tiles(rows, t.values_rows) * tiles(problem.head_dim_v as u64, 4 * t.values_lanes)
             }
             Kernel::Weights => heads * rows * tiles(keys, ELEMENT_LANES),
+            Kernel::Lengths => problem.batch as u64,
             Kernel::Bundle => tiles(bundle_words(problem), ELEMENT_LANES),
             Kernel::MaskMap => t.map().map_or(0, |tile| mask_map::words(problem, tile)),
             Kernel::FusedTile | Kernel::FusedSubgroup => fused(t.fused.tile_q()),
@@ -537,16 +602,17 @@ impl Blueprint {
             (self.v.is_some(), Operand::V),
             (self.bias.is_some(), Operand::Bias),
             (self.mask, Operand::Mask),
-            (self.alibi && !self.bundled, Operand::AlibiSlopes),
-            (self.sinks && !self.bundled, Operand::Sinks),
-            (self.kv_lens && !self.bundled, Operand::KvLens),
             (self.kernel == Kernel::Project, Operand::W),
         ] {
             if present {
                 all.push(read(Slot::Operand(operand)));
             }
         }
+        if !self.bundled {
+            all.extend(self.lists().map(read));
+        }
         for (present, binding) in [
+            (self.status, write(Slot::Operand(Operand::Status))),
             (self.projected, read(Slot::Projected)),
             (self.lse, write(Slot::Operand(Operand::Lse))),
             (self.parts || self.split, write(Slot::Carried)),
@@ -565,6 +631,7 @@ impl Blueprint {
                 let out = Slot::Operand(Operand::O);
                 all.extend([read(Slot::Scores), read(Slot::InverseSums), write(out)]);
             }
+            Kernel::Lengths => all.push(write(Slot::Lengths)),
             Kernel::Bundle => all.push(write(Slot::Bundle)),
             Kernel::MaskMap => all.push(write(Slot::MaskMap)),
             Kernel::FusedTile | Kernel::FusedSubgroup | Kernel::FusedMatrix | Kernel::FusedRow => {
@@ -595,6 +662,7 @@ pub(crate) enum Slot {
     Carried,
     Bundle,
     MaskMap,
+    Lengths,
 }
 
 impl Slot {
@@ -614,6 +682,10 @@ impl Slot {
                 Operand::Lse => 10,
                 Operand::W => 12,
                 Operand::Weights => 13,
+                Operand::BlockTable => 19,
+                Operand::CuSeqlensQ => 20,
+                Operand::CuSeqlensK => 21,
+                Operand::Status => 22,
             },
             Self::Scores => 11,
             Self::InverseSums => 14,
@@ -621,6 +693,7 @@ impl Slot {
             Self::Carried => 16,
             Self::Bundle => 17,
             Self::MaskMap => 18,
+            Self::Lengths => 23,
         }
     }
 }

@@ -44,6 +44,7 @@
 #![deny(missing_docs)]
 
 mod attention;
+mod cache;
 mod caps;
 #[cfg(all(feature = "cpu", not(target_arch = "wasm32")))]
 pub mod cpu;
@@ -61,6 +62,7 @@ mod params;
 mod pipeline;
 mod plan;
 mod problem;
+mod quant;
 mod readback;
 pub mod reference;
 mod run;
@@ -68,12 +70,14 @@ mod scope;
 mod scratch;
 mod self_test;
 mod shader;
+mod status;
 mod tile;
 mod timing;
 mod tuning;
 mod unroll;
 
 pub use attention::{Attention, DeviceRequest, Operands, Options, adapters};
+pub use cache::Cache;
 pub use caps::{Caps, MatrixUnits};
 pub use dtype::{Dtype, Tensor, TensorRef};
 pub use encode::Prepared;
@@ -85,7 +89,9 @@ pub use mask::{Align, Window};
 pub use pipeline::PipelineBlob;
 pub use plan::{Dispatch, Path, Plan, PlanOptions, Shader};
 pub use problem::{AttentionProblem, Bias, Similarity};
+pub use quant::{dequantize, quantize, row_elements};
 pub use readback::read_buffer;
+pub use status::Status;
 pub use tile::Tile;
 pub use timing::GpuTimer;
 pub use tuning::Tuning;

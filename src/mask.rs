@@ -51,13 +51,18 @@ impl AttentionProblem {
     /// The keys that causality, the window and the key length leave to query `row` of a batch
     /// entry with `len_k` valid keys. A boolean mask or a bias of -inf may drop more.
     pub fn kv_range(&self, row: usize, len_k: usize) -> Range<usize> {
+        self.kv_range_of(row, self.seq_q, len_k)
+    }
+
+    /// The same of an entry with `len_q` queries of its own.
+    pub(crate) fn kv_range_of(&self, row: usize, len_q: usize, len_k: usize) -> Range<usize> {
         let len_k = len_k.min(self.seq_kv);
         let (mut lo, mut hi) = (0, len_k as i64);
         if let Some(align) = self.causal {
-            hi = hi.min(row as i64 + align.offset(self.seq_q, len_k) + 1);
+            hi = hi.min(row as i64 + align.offset(len_q, len_k) + 1);
         }
         if let Some(window) = self.window {
-            let position = row as i64 + self.align.offset(self.seq_q, len_k);
+            let position = row as i64 + self.align.offset(len_q, len_k);
             if let Some(left) = window.left {
                 lo = lo.max(position.saturating_sub(left.min(i64::MAX as usize) as i64));
             }

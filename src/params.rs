@@ -6,6 +6,7 @@ use crate::layout::Layout;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
 pub(crate) struct Params {
+    pub(crate) batch: u32,
     pub(crate) heads_q: u32,
     pub(crate) group_size: u32,
     pub(crate) seq_q: u32,
@@ -22,7 +23,12 @@ pub(crate) struct Params {
     pub(crate) key_first: u32,
     pub(crate) key_end: u32,
     pub(crate) splits: u32,
-    pub(crate) split_keys: u32,
+    pub(crate) split_step: u32,
+    pub(crate) split_least: u32,
+    pub(crate) total_q: u32,
+    pub(crate) total_kv: u32,
+    pub(crate) pages: u32,
+    pub(crate) max_blocks: u32,
     pub(crate) scale: f32,
     pub(crate) softcap: f32,
     pub(crate) w_head_stride: u32,

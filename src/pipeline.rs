@@ -256,8 +256,15 @@ fn module(device: &wgpu::Device, recipe: Recipe, runtime_checks: bool) -> wgpu::
     // (`Error::OutOfBounds`) before the bind group, which spans exactly `Plan::window`, exists.
     // Kernels clamp or guard every row, key and column that a tile adds beyond the sizes.
     //
-    // GPU-side numbers: `kv_lens` is the only one that addresses depend on, and `key_length` clamps
-    // it to seq_kv. A batch entry without keys visits no tile, so `len_k - 1` is never taken of 0.
+    // GPU-side numbers: `key_length` clamps `kv_lens` to seq_kv. A batch entry without keys visits no tile, so
+    // `len_k - 1` is never taken of 0. Offsets of ragged sequences are clamped to the rows that exist
+    // (`query_first`, `key_first`), lengths to what lies between two of them, and a row that an entry does
+    // not have to the last (`row_ragged`): problems without rows dispatch nothing. A page is looked up for
+    // keys that an entry has alone, and `lengths` has ended every entry before its first page that does not
+    // exist. A ring's rows are taken modulo its capacity.
+    //
+    // Quantised rows: `load_int8` and `load_int4` stay inside the `row_elements` words of a row that exists,
+    // for the quads that begin below its width.
     //
     // Scratch: rows of `score_stride` elements for each of the chunk's rows, as `Plan::scratch_of`
     // allocates and `choose_chunks` bounds below u32::MAX. Scores are stored below `score_stride`

@@ -3,9 +3,12 @@
 
 use std::sync::Arc;
 
+use crate::cache::Cache;
 use crate::caps::Caps;
 use crate::error::{Error, Operand, Result};
-use crate::kernel::{Blueprint, Family, Kernel, Slot, Tiles, bundle_words, key_parts, part_keys};
+use crate::kernel::{
+    Blueprint, Family, Kernel, Slot, Tiles, bundle_words, key_parts, looks_after_lengths, part_keys,
+};
 use crate::layout::Layout;
 use crate::mask::Align;
 use crate::mask_map::{self, MapTile};
@@ -151,9 +154,9 @@ pub struct Plan {
     stages: Vec<Blueprint>,
     heads_per_chunk: usize,
     rows_per_chunk: usize,
-    /// Splits of the keys and keys of each; 0 splits where the keys are not split.
+    /// Splits of the keys and fewest keys of one; 0 splits where the keys are not split.
     splits: usize,
-    split_keys: usize,
+    split_least: usize,
     budget: u64,
     reasons: Vec<String>,
 }
@@ -230,7 +233,7 @@ impl Plan {
             heads_per_chunk: 1,
             rows_per_chunk: 1,
             splits: 0,
-            split_keys: 0,
+            split_least: 0,
             budget: options.scratch_budget.unwrap_or(DEFAULT_BUDGET),
             reasons,
         };
@@ -268,8 +271,15 @@ impl Plan {
 
     /// Bytes of scratch memory: exactly what is allocated for this plan alone.
     pub fn scratch_bytes(&self) -> u64 {
-        let slots =
-            [Slot::Scores, Slot::InverseSums, Slot::Projected, Slot::Carried, Slot::Bundle, Slot::MaskMap];
+        let slots = [
+            Slot::Scores,
+            Slot::InverseSums,
+            Slot::Projected,
+            Slot::Carried,
+            Slot::Bundle,
+            Slot::MaskMap,
+            Slot::Lengths,
+        ];
         slots.map(|slot| self.scratch_of(slot)).iter().sum()
     }
 
@@ -418,7 +428,14 @@ impl Plan {
             ParamLayout::new(layout, p.shape(operand), first)
         };
         let per_head = matches!(p.similarity, Similarity::Bilinear { per_head: true, .. });
+        let step = self.tiles.map().map_or(1, |tile| tile.keys);
+        let [pages, max_blocks, total_kv] = match p.cache {
+            Cache::Paged { pages, max_blocks, .. } => [pages, max_blocks, 0],
+            Cache::Ragged { total } => [0, 0, total],
+            _ => [0; 3],
+        };
         Params {
+            batch: p.batch as u32,
             heads_q: p.heads_q as u32,
             group_size: p.group_size() as u32,
             seq_q: p.seq_q as u32,
@@ -435,7 +452,12 @@ impl Plan {
             key_first: (part * part_keys(p)) as u32,
             key_end: if part + 1 == parts { u32::MAX } else { ((part + 1) * part_keys(p)) as u32 },
             splits: self.splits as u32,
-            split_keys: self.split_keys as u32,
+            split_step: step,
+            split_least: (self.split_least as u32).div_ceil(step),
+            total_q: p.total_q.unwrap_or(0) as u32,
+            total_kv: total_kv as u32,
+            pages: pages as u32,
+            max_blocks: max_blocks as u32,
             scale: p.effective_scale() as f32,
             softcap: p.softcap.unwrap_or(1.0),
             w_head_stride: if per_head { (p.query_dim() * p.head_dim) as u32 } else { 0 },
@@ -483,6 +505,8 @@ impl Plan {
             Slot::Bundle => 0,
             Slot::MaskMap if self.mask_tile().is_some() => self.map_bytes(),
             Slot::MaskMap => 0,
+            Slot::Lengths if looks_after_lengths(&self.problem) => 4 * self.problem.batch as u64,
+            Slot::Lengths => 0,
             Slot::Projected => 4 * rows * self.projected_stride(),
             Slot::Carried => rows * self.carried_bytes(),
             Slot::Params | Slot::Operand(_) => 0,
@@ -545,19 +569,27 @@ impl Plan {
         let groups = |stage: &Blueprint| stage.groups(p, heads, p.seq_q as u64) as usize;
         let groups = self.stages.iter().find(|stage| stage.kernel.is_fused()).map_or(1, groups).max(1);
         let wanted = if self.caps.on_cpu() { WANTED_ON_CPU } else { WANTED_GROUPS };
-        let own = (wanted / groups).min(p.seq_kv.div_ceil(LEAST_SPLIT));
+        // What the queries of an entry see at most: a window's keys, wherever it stands.
+        let window = p.window.unwrap_or_default();
+        let sides = window.left.zip(window.right.or(p.causal.map(|_| 0)));
+        let keys = sides.map_or(p.seq_kv, |(left, right)| {
+            left.saturating_add(right).saturating_add(p.seq_q).min(p.seq_kv)
+        });
+        let own = (wanted / groups).min(keys.div_ceil(LEAST_SPLIT));
         if asked.unwrap_or(own) < 2 {
             return;
         }
-        // Whole steps of the kernel, and no more iterations than a part has.
+        // Whole steps of the kernel, and no more iterations than a part has. The shader shares the steps out
+        // that there are; a window that begins inside a step takes part of one more.
         let step = tile.keys as usize;
         let most = part_keys(p) / step * step;
-        self.split_keys = p.seq_kv.div_ceil(asked.unwrap_or(own)).next_multiple_of(step).min(most);
-        self.splits = p.seq_kv.div_ceil(self.split_keys);
+        let share = keys.div_ceil(asked.unwrap_or(own)).next_multiple_of(step).min(most);
+        self.splits = (keys + if sides.is_some() { step - 1 } else { 0 }).div_ceil(share);
+        self.split_least = if asked.is_some() { step } else { LEAST_SPLIT };
         let why = if asked.is_some() { "as asked" } else { "to fill the device" };
         self.reasons.push(format!(
-            "the keys are split {} times, {} keys each, over {groups} tiles of rows: {why}",
-            self.splits, self.split_keys
+            "the keys are split {} times, up to {share} keys each, over {groups} tiles of rows: {why}",
+            self.splits
         ));
         for stage in &mut self.stages {
             if stage.kernel.is_fused() {
@@ -629,7 +661,10 @@ impl Plan {
     fn fixed_bytes(&self) -> u64 {
         // The row sums are allocated in whole quads.
         let sums = if self.path() == Path::Staged { 12 } else { 0 };
-        sums + self.scratch_of(Slot::Bundle) + self.scratch_of(Slot::MaskMap)
+        sums + [Slot::Bundle, Slot::MaskMap, Slot::Lengths]
+            .map(|slot| self.scratch_of(slot))
+            .iter()
+            .sum::<u64>()
     }
 
     /// Whole heads if at least one fits the budget, else rows of one head.
@@ -754,10 +789,15 @@ fn stages(tiles: Tiles, problem: &AttentionProblem, caps: &Caps) -> Result<Vec<B
         if tiles.family == Family::FusedRow && longest > MOST_ROW_ELEMENTS {
             return Err(format!("it indexes k and v up to {MOST_ROW_ELEMENTS} elements, not {longest}"));
         }
-        if stages[0].wants_bundle(caps) {
-            stages[0] = stages[0].bundled();
-            stages.insert(0, new(Kernel::Bundle));
+    }
+    if stages.iter().any(|stage| stage.wants_bundle(caps)) {
+        for stage in stages.iter_mut().filter(|stage| stage.wants_bundle(caps)) {
+            *stage = stage.bundled();
         }
+        stages.insert(0, new(Kernel::Bundle));
+    }
+    if looks_after_lengths(problem) {
+        stages.insert(0, new(Kernel::Lengths));
     }
     if problem.layout(Operand::W).is_some() {
         stages.insert(0, new(Kernel::Project));
@@ -790,6 +830,12 @@ impl std::fmt::Display for Plan {
             "attention of {} x {} heads ({} key-value), {} queries, {} keys, head_dim {}, head_dim_v {}, {}",
             p.batch, p.heads_q, p.heads_kv, p.seq_q, p.seq_kv, p.head_dim, p.head_dim_v, p.dtype
         )?;
+        if (p.cache, p.stored_kv()) != (Cache::Contiguous, p.dtype) {
+            writeln!(f, "keys and values in {}, {}", p.cache, p.stored_kv())?;
+        }
+        if let Some(total) = p.total_q {
+            writeln!(f, "ragged queries, {total} in all")?;
+        }
         writeln!(f, "on {}", self.caps.adapter)?;
         let how = match self.path() {
             Path::Staged => "scores in scratch memory, then softmax, then values",
@@ -814,6 +860,7 @@ impl std::fmt::Display for Plan {
                 Kernel::Project | Kernel::Weights | Kernel::Bundle | Kernel::Merge => {
                     "element by element".into()
                 }
+                Kernel::Lengths => "an entry each".into(),
                 Kernel::MaskMap => match t.map() {
                     Some(tile) => format!("{} queries x {} keys, two bits each", tile.rows, tile.keys),
                     None => "no tiles".into(),

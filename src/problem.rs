@@ -1,10 +1,12 @@
 //! [`AttentionProblem`]: the mathematics that one call computes, whatever the data. The only home
 //! of shape rules.
 
+use crate::cache::Cache;
 use crate::dtype::Dtype;
 use crate::error::{Error, Operand, Result};
 use crate::layout::Layout;
 use crate::mask::{Align, Window};
+use crate::quant::row_elements;
 
 /// The longest sequence: positions plus offsets plus windows then stay inside an `i32`.
 pub(crate) const MAX_SEQ: usize = 1 << 28;
@@ -76,8 +78,10 @@ pub struct AttentionProblem {
     pub head_dim: usize,
     /// Width of v and o.
     pub head_dim_v: usize,
-    /// Storage of q, k and v.
+    /// Storage of q; of k and v, too, unless `kv_dtype` says otherwise.
     pub dtype: Dtype,
+    /// Storage of k and v: a cache may be narrower than the queries, or quantised.
+    pub kv_dtype: Option<Dtype>,
     /// Storage of o.
     pub out_dtype: Dtype,
     /// How a query and a key are compared.
@@ -100,13 +104,23 @@ pub struct AttentionProblem {
     pub align: Align,
     /// Each batch entry has its own number of valid keys; later keys are never used.
     pub kv_lens: bool,
+    /// How k and v keep the keys.
+    pub cache: Cache,
+    /// Queries are ragged: q and o are `[total_q, heads_q, dim]` or any layout of
+    /// `[1, heads_q, total_q, dim]`, those of entry `b` from row `cu_seqlens_q[b]` to `cu_seqlens_q[b + 1]`;
+    /// lse is `[heads_q, total_q]`. `seq_q` is the largest number of queries of an entry, as in
+    /// FlashAttention's varlen functions.
+    pub total_q: Option<usize>,
+    /// Report through a word ([`Status`](crate::Status)) what was wrong with numbers that lie on the GPU.
+    pub status: bool,
     /// Each head has a logit that joins the denominator alone (attention sinks, Xiao 2023).
     pub sinks: bool,
     /// Where q's elements lie: `[batch, heads_q, seq_q, head_dim]`.
     pub q: Layout,
-    /// Where k's elements lie: `[batch, heads_kv, seq_kv, head_dim]`.
+    /// Where k's elements lie: `[batch, heads_kv, seq_kv, head_dim]`, or as [`Cache`] says. The innermost
+    /// size of a quantised one is [`row_elements`].
     pub k: Layout,
-    /// Where v's elements lie: `[batch, heads_kv, seq_kv, head_dim_v]`.
+    /// Where v's elements lie: `[batch, heads_kv, seq_kv, head_dim_v]`, or as [`Cache`] says.
     pub v: Layout,
     /// Where o's elements lie: `[batch, heads_q, seq_q, head_dim_v]`. No stride of 0.
     pub o: Layout,
@@ -136,6 +150,7 @@ impl AttentionProblem {
             head_dim,
             head_dim_v,
             dtype: Dtype::F32,
+            kv_dtype: None,
             out_dtype: Dtype::F32,
             similarity: Similarity::ScaledDot,
             scale: None,
@@ -147,6 +162,9 @@ impl AttentionProblem {
             window: None,
             align: Align::BottomRight,
             kv_lens: false,
+            cache: Cache::Contiguous,
+            total_q: None,
+            status: false,
             sinks: false,
             q: Layout::bhsd(heads_q, seq_q, head_dim),
             k: Layout::bhsd(heads_kv, seq_kv, head_dim),
@@ -159,7 +177,47 @@ impl AttentionProblem {
 
     /// The same problem with q, k, v and o stored as `dtype`.
     pub fn with_dtype(self, dtype: Dtype) -> Self {
-        Self { dtype, out_dtype: dtype, ..self }
+        Self { dtype, out_dtype: dtype, kv_dtype: None, ..self }
+    }
+
+    /// The same problem against a cache of contiguous `[entry, row, heads_kv, dim]` rows (all that a token
+    /// adds lies in one place), stored as `kv_dtype`.
+    ///
+    /// ```
+    /// use wgpu_attention::{Align, AttentionProblem, Cache, Dtype};
+    /// // A step of decoding for 16 sequences of at most 4096 tokens, in 8192 pages of 16 tokens.
+    /// let problem = AttentionProblem {
+    ///     causal: Some(Align::BottomRight),
+    ///     kv_lens: true,
+    ///     ..AttentionProblem::new(16, 32, 8, 1, 4096, 128, 128)
+    /// }
+    /// .with_cache(Cache::Paged { pages: 8192, page_size: 16, max_blocks: 256 }, Dtype::F16);
+    /// assert!(problem.validate().is_ok());
+    /// ```
+    pub fn with_cache(self, cache: Cache, kv_dtype: Dtype) -> Self {
+        let [_, heads, rows] = cache.dims(&self);
+        Self {
+            cache,
+            kv_dtype: Some(kv_dtype),
+            k: Layout::bshd(heads, rows, row_elements(kv_dtype, self.head_dim)),
+            v: Layout::bshd(heads, rows, row_elements(kv_dtype, self.head_dim_v)),
+            ..self
+        }
+    }
+
+    /// The same problem with ragged queries, `total` in all: q and o are `[total, heads_q, dim]`.
+    pub fn with_ragged_queries(self, total: usize) -> Self {
+        Self {
+            total_q: Some(total),
+            q: Layout::bshd(self.heads_q, total, self.query_dim()),
+            o: Layout::bshd(self.heads_q, total, self.head_dim_v),
+            ..self
+        }
+    }
+
+    /// Storage of k and v.
+    pub fn stored_kv(&self) -> Dtype {
+        self.kv_dtype.unwrap_or(self.dtype)
     }
 
     /// Width of q.
@@ -204,8 +262,12 @@ impl AttentionProblem {
         if self.packs() { self.seq_q * self.group_size() } else { self.seq_q }
     }
 
-    /// Query rows over all batch entries and heads (`usize::MAX` where that overflows).
+    /// Query rows over all batch entries and heads (`usize::MAX` where that overflows); where they are ragged,
+    /// as many as there would be if each entry had `seq_q`.
     pub fn rows(&self) -> usize {
+        if self.total_q == Some(0) {
+            return 0;
+        }
         self.batch.saturating_mul(self.heads_q).saturating_mul(self.seq_q)
     }
 
@@ -221,13 +283,18 @@ impl AttentionProblem {
 
     /// Logical shape of an operand (leading ones where it has fewer dimensions).
     pub fn shape(&self, operand: Operand) -> [usize; 4] {
-        let (b, h, hkv) = (self.batch, self.heads_q, self.heads_kv);
+        let (b, h) = (self.batch, self.heads_q);
         let (sq, sk) = (self.seq_q, self.seq_kv);
+        let ragged = |dim| self.total_q.map_or([b, h, sq, dim], |total| [1, h, total, dim]);
+        let cached = |dim| {
+            let [entries, heads, rows] = self.cache.dims(self);
+            [entries, heads, rows, row_elements(self.stored_kv(), dim)]
+        };
         match operand {
-            Operand::Q => [b, h, sq, self.query_dim()],
-            Operand::K => [b, hkv, sk, self.head_dim],
-            Operand::V => [b, hkv, sk, self.head_dim_v],
-            Operand::O => [b, h, sq, self.head_dim_v],
+            Operand::Q => ragged(self.query_dim()),
+            Operand::K => cached(self.head_dim),
+            Operand::V => cached(self.head_dim_v),
+            Operand::O => ragged(self.head_dim_v),
             Operand::W => {
                 let per_head = matches!(self.similarity, Similarity::Bilinear { per_head: true, .. });
                 [1, if per_head { h } else { 1 }, self.query_dim(), self.head_dim]
@@ -235,7 +302,13 @@ impl AttentionProblem {
             Operand::Bias | Operand::Mask | Operand::Weights => [b, h, sq, sk],
             Operand::AlibiSlopes | Operand::Sinks => [1, 1, 1, h],
             Operand::KvLens => [1, 1, 1, b],
-            Operand::Lse => [1, b, h, sq],
+            Operand::BlockTable => match self.cache {
+                Cache::Paged { max_blocks, .. } => [1, 1, b, max_blocks],
+                _ => [1, 1, b, 0],
+            },
+            Operand::CuSeqlensQ | Operand::CuSeqlensK => [1, 1, 1, b + 1],
+            Operand::Status => [1, 1, 1, 1],
+            Operand::Lse => self.total_q.map_or([1, b, h, sq], |total| [1, 1, h, total]),
         }
     }
 
@@ -257,6 +330,10 @@ impl AttentionProblem {
             Operand::AlibiSlopes => when(self.alibi),
             Operand::Sinks => when(self.sinks),
             Operand::KvLens => when(self.kv_lens),
+            Operand::BlockTable => when(matches!(self.cache, Cache::Paged { .. })),
+            Operand::CuSeqlensQ => when(self.total_q.is_some()),
+            Operand::CuSeqlensK => when(matches!(self.cache, Cache::Ragged { .. })),
+            Operand::Status => when(self.status),
             Operand::Lse => when(self.lse),
             Operand::Weights => when(self.weights),
         }
@@ -265,7 +342,8 @@ impl AttentionProblem {
     /// Bytes of one element of an operand.
     pub fn element_bytes(&self, operand: Operand) -> usize {
         match operand {
-            Operand::Q | Operand::K | Operand::V => self.dtype.bytes(),
+            Operand::Q => self.dtype.bytes(),
+            Operand::K | Operand::V => self.stored_kv().bytes(),
             Operand::O => self.out_dtype.bytes(),
             Operand::Bias => self.bias.map_or(4, |bias| bias.dtype.bytes()),
             Operand::Mask => 1,
@@ -287,8 +365,9 @@ impl AttentionProblem {
     /// Checks every rule that does not depend on data or device.
     ///
     /// # Errors
-    /// [`Error::ZeroSize`], [`Error::HeadGroups`], [`Error::TooLarge`], [`Error::BadNumber`] and
-    /// [`Error::OutputOverlaps`]. `batch`, `seq_q` and `seq_kv` may be 0.
+    /// [`Error::ZeroSize`], [`Error::HeadGroups`], [`Error::TooLarge`], [`Error::BadNumber`],
+    /// [`Error::DtypeUnfit`], [`Error::Cache`] and [`Error::OutputOverlaps`]. `batch`, `seq_q` and `seq_kv` may
+    /// be 0.
     pub fn validate(&self) -> Result<()> {
         for (what, size) in [
             ("heads_q", self.heads_q),
@@ -317,6 +396,7 @@ impl AttentionProblem {
                 return Err(Error::TooLarge { what: what.into(), got: size as u128, max: MAX_SEQ as u64 });
             }
         }
+        self.validate_storage()?;
         if let Some(scale) = self.scale.filter(|scale| !scale.is_finite()) {
             return Err(Error::BadNumber { what: "scale", got: scale, need: "finite" });
         }
@@ -347,5 +427,71 @@ impl AttentionProblem {
             return Err(Error::OutputOverlaps { operand, shape, strides: self.o.strides });
         }
         Ok(())
+    }
+
+    /// The rules of element types and of caches.
+    fn validate_storage(&self) -> Result<()> {
+        let bias = self.bias.map_or(Dtype::F32, |bias| bias.dtype);
+        for (operand, got) in [(Operand::Q, self.dtype), (Operand::O, self.out_dtype), (Operand::Bias, bias)]
+        {
+            if !got.is_float() {
+                return Err(Error::DtypeUnfit { operand, got, need: "f32, f16 or bf16" });
+            }
+        }
+        for (operand, layout) in [(Operand::K, self.k), (Operand::V, self.v)] {
+            let dtype = self.stored_kv();
+            if !dtype.is_float() && layout.strides[3] != 1 {
+                let why = format!(
+                    "{operand}'s rows of {dtype} words must be contiguous, not {} apart",
+                    layout.strides[3]
+                );
+                return Err(Error::Cache { why });
+            }
+        }
+        let too_large = |what: &str, got: usize, max: usize| {
+            let (what, got) = (what.to_string(), got as u128);
+            if got > max as u128 { Err(Error::TooLarge { what, got, max: max as u64 }) } else { Ok(()) }
+        };
+        too_large("total_q", self.total_q.unwrap_or(0), MAX_SEQ)?;
+        match self.cache {
+            Cache::Contiguous => Ok(()),
+            Cache::Ring { capacity } => {
+                too_large("the ring's capacity", capacity, MAX_SEQ)?;
+                // What the first of the last queries sees, and all up to the last.
+                let left =
+                    self.window.and_then(|window| window.left).filter(|_| self.align == Align::BottomRight);
+                let need = left.map_or(self.seq_kv, |left| left.saturating_add(self.seq_q)).min(self.seq_kv);
+                if capacity < need.max(1) {
+                    let why = format!("a ring of {capacity} rows, where queries see {} keys", need.max(1));
+                    return Err(Error::Cache { why });
+                }
+                Ok(())
+            }
+            Cache::Paged { pages, page_size, max_blocks } => {
+                if page_size == 0 {
+                    return Err(Error::ZeroSize { what: "page_size" });
+                }
+                too_large("pages", pages, MAX_SEQ)?;
+                too_large("page_size", page_size, MAX_SEQ)?;
+                too_large("max_blocks", max_blocks, MAX_SEQ)?;
+                let need = self.seq_kv.div_ceil(page_size);
+                if max_blocks < need {
+                    let why = format!(
+                        "{} keys take {need} blocks of {page_size}, a row of the block table has {max_blocks}",
+                        self.seq_kv
+                    );
+                    return Err(Error::Cache { why });
+                }
+                Ok(())
+            }
+            Cache::Ragged { total } => {
+                too_large("total", total, MAX_SEQ)?;
+                if self.kv_lens {
+                    let why = "ragged keys have their lengths from cu_seqlens_k, not from kv_lens".into();
+                    return Err(Error::Cache { why });
+                }
+                Ok(())
+            }
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! The references that every path is held to: an f64 oracle in four plain passes, a naive
 //! computation in the storage precision, and the error budget made of both.
 
+use crate::cache::{Cache, KvRows};
 use crate::dtype::Dtype;
 use crate::error::{Operand, Result};
 use crate::host::Inputs;
@@ -10,9 +11,9 @@ use crate::problem::{AttentionProblem, Similarity};
 /// What [`oracle`] and [`naive`] give, in logical order and f64.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Reference {
-    /// `[batch, heads_q, seq_q, head_dim_v]`.
+    /// `[batch, heads_q, seq_q, head_dim_v]`; `[heads_q, total_q, head_dim_v]` where queries are ragged.
     pub o: Vec<f64>,
-    /// `[batch, heads_q, seq_q]`, natural logarithm.
+    /// The same without the last dimension, natural logarithm.
     pub lse: Vec<f64>,
     /// `[batch, heads_q, seq_q, seq_kv]` when [`AttentionProblem::weights`] asks for it.
     pub weights: Option<Vec<f64>>,
@@ -37,11 +38,11 @@ pub struct Reference {
 /// # Errors
 /// Those of [`Inputs::check`].
 pub fn oracle(problem: &AttentionProblem, inputs: &Inputs<'_>) -> Result<Reference> {
-    compute(problem, inputs, 0..problem.rows(), &|x| x)
+    compute(problem, inputs, None, &|x| x)
 }
 
-/// The oracle for some query rows only, numbered over `[batch, heads_q, seq_q]`: a slice of a
-/// problem too large to compute whole.
+/// The oracle for some query rows only, numbered as those of [`Reference::lse`]: a slice of a problem too
+/// large to compute whole. It gives no weights.
 ///
 /// # Errors
 /// Those of [`Inputs::check`].
@@ -50,7 +51,7 @@ pub fn oracle_rows(
     inputs: &Inputs<'_>,
     rows: std::ops::Range<usize>,
 ) -> Result<Reference> {
-    compute(problem, inputs, rows, &|x| x)
+    compute(problem, inputs, Some(rows), &|x| x)
 }
 
 /// What a plain framework computes when every tensor has the storage precision: each of scores,
@@ -61,7 +62,7 @@ pub fn oracle_rows(
 /// Those of [`Inputs::check`].
 pub fn naive(problem: &AttentionProblem, inputs: &Inputs<'_>) -> Result<Reference> {
     let dtype = problem.dtype;
-    compute(problem, inputs, 0..problem.rows(), &move |x| dtype.round(x as f32) as f64)
+    compute(problem, inputs, None, &move |x| dtype.round(x as f32) as f64)
 }
 
 /// The largest error of `o` that a path may have. `naive_error` is the maximal error of [`naive`]
@@ -97,21 +98,28 @@ pub fn max_error(got: impl IntoIterator<Item = f64>, want: &[f64]) -> f64 {
 fn compute(
     problem: &AttentionProblem,
     inputs: &Inputs<'_>,
-    rows: std::ops::Range<usize>,
+    rows: Option<std::ops::Range<usize>>,
     round: &dyn Fn(f64) -> f64,
 ) -> Result<Reference> {
     inputs.check(problem)?;
     let p = problem;
+    let [entries, heads, queries, _] = p.shape(Operand::O);
+    let all = if p.rows() == 0 { 0 } else { entries * heads * queries };
+    let weights = (p.weights && rows.is_none()).then(|| vec![0.0; p.extent(Operand::Weights) as usize]);
+    let rows = rows.unwrap_or(0..all);
     let mut out = Reference {
         o: Vec::with_capacity(rows.len() * p.head_dim_v),
         lse: Vec::with_capacity(rows.len()),
-        weights: p.weights.then(|| Vec::with_capacity(rows.len() * p.seq_kv)),
+        weights,
         max_score: 0.0,
         max_value: max_finite(problem, inputs),
     };
+    let values = KvRows::new(p, inputs, Operand::V);
     for row in rows {
-        let (b, h, i) = (row / p.seq_q / p.heads_q, row / p.seq_q % p.heads_q, row % p.seq_q);
-        let scores = scores(p, inputs, [b, h, i], round);
+        let place = [row / queries / heads, row / queries % heads, row % queries];
+        let h = place[1];
+        let [b, i] = inputs.query_of([place[0], place[2]]);
+        let scores = scores(p, inputs, [b, h, i], place, round);
 
         // The maximum over kept keys and the sink. f64::max would hide a NaN.
         let sink = inputs.sinks.map(|sinks| f64::from(sinks[h]));
@@ -128,31 +136,36 @@ fn compute(
         // The weighted sum, over kept keys alone: what lies at a dropped key is never read.
         let mut o = vec![0.0; p.head_dim_v];
         for (j, s) in scores.iter().enumerate().filter(|(_, s)| s.is_some()) {
-            let at = p.v.index([b, p.kv_head(h), j, 0]);
+            let at = values.index([b, p.kv_head(h), j]);
             for (d, o) in o.iter_mut().enumerate() {
-                *o += weight(*s) * f64::from(inputs.v.get(at + d * p.v.strides[3]));
+                *o += weight(*s) * f64::from(inputs.v.element(at, values.step(), p.head_dim_v, d));
             }
         }
         out.o.extend(o.into_iter().map(round));
         if let Some(weights) = &mut out.weights {
-            weights.extend((0..p.seq_kv).map(|j| weight(scores.get(j).copied().flatten())));
+            let first = ((b * heads + h) * p.seq_q + i) * p.seq_kv;
+            for (to, s) in weights[first..].iter_mut().zip(scores) {
+                *to = weight(s);
+            }
         }
     }
     Ok(out)
 }
 
-/// Scores of one query against every valid key; `None` where a mask drops the key.
+/// Scores of one query, which lies at `place` of q, against every valid key; `None` where a mask drops the key.
 fn scores(
     p: &AttentionProblem,
     inputs: &Inputs<'_>,
     [b, h, i]: [usize; 3],
+    place: [usize; 3],
     round: &dyn Fn(f64) -> f64,
 ) -> Vec<Option<f64>> {
-    let len_k = inputs.len_k(p, b);
-    let range = p.kv_range(i, len_k);
-    let q = projected_query(p, inputs, [b, h, i], round);
+    let (len_q, len_k) = (inputs.len_q(p, b), inputs.len_k(p, b));
+    let range = p.kv_range_of(i, len_q, len_k);
+    let q = projected_query(p, inputs, place, round);
+    let keys = KvRows::new(p, inputs, Operand::K);
     let scale = p.effective_scale();
-    let position = |align: Align| i as i64 + align.offset(p.seq_q, len_k);
+    let position = |align: Align| i as i64 + align.offset(len_q, len_k);
     (0..len_k)
         .map(|j| {
             let masked = p
@@ -161,9 +174,9 @@ fn scores(
             if masked || !range.contains(&j) {
                 return None;
             }
-            let at = p.k.index([b, p.kv_head(h), j, 0]);
-            let dot: f64 =
-                q.iter().enumerate().map(|(d, q)| q * f64::from(inputs.k.get(at + d * p.k.strides[3]))).sum();
+            let at = keys.index([b, p.kv_head(h), j]);
+            let k = |d| f64::from(inputs.k.element(at, keys.step(), p.head_dim, d));
+            let dot: f64 = q.iter().enumerate().map(|(d, q)| q * k(d)).sum();
             let mut s = round(round(dot) * scale);
             if let Some(cap) = p.softcap.map(f64::from) {
                 s = round(cap * (s / cap).tanh());
@@ -205,12 +218,15 @@ fn projected_query(
 }
 
 fn max_finite(p: &AttentionProblem, inputs: &Inputs<'_>) -> f64 {
-    let [b, h, _, d] = p.shape(Operand::V);
+    let values = KvRows::new(p, inputs, Operand::V);
     let mut max = 0.0_f64;
-    for (b, h) in (0..b).flat_map(|b| (0..h).map(move |h| (b, h))) {
-        for j in 0..inputs.len_k(p, b) {
-            for d in 0..d {
-                let x = f64::from(inputs.v.get(p.v.index([b, h, j, d]))).abs();
+    for (b, h) in (0..p.batch).flat_map(|b| (0..p.heads_kv).map(move |h| (b, h))) {
+        let len_k = inputs.len_k(p, b);
+        let first = if let Cache::Ring { capacity } = p.cache { len_k.saturating_sub(capacity) } else { 0 };
+        for j in first..len_k {
+            let at = values.index([b, h, j]);
+            for d in 0..p.head_dim_v {
+                let x = f64::from(inputs.v.element(at, values.step(), p.head_dim_v, d)).abs();
                 if x.is_finite() {
                     max = max.max(x);
                 }

@@ -90,6 +90,10 @@ impl Attention {
             alibi_slopes: get(Operand::AlibiSlopes),
             sinks: get(Operand::Sinks),
             kv_lens: get(Operand::KvLens),
+            block_table: get(Operand::BlockTable),
+            cu_seqlens_q: get(Operand::CuSeqlensQ),
+            cu_seqlens_k: get(Operand::CuSeqlensK),
+            status: get(Operand::Status),
             lse: get(Operand::Lse),
             weights: get(Operand::Weights),
             ..Operands::new(q, k, v, o)

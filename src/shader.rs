@@ -4,7 +4,7 @@
 use crate::dtype::Dtype;
 use crate::error::Operand;
 use crate::fused::FusedRow;
-use crate::kernel::{Blueprint, Io, Kernel, Slot};
+use crate::kernel::{Blueprint, Io, Kernel, Keys, Slot};
 use crate::unroll::unroll;
 
 macro_rules! part {
@@ -18,10 +18,11 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
     let b = blueprint;
     let mut out = String::new();
     let ios = [b.q, b.k, b.v, b.o, b.bias];
-    if ios.iter().flatten().any(|io| io.native) {
+    let matrix = b.kernel == Kernel::FusedMatrix;
+    if matrix || ios.iter().flatten().any(|io| io.native) {
         out.push_str("enable f16;\n");
     }
-    if b.kernel == Kernel::FusedMatrix {
+    if matrix {
         out.push_str("enable wgpu_cooperative_matrix;\n");
     }
     out.push_str(&format!("// {}, composed from shaders/\n", b.kernel.name()));
@@ -47,9 +48,20 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         [(b.q, Operand::Q, "query_dim"), (b.k, Operand::K, "head_dim"), (b.v, Operand::V, "head_dim_v")]
     {
         if let Some(io) = io {
-            add(&load(io, operand));
-            add(&named(part!("io/row"), operand));
-            if !io.vec4 {
+            add(&load(io, operand).replace("WIDTH", width));
+            if operand == Operand::Q {
+                add(&row(operand, b.ragged_q));
+            } else {
+                let text = match b.keys {
+                    Keys::Contiguous => part!("io/key"),
+                    Keys::Ragged => part!("io/key_ragged"),
+                    Keys::Ring(_) => part!("io/key_ring"),
+                    Keys::Paged(_) => part!("io/key_paged"),
+                };
+                add(&named(text, operand));
+                add(&named(part!("io/key_row"), operand));
+            }
+            if !io.vec4 && io.dtype.is_float() {
                 // An unrolled kernel knows at compile time which elements there are.
                 let known = [("head_dim", b.tiles.row.width), ("head_dim_v", b.tiles.row.width_v)];
                 let known = known.iter().find(|(name, size)| *name == width && *size > 0);
@@ -64,24 +76,47 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
             }
         }
     }
-    if b.kernel == Kernel::Project {
-        add(part!("io/query_plain"));
-        add(part!("kernel/project"));
-        return out;
-    }
     lists(&mut add, b);
     if b.kernel == Kernel::Bundle {
         add(part!("kernel/bundle"));
         return out;
     }
-    add(part!("mask"));
+    if b.kernel != Kernel::MaskMap {
+        add(if b.ragged_q { part!("io/queries_ragged") } else { part!("io/queries") });
+    }
+    if b.kernel == Kernel::Project {
+        add(part!("io/query_plain"));
+        add(part!("kernel/project"));
+        return out;
+    }
     if b.kernel == Kernel::MaskMap {
+        add(part!("mask_tiles"));
         mask(&mut add);
         add(part!("mask_map"));
         add(part!("kernel/mask_map"));
         return out;
     }
-    add(if b.kv_lens { part!("io/kv_lens") } else { part!("io/kv_lens_none") });
+    if b.keys == Keys::Ragged {
+        add(part!("io/keys_ragged"));
+    }
+    add(match (b.kv_lens || b.looked_after, b.keys) {
+        (true, _) => part!("io/kv_lens"),
+        (false, Keys::Ragged) => part!("io/kv_lens_ragged"),
+        (false, _) => part!("io/kv_lens_none"),
+    });
+    add(part!("io/key_length"));
+    if b.kernel == Kernel::Lengths {
+        add(if matches!(b.keys, Keys::Paged(_)) { part!("io/blocks") } else { part!("io/blocks_none") });
+        add(&if b.status {
+            named(part!("io/status"), Operand::Status)
+        } else {
+            part!("io/status_none").to_string()
+        });
+        add(part!("kernel/lengths"));
+        return out;
+    }
+    add(part!("mask_tiles"));
+    add(part!("mask"));
     let fused = b.kernel.is_fused();
     if b.kernel.is_scores() || fused {
         if b.projected {
@@ -123,7 +158,7 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         }
     }
     if let Some(io) = b.o {
-        add(&named(part!("io/row"), Operand::O));
+        add(&row(Operand::O, b.ragged_q));
         add(&store(io));
         match (fused, b.parts) {
             _ if merges => {}
@@ -150,7 +185,9 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         add(if subgroup { part!("exchange/subgroup") } else { part!("exchange/workgroup") });
     }
     add(match b.kernel {
-        Kernel::Project | Kernel::Bundle | Kernel::MaskMap => unreachable!("composed above"),
+        Kernel::Project | Kernel::Lengths | Kernel::Bundle | Kernel::MaskMap => {
+            unreachable!("composed above")
+        }
         Kernel::ScoresTile => part!("kernel/scores_tile"),
         Kernel::ScoresDirect => part!("kernel/scores_direct"),
         Kernel::SoftmaxRow => part!("kernel/softmax_row"),
@@ -180,23 +217,29 @@ fn mask(add: &mut impl FnMut(&str)) {
     add(&named(part!("io/mask"), Operand::Mask));
 }
 
-/// Key lengths, slopes and sinks: each from its own buffer, or all from one.
+/// The lists: each from its own buffer, or all from one.
 fn lists(add: &mut impl FnMut(&str), b: &Blueprint) {
     if b.bundled {
         add(&part!("io/bundle").replace("BINDING", &Slot::Bundle.number().to_string()));
     }
-    for (present, operand, first) in [
-        (b.alibi, Operand::AlibiSlopes, "0u"),
-        (b.sinks, Operand::Sinks, "params.heads_q"),
-        (b.kv_lens, Operand::KvLens, "2u * params.heads_q"),
+    for (operand, first) in [
+        (Operand::AlibiSlopes, "0u"),
+        (Operand::Sinks, "params.heads_q"),
+        (Operand::KvLens, "2u * params.heads_q"),
+        (Operand::CuSeqlensQ, "2u * params.heads_q + params.batch"),
+        (Operand::CuSeqlensK, "2u * params.heads_q + 2u * params.batch + 1u"),
+        (Operand::BlockTable, "2u * params.heads_q + 3u * params.batch + 2u"),
     ] {
-        let text = match (present, b.bundled) {
-            (true, false) => part!("io/list"),
-            (true, true) => part!("io/list_bundled"),
-            (false, _) if b.kernel == Kernel::Bundle => part!("io/list_none"),
-            (false, _) => continue,
+        let own = b.lists().find(|&slot| {
+            slot == Slot::Operand(operand) || (slot == Slot::Lengths && operand == Operand::KvLens)
+        });
+        let text = match (own, b.bundled) {
+            (Some(slot), false) => part!("io/list").replace("BINDING", &slot.number().to_string()),
+            (Some(_), true) => part!("io/list_bundled").to_string(),
+            (None, _) if b.kernel == Kernel::Bundle => part!("io/list_none").to_string(),
+            (None, _) => continue,
         };
-        add(&named(text, operand).replace("FIRST", first));
+        add(&named(&text, operand).replace("FIRST", first));
     }
 }
 
@@ -205,7 +248,9 @@ fn constants(b: &Blueprint) -> Vec<(&'static str, u32)> {
     let t = &b.tiles;
     let values = [("VALUES_ROWS", t.values_rows), ("VALUES_STEP", t.values_step)];
     let own: &[(&str, u32)] = match b.kernel {
-        Kernel::Project | Kernel::Bundle | Kernel::MaskMap | Kernel::Merge => &[("LANES", b.threads())],
+        Kernel::Project | Kernel::Lengths | Kernel::Bundle | Kernel::MaskMap | Kernel::Merge => {
+            &[("LANES", b.threads())]
+        }
         Kernel::ScoresTile => &[("SIDE", t.scores_lanes), ("STEP", t.scores_step)],
         Kernel::ScoresDirect => {
             &[("LANES", t.scores_lanes), ("ROWS", t.scores_rows), ("KEYS", t.scores_keys / t.scores_lanes)]
@@ -245,6 +290,11 @@ fn constants(b: &Blueprint) -> Vec<(&'static str, u32)> {
         ],
     };
     let mut all = own.to_vec();
+    match b.keys {
+        Keys::Ring(capacity) => all.push(("RING", capacity)),
+        Keys::Paged(page_size) => all.push(("PAGE", page_size)),
+        Keys::Contiguous | Keys::Ragged => {}
+    }
     if let Some(tile) = t.map().filter(|_| b.mapped || b.kernel == Kernel::MaskMap) {
         all.extend([("MAP_Q", tile.rows), ("MAP_KV", tile.keys)]);
     }
@@ -259,8 +309,15 @@ fn named(text: &str, operand: Operand) -> String {
         .replace("BINDING", &Slot::Operand(operand).number().to_string())
 }
 
+/// Where a row of q or o lies.
+fn row(operand: Operand, ragged: bool) -> String {
+    named(if ragged { part!("io/row_ragged") } else { part!("io/row") }, operand)
+}
+
 fn load(io: Io, operand: Operand) -> String {
     let text = match (io.dtype, io.native, io.vec4) {
+        (Dtype::Int8, ..) => part!("io/load_int8"),
+        (Dtype::Int4, ..) => part!("io/load_int4"),
         (Dtype::F32, _, true) => part!("io/load_f32_vec4"),
         (Dtype::F32, _, false) => part!("io/load_f32_any"),
         (_, true, true) => part!("io/load_f16_vec4"),

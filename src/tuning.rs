@@ -158,7 +158,7 @@ fn entry(line: &str) -> Result<Entry, String> {
         return Err(format!("9 fields between tabs, not {}", fields.len()));
     };
     let number = |text: &str| text.parse::<u32>().map_err(|_| format!("{text:?} is no number"));
-    let dtype = Dtype::ALL.into_iter().find(|of| of.to_string() == dtype);
+    let dtype = Dtype::FLOATS.into_iter().find(|of| of.to_string() == dtype);
     let class = Class {
         adapter: [adapter, driver, backend].map(String::from),
         dtype: dtype.ok_or_else(|| format!("{:?} is no element type", fields[3]))?,

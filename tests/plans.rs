@@ -6,11 +6,12 @@ mod common;
 use std::collections::HashSet;
 
 use common::case::values;
+use common::kept::Move;
 use common::rng::Rng;
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 use wgpu_attention::{
-    Align, AttentionProblem, Caps, Dtype, Error, Family, Layout, MatrixUnits, Operand, Path, Plan,
-    PlanOptions, Shader, Similarity,
+    Align, AttentionProblem, Cache, Caps, Dtype, Error, Family, Layout, MatrixUnits, Operand, Path, Plan,
+    PlanOptions, Shader, Similarity, Window,
 };
 
 /// Devices that exist, as capabilities.
@@ -195,7 +196,12 @@ fn every_composed_shader_is_valid_and_declares_what_the_plan_says() {
         for i in 0..250 {
             let mut axes = values::draw(&mut rng);
             (axes.seq_q, axes.seq_kv) = (axes.seq_q.min(40), axes.seq_kv.min(300));
-            let problem = axes.build(i).problem;
+            let mut case = axes.build(i);
+            if i % 2 == 0 {
+                case = case.moved(Move::draw(&mut rng), i);
+                case.problem.status = rng.chance(0.3);
+            }
+            let problem = case.problem;
             for plan in plans(&problem, &caps, None) {
                 check_plan(&plan, &caps, 64 << 20);
                 for shader in plan.shaders() {
@@ -215,6 +221,7 @@ fn every_composed_shader_is_valid_and_declares_what_the_plan_says() {
         "values_tile",
         "values_direct",
         "weights",
+        "lengths",
         "bundle",
         "mask_map",
         "fused_tile",
@@ -400,7 +407,7 @@ fn huge_problems_do_not_overflow() {
             );
             problem.weights = size() % 2 == 0;
             problem.lse = size() % 2 == 0;
-            problem.dtype = Dtype::ALL[size() % 3];
+            problem.dtype = Dtype::FLOATS[size() % 3];
             if size() % 3 == 0 {
                 problem.similarity = Similarity::Bilinear { query_dim: size(), per_head: size() % 2 == 0 };
                 problem.q = Layout::bhsd(problem.heads_q, problem.seq_q, problem.query_dim());
@@ -409,6 +416,22 @@ fn huge_problems_do_not_overflow() {
                 // One key for all positions: what is huge need not be large in memory.
                 (problem.k.strides[2], problem.v.strides[2]) = (0, 0);
             }
+            if size() % 4 == 0 {
+                let (rows, pages) = (size(), size());
+                let (capacity, max_blocks) =
+                    if size() % 8 == 0 { (size(), size()) } else { (problem.seq_kv, problem.seq_kv) };
+                let cache = [
+                    Cache::Ring { capacity },
+                    Cache::Paged { pages, page_size: rows, max_blocks },
+                    Cache::Ragged { total: rows },
+                ][size() % 3];
+                problem.window = (size() % 2 == 0).then(|| Window { left: Some(size()), right: None });
+                problem = problem.with_cache(cache, Dtype::ALL[size() % 5]);
+            }
+            if size() % 5 == 0 {
+                problem = problem.with_ragged_queries(size());
+            }
+            problem.status = size() % 7 == 0;
             let budget = [None, Some(u64::MAX), Some(1 << 12)][size() % 3];
             let options = PlanOptions { scratch_budget: budget, ..PlanOptions::default() };
             match Plan::new(&problem, &caps, &options) {

@@ -41,7 +41,7 @@ fn covering_cases() -> Vec<(Case, Vec<Subject>)> {
     let compiled = common::pairs::covering(
         &[
             DTYPES.len(),
-            2 + Dtype::ALL.len(),
+            2 + Dtype::FLOATS.len(),
             3,
             3,
             2,
@@ -93,7 +93,7 @@ fn covering_cases() -> Vec<(Case, Vec<Subject>)> {
             out_dtype: DTYPES[compiled[0]].1,
             bias: compiled[1]
                 .checked_sub(2)
-                .map(|dtype| (Dtype::ALL[dtype], Spread::ALL[run[9]], run[10] == 0)),
+                .map(|dtype| (Dtype::FLOATS[dtype], Spread::ALL[run[9]], run[10] == 0)),
             alibi: compiled[2] == 0,
             mask: (compiled[3] == 0).then_some(Spread::ALL[run[11]]),
             lens: if compiled[4] == 0 { values::LENS[1 + run[15]] } else { Lens::None },
@@ -143,8 +143,8 @@ fn plain_sizes() {
     let edges = [(16, 16), (17, 63), (1, 257), (33, 65), (64, 64), (65, 127), (129, 31), (257, 2), (3, 128)];
     for (i, (seq_q, seq_kv)) in edges.into_iter().enumerate() {
         let axes = Axes {
-            dtype: Dtype::ALL[i % 3],
-            out_dtype: Dtype::ALL[i % 3],
+            dtype: Dtype::FLOATS[i % 3],
+            out_dtype: Dtype::FLOATS[i % 3],
             seq_q,
             seq_kv,
             head_dim: rng.pick(&values::DIM),

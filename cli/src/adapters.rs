@@ -90,7 +90,7 @@ fn fits(caps: &Caps, family: Family) -> String {
     let options = PlanOptions { family: Some(family), ..PlanOptions::default() };
     let mut serves = Vec::new();
     let mut refuses = Vec::new();
-    for dtype in Dtype::ALL {
+    for dtype in Dtype::FLOATS {
         let problem = AttentionProblem::new(1, 8, 8, 1024, 1024, 64, 64).with_dtype(dtype);
         match Plan::new(&problem, caps, &options) {
             Ok(_) => serves.push(dtype.to_string()),

@@ -9,8 +9,13 @@ fn tile_of(group: u32, tiles: u32) -> vec2<u32> {
     return vec2<u32>(group, 0u);
 }
 
-fn own_part(visited: vec2<u32>, split: u32) -> vec2<u32> {
-    return clamp(visited, vec2<u32>(params.key_first), vec2<u32>(params.key_end));
+// A split's keys, of those that a tile sees; and what of a range lies among them.
+fn part_of(seen: vec2<u32>, split: u32) -> vec2<u32> {
+    return vec2<u32>(params.key_first, params.key_end);
+}
+
+fn own_part(range: vec2<u32>, part: vec2<u32>) -> vec2<u32> {
+    return clamp(range, vec2<u32>(part.x), vec2<u32>(part.y));
 }
 
 fn carried_row(index: u32) -> u32 {

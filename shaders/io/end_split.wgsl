@@ -8,9 +8,19 @@ fn tile_of(group: u32, tiles: u32) -> vec2<u32> {
     return vec2<u32>(select(tiles, group % tiles, split < params.splits), split);
 }
 
-fn own_part(visited: vec2<u32>, split: u32) -> vec2<u32> {
-    let first = split * params.split_keys;
-    return clamp(visited, vec2<u32>(first), vec2<u32>(first + params.split_keys));
+// A split's keys, of those that a tile sees: equal shares in whole steps, as few as are worth a split. They
+// are shared out here, because how many keys there are may be known on the GPU alone.
+fn part_of(seen: vec2<u32>, split: u32) -> vec2<u32> {
+    let first = seen.x / params.split_step;
+    let steps = div_ceil(seen.y, params.split_step) - first;
+    let share = max(params.split_least, div_ceil(steps, params.splits));
+    let begin = first + split * share;
+    return min(vec2<u32>(begin, begin + share) * params.split_step, vec2<u32>(seen.y));
+}
+
+// What of a range lies in a part.
+fn own_part(range: vec2<u32>, part: vec2<u32>) -> vec2<u32> {
+    return clamp(range, vec2<u32>(part.x), vec2<u32>(part.y));
 }
 
 // Maximum and sum that the chunk's row `index` starts from.

@@ -5,8 +5,13 @@ fn tile_of(group: u32, tiles: u32) -> vec2<u32> {
     return vec2<u32>(group, 0u);
 }
 
-fn own_part(visited: vec2<u32>, split: u32) -> vec2<u32> {
-    return visited;
+// A split's keys, of those that a tile sees; and what of a range lies among them.
+fn part_of(seen: vec2<u32>, split: u32) -> vec2<u32> {
+    return seen;
+}
+
+fn own_part(range: vec2<u32>, part: vec2<u32>) -> vec2<u32> {
+    return range;
 }
 
 // Maximum and sum that the chunk's row `index` starts from.

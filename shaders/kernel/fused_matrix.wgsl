@@ -58,11 +58,13 @@ fn main(
     let bh = batch_head(head_of(owner, 0u));
     let kv_head = bh.y / params.group_size;
     let len_k = key_length(bh.x);
-    var seen = own_part(tile_kv_range(queries.x, queries.y, len_k), split);
+    let seen_by_any = tile_kv_range(bh.x, queries.x, queries.y, len_k);
+    let part = part_of(seen_by_any, split);
+    var seen = own_part(seen_by_any, part);
     if surplus {
         seen = vec2<u32>();
     }
-    let seen_by_all = tile_full_range(queries.x, queries.y, len_k);
+    let seen_by_all = tile_full_range(bh.x, queries.x, queries.y, len_k);
     // Rows past the end repeat the last one, and are not stored.
     let own = min(row + own_row, owned_rows() - 1u);
     let head = head_of(owner, own);
@@ -163,7 +165,7 @@ fn main(
 
         var range = vec2<u32>(0u, len_k);
         if first < seen_by_all.x || first + TILE_KV > seen_by_all.y {
-            range = own_part(kv_range(i, len_k), split);
+            range = own_part(kv_range(bh.x, i, len_k), part);
         }
         var scores: array<vec4<f32>, OWN_QUADS>;
         var peak = DROPPED;
@@ -262,7 +264,7 @@ fn main(
 
     let sum = row_sum(own_row, l);
     var end = vec2<f32>();
-    let exists = !surplus && row + own_row < owned_rows();
+    let exists = !surplus && row + own_row < owned_rows() && is_query(bh.x, i);
     if exists {
         end = end_of(index, h, start, m, sum, x == 0u, split);
     }

@@ -39,10 +39,12 @@ fn main(
     let bh = batch_head(head_of(owner, 0u));
     let kv_head = bh.y / params.group_size;
     let len_k = key_length(bh.x);
-    let seen = own_part(tile_kv_range(queries.x, queries.y, len_k), split);
-    let seen_by_all = own_part(tile_full_range(queries.x, queries.y, len_k), split);
-    let k_begin = row_k(bh.x, kv_head, 0u);
-    let v_begin = row_v(bh.x, kv_head, 0u);
+    let seen_by_any = tile_kv_range(bh.x, queries.x, queries.y, len_k);
+    let part = part_of(seen_by_any, split);
+    let seen = own_part(seen_by_any, part);
+    let seen_by_all = own_part(tile_full_range(bh.x, queries.x, queries.y, len_k), part);
+    let k_begin = begin_k(bh.x, kv_head);
+    let v_begin = begin_v(bh.x, kv_head);
 
     // Zero, which no compiler can know. Exponentials lose a NaN on some adapters, so a score that is not
     // finite makes the sum NaN by this, and the second look does the rest.
@@ -102,8 +104,8 @@ fn main(
             let j = next - KEYS;
             //$ for c in 0..KEYS
             let j_$c = min(j + $cu, len_k - 1u);
-            let v_$c = quad_at_v(v_begin + j_$c * params.v_stride_s);
-            let k_$c = quad_at_k(k_begin + min(next + $cu, len_k - 1u) * params.k_stride_s);
+            let v_$c = quad_at_v(key_v(v_begin, bh.x, j_$c));
+            let k_$c = quad_at_k(key_k(k_begin, bh.x, min(next + $cu, len_k - 1u)));
             //$ end
             //$ for r in 0..ROWS
             //$ for c in 0..KEYS
@@ -118,7 +120,7 @@ fn main(
             //$ end
             if next == first || j < seen_by_all.x || next > seen_by_all.y {
                 //$ for r in 0..ROWS
-                let range_$r = own_part(kv_range(params.row_first + row_$r, len_k), split);
+                let range_$r = own_part(kv_range(bh.x, params.row_first + row_$r, len_k), part);
                 //$ for c in 0..KEYS
                 if next == first || j + $cu < range_$r.x || j + $cu >= range_$r.y {
                     s_$r_$c = DROPPED;
@@ -213,6 +215,9 @@ fn main(
         }
         let head = head_of(owner, own);
         let row = row_of(own);
+        if !is_query(bh.x, params.row_first + row) {
+            continue;
+        }
         let h = batch_head(head).y;
         var start = start_0;
         var m = m_0;
@@ -243,7 +248,7 @@ fn main(
             //$ end
             var weight = 0.0;
             let query = query_row(head, row);
-            let range = own_part(kv_range(params.row_first + row, len_k), split);
+            let range = own_part(kv_range(bh.x, params.row_first + row, len_k), part);
             for (var j = range.x; j < range.y; j += 1u) {
                 let k = row_k(bh.x, kv_head, j);
                 var s = 0.0;

@@ -79,8 +79,10 @@ fn main(
     let bh = batch_head(head_of(owner, 0u));
     let kv_head = bh.y / params.group_size;
     let len_k = key_length(bh.x);
-    let seen = own_part(tile_kv_range(queries.x, queries.y, len_k), split);
-    let seen_by_all = tile_full_range(queries.x, queries.y, len_k);
+    let seen_by_any = tile_kv_range(bh.x, queries.x, queries.y, len_k);
+    let part = part_of(seen_by_any, split);
+    let seen = own_part(seen_by_any, part);
+    let seen_by_all = tile_full_range(bh.x, queries.x, queries.y, len_k);
     let quads = div_ceil(params.head_dim, 4u);
     let own_row = thread / LANES * ROWS;
 
@@ -144,7 +146,7 @@ fn main(
             let i = params.row_first + row_of(own);
             var range = vec2<u32>(0u, len_k);
             if !inside {
-                range = own_part(kv_range(i, len_k), split);
+                range = own_part(kv_range(bh.x, i, len_k), part);
             }
             for (var c = 0u; c < 4u; c += 1u) {
                 let j = first + x + c * LANES;
@@ -233,7 +235,7 @@ fn main(
     for (var r = 0u; r < ROWS; r += 1u) {
         let own = row + own_row + r;
         let sum = row_sum(own_row + r, l[r]);
-        if own < owned_rows() {
+        if own < owned_rows() && is_query(bh.x, params.row_first + row_of(own)) {
             let head = head_of(owner, own);
             let h = batch_head(head).y;
             let index = head * params.row_count + row_of(own);

@@ -21,6 +21,11 @@ fn main(
     if index >= rows {
         return;
     }
+    let bh = batch_head(index / params.row_count);
+    let i = params.row_first + index % params.row_count;
+    if !is_query(bh.x, i) {
+        return;
+    }
     let quad = thread % quads;
     var m = DROPPED;
     for (var s = 0u; s < params.splits; s += 1u) {
@@ -39,8 +44,7 @@ fn main(
         l += of_split.y * weight;
         sum += carried[share + 1u + quad] * weight;
     }
-    let bh = batch_head(index / params.row_count);
     let factor = close_row(index, bh.y, m, l, quad == 0u);
-    let at = row_o(bh.x, bh.y, params.row_first + index % params.row_count);
+    let at = row_o(bh.x, bh.y, i);
     store4_o(at, 4u * quad, sum * factor);
 }

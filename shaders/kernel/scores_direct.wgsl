@@ -28,7 +28,7 @@ fn main(
     let bh = batch_head(head);
     let len_k = key_length(bh.x);
     let row_end = min(row + ROWS, params.row_count);
-    let seen = tile_kv_range(params.row_first + row, params.row_first + row_end, len_k);
+    let seen = tile_kv_range(bh.x, params.row_first + row, params.row_first + row_end, len_k);
     if first_key >= seen.y || first_key + TILE_KV <= seen.x {
         return;
     }
@@ -61,7 +61,7 @@ fn main(
     for (var r = 0u; r < ROWS; r += 1u) {
         if row + r < params.row_count {
             let i = params.row_first + row + r;
-            let range = kv_range(i, len_k);
+            let range = kv_range(bh.x, i, len_k);
             for (var c = 0u; c < KEYS; c += 1u) {
                 let j = first_key + lane + c * LANES;
                 if j < params.score_stride {

@@ -33,7 +33,7 @@ fn main(
     let bh = batch_head(head);
     let len_k = key_length(bh.x);
     let row_end = min(row + TILE, params.row_count);
-    let seen = tile_kv_range(params.row_first + row, params.row_first + row_end, len_k);
+    let seen = tile_kv_range(bh.x, params.row_first + row, params.row_first + row_end, len_k);
     if first_key >= seen.y || first_key + TILE <= seen.x {
         return;
     }
@@ -71,7 +71,7 @@ fn main(
         let query = row + local.y + r * SIDE;
         if query < params.row_count {
             let i = params.row_first + query;
-            let range = kv_range(i, len_k);
+            let range = kv_range(bh.x, i, len_k);
             for (var c = 0u; c < 4u; c += 1u) {
                 let j = first_key + local.x + c * SIDE;
                 if j < params.score_stride {

@@ -53,7 +53,7 @@ fn main(
     let row = index % params.row_count;
     let bh = batch_head(head);
     let len_k = key_length(bh.x);
-    let range = kv_range(params.row_first + row, len_k);
+    let range = kv_range(bh.x, params.row_first + row, len_k);
     let base = index * params.score_stride;
 
     // A vec4 that overlaps the range lies in a tile that the score kernel has written whole.
@@ -67,7 +67,7 @@ fn main(
 
     // Sums in two levels, so that the rounding error of a long row does not grow with it.
     var total = vec4<f32>();
-    let visited = values_range(row, len_k);
+    let visited = values_range(bh.x, row, len_k);
     var j = visited.x + 4u * lane;
     while j < visited.y {
         var sum = vec4<f32>();
@@ -96,9 +96,9 @@ fn main(
         // Some software adapters lose a NaN in log2.
         let lse = select(row_max + log2(row_sum) * LN_2, row_sum, is_nan(row_sum));
         inverse_sums[index] = select(1.0 / row_sum, 0.0, empty);
-        store_lse(
-            (params.head_first + head) * params.seq_q + params.row_first + row,
-            select(lse, bitcast<f32>(neg_inf_bits()), empty),
-        );
+        let i = params.row_first + row;
+        if is_query(bh.x, i) {
+            store_lse(lse_at(bh.x, bh.y, i), select(lse, bitcast<f32>(neg_inf_bits()), empty));
+        }
     }
 }

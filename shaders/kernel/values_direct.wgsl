@@ -25,7 +25,7 @@ fn main(
     let bh = batch_head(head);
     let kv_head = bh.y / params.group_size;
     let len_k = key_length(bh.x);
-    let visited = own_part(values_range(row, len_k));
+    let visited = own_part(values_range(bh.x, row, len_k));
     if d >= params.head_dim_v {
         return;
     }
@@ -60,7 +60,7 @@ fn main(
     }
 
     for (var r = 0u; r < VALUES_ROWS; r += 1u) {
-        if row + r < params.row_count {
+        if row + r < params.row_count && is_query(bh.x, params.row_first + row + r) {
             var sum = acc[r];
             if !is_finite4(sum) {
                 sum = careful_value(at[r], visited, bh.x, kv_head, len_k, d);

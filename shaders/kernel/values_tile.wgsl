@@ -33,7 +33,7 @@ fn main(
     let bh = batch_head(head);
     let kv_head = bh.y / params.group_size;
     let len_k = key_length(bh.x);
-    let visited = own_part(values_range(row, len_k));
+    let visited = own_part(values_range(bh.x, row, len_k));
 
     var acc: array<vec4<f32>, 4>;
     for (var j = visited.x; j < visited.y; j += VALUES_STEP) {
@@ -72,7 +72,7 @@ fn main(
     let d = first_d + local.x * 4u;
     for (var r = 0u; r < 4u; r += 1u) {
         let query = row + local.y + r * SIDE;
-        if query < params.row_count && d < params.head_dim_v {
+        if query < params.row_count && d < params.head_dim_v && is_query(bh.x, params.row_first + query) {
             let index = head * params.row_count + query;
             var sum = acc[r];
             if !is_finite4(sum) {

@@ -22,9 +22,10 @@ fn main(
     }
     let head = index / params.row_count;
     let row = index % params.row_count;
-    let visited = values_range(row, key_length(batch_head(head).x));
+    let b = batch_head(head).x;
+    let visited = values_range(b, row, key_length(b));
     var weight = 0.0;
-    if j >= visited.x && j < visited.y {
+    if j >= visited.x && j < visited.y && is_query(b, params.row_first + row) {
         let p = weights[index * params.score_stride + j];
         weight = select(p * inverse_sums[index], 0.0, is_dropped_weight(p));
     }

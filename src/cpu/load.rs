@@ -1,13 +1,13 @@
 //! Blocks of k and v as f32 rows: borrowed where they already are that, converted otherwise.
 
+use crate::cache::KvRows;
 use crate::dtype::TensorRef;
-use crate::layout::Layout;
 
-/// An operand `[batch, heads_kv, seq_kv, dim]` of any element type and layout.
+/// k or v, of any element type, layout and cache.
 #[derive(Clone, Copy)]
 pub(super) struct Source<'a> {
     pub(super) tensor: TensorRef<'a>,
-    pub(super) layout: Layout,
+    pub(super) rows: KvRows<'a>,
     pub(super) dim: usize,
 }
 
@@ -32,10 +32,11 @@ impl<'a> Source<'a> {
     where
         'a: 'b,
     {
-        let at = |row: usize| self.layout.index([batch, head, start + row, 0]);
-        let [_, _, stride, step] = self.layout.strides;
+        let at = |row: usize| self.rows.index([batch, head, start + row]);
+        let step = self.rows.step();
         let unit = step == 1 || self.dim == 1;
-        if let (TensorRef::F32(x), true, false) = (self.tensor, unit, copy) {
+        if let (TensorRef::F32(x), Some(stride), true, false) = (self.tensor, self.rows.stride(), unit, copy)
+        {
             return Rows { data: &x[at(0)..], stride };
         }
         buffer.resize(count * self.dim, 0.0);
@@ -46,10 +47,14 @@ impl<'a> Source<'a> {
     }
 }
 
-/// `to[i] = from[at + i * step]`, widened.
+/// `to[i] = from[at + i * step]`, widened; all of a quantised row.
 #[inline(always)]
 pub(super) fn read(from: &TensorRef<'_>, at: usize, step: usize, to: &mut [f32]) {
     match from {
+        TensorRef::Int8(_) | TensorRef::Int4(_) => {
+            let dim = to.len();
+            to.iter_mut().enumerate().for_each(|(d, to)| *to = from.element(at, 1, dim, d));
+        }
         _ if step != 1 => to.iter_mut().enumerate().for_each(|(i, to)| *to = from.get(at + i * step)),
         TensorRef::F32(x) => to.copy_from_slice(&x[at..][..to.len()]),
         TensorRef::F16(x) => to.iter_mut().zip(&x[at..]).for_each(|(to, x)| *to = widen_f16(x.to_bits())),

@@ -23,6 +23,7 @@ mod lanes;
 mod load;
 mod math;
 mod output;
+mod ragged;
 mod schedule;
 mod score;
 mod scratch;
@@ -93,6 +94,11 @@ pub fn attention_into(problem: &AttentionProblem, inputs: &Inputs<'_>, outputs: 
 fn compute(problem: &AttentionProblem, inputs: &Inputs<'_>, outputs: &mut Outputs, isa: Isa) {
     if problem.rows() == 0 {
         return;
+    }
+    if ragged::is_ragged(problem) {
+        // Rows of the weights that no query has are zeros.
+        outputs.weights.iter_mut().for_each(|weights| weights.fill(0.0));
+        return ragged::run(problem, inputs, outputs, isa);
     }
     let context = Context::new(problem, inputs);
     let mut contiguous = None;

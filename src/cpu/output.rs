@@ -26,6 +26,8 @@ impl<'a> RowsOut<'a> {
             Tensor::F32(x) => Self::F32(split_rows(problem, x)?),
             Tensor::F16(x) => Self::F16(split_rows(problem, x)?),
             Tensor::Bf16(x) => Self::Bf16(split_rows(problem, x)?),
+            // Never o.
+            Tensor::Int8(_) | Tensor::Int4(_) => return None,
         })
     }
 

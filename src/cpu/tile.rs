@@ -21,6 +21,8 @@ use super::math::exp2;
 use super::score::{per_lane, transform, vectors, vectors_mut};
 use super::scratch::Scratch;
 use super::state::{State, take_apart};
+use crate::cache::KvRows;
+use crate::error::Operand;
 use crate::problem::Similarity;
 
 /// Keys of a block.
@@ -95,8 +97,9 @@ impl TileRun<'_> {
         let (context, tile, p) = (self.context, self.tile, self.context.problem);
         let (width, dims) = (NV * S::F32_LANES, p.head_dim_v);
         self.load_q::<S, NV>(simd);
-        let k = Source { tensor: context.inputs.k, layout: p.k, dim: p.head_dim };
-        let v = Source { tensor: context.inputs.v, layout: p.v, dim: dims };
+        let rows = |operand| KvRows::new(p, context.inputs, operand);
+        let k = Source { tensor: context.inputs.k, rows: rows(Operand::K), dim: p.head_dim };
+        let v = Source { tensor: context.inputs.v, rows: rows(Operand::V), dim: dims };
         let plain = p.softcap.is_none() && p.bias.is_none() && p.mask.is_none() && !p.alibi;
 
         let lanes = tile.lanes.len();

@@ -165,6 +165,9 @@ pub struct Data {
     pub alibi_slopes: Option<Vec<f32>>,
     pub sinks: Option<Vec<f32>>,
     pub kv_lens: Option<Vec<u32>>,
+    pub block_table: Option<Vec<u32>>,
+    pub cu_seqlens_q: Option<Vec<u32>>,
+    pub cu_seqlens_k: Option<Vec<u32>>,
 }
 
 impl Data {
@@ -179,6 +182,9 @@ impl Data {
             alibi_slopes: None,
             sinks: None,
             kv_lens: None,
+            block_table: None,
+            cu_seqlens_q: None,
+            cu_seqlens_k: None,
         }
     }
 
@@ -193,6 +199,9 @@ impl Data {
             alibi_slopes: self.alibi_slopes.as_deref(),
             sinks: self.sinks.as_deref(),
             kv_lens: self.kv_lens.as_deref(),
+            block_table: self.block_table.as_deref(),
+            cu_seqlens_q: self.cu_seqlens_q.as_deref(),
+            cu_seqlens_k: self.cu_seqlens_k.as_deref(),
         }
     }
 }
@@ -217,12 +226,17 @@ impl Case {
     pub fn in_f16(&self) -> Self {
         let mut case = self.clone();
         case.problem.dtype = Dtype::F16;
+        let kv_dtype = &mut case.problem.kv_dtype;
+        *kv_dtype = kv_dtype.filter(|dtype| !dtype.is_float());
         let mut done = Vec::<(Arc<Tensor>, Arc<Tensor>)>::new();
         let mut overflows = false;
         for x in [&mut case.data.q, &mut case.data.k, &mut case.data.v] {
             // Operands that are one array stay one.
             if let Some((_, of)) = done.iter().find(|(from, _)| Arc::ptr_eq(from, x)) {
                 *x = of.clone();
+                continue;
+            }
+            if !x.as_ref().as_ref().dtype().is_float() {
                 continue;
             }
             let numbers = x.to_f32();
@@ -534,10 +548,10 @@ pub mod values {
     pub fn draw(rng: &mut Rng) -> Axes {
         let seq = |rng: &mut Rng| if rng.chance(0.5) { rng.pick(&SEQ) } else { rng.below(160) };
         let dim = |rng: &mut Rng| if rng.chance(0.5) { rng.pick(&DIM) } else { 1 + rng.below(130) };
-        let dtype = rng.pick(&Dtype::ALL);
+        let dtype = rng.pick(&Dtype::FLOATS);
         Axes {
             dtype,
-            out_dtype: if rng.chance(0.2) { rng.pick(&Dtype::ALL) } else { dtype },
+            out_dtype: if rng.chance(0.2) { rng.pick(&Dtype::FLOATS) } else { dtype },
             batch: rng.below(4),
             heads: rng.pick(&HEADS),
             seq_q: seq(rng),
@@ -547,7 +561,9 @@ pub mod values {
             similarity: rng.pick(&SIMILARITY),
             scale: rng.pick(&SCALE),
             softcap: rng.chance(0.5).then(|| rng.pick(&SOFTCAP)),
-            bias: rng.chance(0.5).then(|| (rng.pick(&Dtype::ALL), rng.pick(&Spread::ALL), rng.chance(0.6))),
+            bias: rng
+                .chance(0.5)
+                .then(|| (rng.pick(&Dtype::FLOATS), rng.pick(&Spread::ALL), rng.chance(0.6))),
             alibi: rng.chance(0.3),
             mask: rng.chance(0.5).then(|| rng.pick(&Spread::ALL)),
             causal: rng.pick(&CAUSAL),

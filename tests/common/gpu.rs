@@ -205,8 +205,15 @@ impl Guarded {
                 aux.push((operand, input(operand, bytemuck::cast_slice(floats), 4, 0)));
             }
         }
-        if let Some(lens) = &data.kv_lens {
-            aux.push((Operand::KvLens, input(Operand::KvLens, bytemuck::cast_slice(lens), 4, 0)));
+        for (operand, words) in [
+            (Operand::KvLens, &data.kv_lens),
+            (Operand::BlockTable, &data.block_table),
+            (Operand::CuSeqlensQ, &data.cu_seqlens_q),
+            (Operand::CuSeqlensK, &data.cu_seqlens_k),
+        ] {
+            if let Some(words) = words {
+                aux.push((operand, input(operand, bytemuck::cast_slice(words), 4, 0)));
+            }
         }
 
         let output = |operand: Operand, dtype: Dtype, before: usize| {
@@ -234,6 +241,9 @@ impl Guarded {
             alibi_slopes: aux(Operand::AlibiSlopes),
             sinks: aux(Operand::Sinks),
             kv_lens: aux(Operand::KvLens),
+            block_table: aux(Operand::BlockTable),
+            cu_seqlens_q: aux(Operand::CuSeqlensQ),
+            cu_seqlens_k: aux(Operand::CuSeqlensK),
             lse: self.lse.as_ref(),
             weights: self.weights.as_ref(),
             ..Operands::new(&self.q, &self.k, &self.v, &self.o)

@@ -6,6 +6,7 @@ pub mod case;
 pub mod check;
 pub mod gpu;
 pub mod json;
+pub mod kept;
 pub mod npy;
 pub mod pairs;
 pub mod rng;

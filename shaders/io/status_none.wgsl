@@ -1,0 +1,2 @@
+fn report(wrong: u32) {
+}

@@ -1,0 +1,132 @@
+//! Caches and ragged batches: the same keys kept in another way give the same answer, on every path.
+
+mod common;
+
+use common::case::{Axes, Case, Lens, Sim, Spread};
+use common::check::Expected;
+use common::kept::{Kept, Move};
+use common::subject::{Subject, check_all};
+use wgpu_attention::reference::{max_error, oracle};
+use wgpu_attention::{Align, Dtype, Window};
+
+/// Problems that caches and ragged batches are met with, each with every option somewhere.
+fn axes() -> Vec<Axes> {
+    let base = Axes {
+        batch: 3,
+        heads: (6, 2),
+        seq_q: 1,
+        seq_kv: 161,
+        head_dim: 32,
+        head_dim_v: 32,
+        causal: Some(Align::BottomRight),
+        lens: Lens::Partial,
+        ..Axes::default()
+    };
+    let half = |axes| Axes { dtype: Dtype::F16, out_dtype: Dtype::F16, ..axes };
+    vec![
+        base,
+        half(Axes { seq_q: 5, head_dim: 64, head_dim_v: 48, sinks: true, ..base }),
+        Axes { seq_q: 70, window: Some(Window { left: Some(30), right: Some(0) }), alibi: true, ..base },
+        Axes { heads: (2, 2), head_dim: 33, head_dim_v: 7, softcap: Some(20.0), seq_q: 19, ..base },
+        half(Axes {
+            seq_q: 33,
+            mask: Some(Spread::Full),
+            bias: Some((Dtype::F32, Spread::PerBatch, true)),
+            window: Some(Window { left: Some(50), right: Some(0) }),
+            ..base
+        }),
+        Axes {
+            dtype: Dtype::Bf16,
+            out_dtype: Dtype::Bf16,
+            similarity: Sim::Bilinear { extra: 3, per_head: true },
+            seq_q: 2,
+            causal: None,
+            lens: Lens::FirstEmpty,
+            ..base
+        },
+        Axes { seq_q: 40, causal: Some(Align::TopLeft), align: Align::TopLeft, weights: true, ..base },
+    ]
+}
+
+/// Every way of keeping keys, with storage types and ragged queries taking turns.
+fn moves() -> Vec<Move> {
+    let kept = [
+        Kept::Plain,
+        Kept::Ring(0),
+        Kept::Ring(5),
+        Kept::Paged(16),
+        Kept::Paged(1),
+        Kept::Paged(7),
+        Kept::Paged(256),
+        Kept::Ragged,
+    ];
+    let kv_dtypes =
+        [None, Some(Dtype::F16), Some(Dtype::Int8), Some(Dtype::Int4), Some(Dtype::Bf16), Some(Dtype::F32)];
+    let turns = (0..kept.len() * kv_dtypes.len() / 2).map(|i| Move {
+        kept: kept[i % kept.len()],
+        kv_dtype: kv_dtypes[(i + i / kept.len()) % kv_dtypes.len()],
+        ragged_q: (i + i / kept.len()) % 3 != 1,
+        heads_first: i % 5 < 2,
+    });
+    turns.collect()
+}
+
+fn cases() -> Vec<(Case, Case)> {
+    let axes = axes();
+    let moved = moves().into_iter().enumerate().map(|(i, to)| {
+        let plain = axes[i % axes.len()].build(i as u64);
+        let moved = plain.moved(to, i as u64);
+        (plain, moved)
+    });
+    moved.collect()
+}
+
+/// The oracle itself: a moved case's entries are the plain problems that they were.
+#[test]
+fn the_oracle_finds_the_keys_wherever_they_are_kept() {
+    for (plain, moved) in cases() {
+        let p = &moved.problem;
+        let whole = oracle(p, &moved.data.inputs()).unwrap_or_else(|e| panic!("{}: {e}", moved.name));
+        // Rounding to another storage type is no business of this test's.
+        let rounding = match p.stored_kv() {
+            kv if kv == p.dtype => 0.0,
+            Dtype::F32 => 0.0,
+            Dtype::F16 => 4e-3,
+            Dtype::Bf16 | Dtype::Int8 => 3e-2,
+            Dtype::Int4 => 0.5,
+        };
+        for b in 0..p.batch {
+            let alone = moved.alone(&plain, b);
+            let own = &alone.problem;
+            let want = oracle(own, &alone.data.inputs()).unwrap_or_else(|e| panic!("{}: {e}", alone.name));
+            let first =
+                moved.data.cu_seqlens_q.as_ref().map_or(b * p.heads_q * p.seq_q, |list| list[b] as usize);
+            let stride = p.total_q.unwrap_or(p.seq_q);
+            for h in 0..p.heads_q {
+                let (at, n) = ((h * own.seq_q) * own.head_dim_v, own.seq_q * own.head_dim_v);
+                let row = first + h * stride;
+                let got = whole.o[row * own.head_dim_v..][..n].iter().copied();
+                let error = max_error(got, &want.o[at..][..n]);
+                assert!(error <= rounding * want.max_value, "{error} in {}", alone.name);
+                let lse = whole.lse[row..][..own.seq_q].iter().copied();
+                let error = max_error(lse, &want.lse[h * own.seq_q..][..own.seq_q]);
+                assert!(error <= rounding * want.max_score.max(1.0), "{error} in lse of {}", alone.name);
+            }
+        }
+    }
+}
+
+/// Every path on every case: the CPU's, and each family's on opposite kinds of devices.
+#[test]
+fn kept_keys_on_every_path() {
+    let cases: Vec<_> = cases().into_iter().map(|(_, moved)| (moved, Subject::few())).collect();
+    check_all("caches", &cases);
+}
+
+/// The plan's own choice, and both modes of shaders, on a few.
+#[test]
+fn kept_keys_through_every_door() {
+    let cases: Vec<_> = cases().into_iter().step_by(7).map(|(_, moved)| (moved, Subject::all())).collect();
+    check_all("caches through every door", &cases);
+    assert!(Expected::of(&cases[0].0).oracle.o.iter().all(|x| x.is_finite()));
+}
