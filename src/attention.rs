@@ -66,7 +66,7 @@ pub struct DeviceRequest {
 /// ```
 #[derive(Clone, Debug)]
 pub struct Attention {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
 }
 
 #[derive(Debug)]
@@ -158,6 +158,7 @@ impl<'a> Operands<'a> {
             Operand::CuSeqlensQ => self.cu_seqlens_q,
             Operand::CuSeqlensK => self.cu_seqlens_k,
             Operand::Status => self.status,
+            Operand::KNew | Operand::VNew | Operand::QNew | Operand::Rope => None,
             Operand::Lse => self.lse,
             Operand::Weights => self.weights,
         }

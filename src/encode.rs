@@ -8,7 +8,7 @@ use crate::error::{Error, Operand, Result};
 use crate::kernel::{Blueprint, Slot};
 use crate::params::Params;
 use crate::pipeline::{Pipeline, Recipe};
-use crate::plan::{Dispatch, Plan};
+use crate::plan::{Dispatch, Plan, Window};
 use crate::scope::scoped;
 use crate::scratch::Scratch;
 
@@ -135,6 +135,51 @@ pub(crate) fn prepare(shared: &Shared, plan: &Plan, operands: &Operands<'_>) -> 
     Ok(Prepared::new(dispatches.iter().map(ready).collect()))
 }
 
+/// A buffer of a bind group: its number, and the bytes that are bound.
+pub(crate) struct Bound {
+    pub(crate) number: u32,
+    pub(crate) buffer: wgpu::Buffer,
+    pub(crate) window: Window,
+}
+
+/// A bind group of these buffers.
+pub(crate) fn bind_group(
+    device: &wgpu::Device,
+    name: &str,
+    pipeline: &Pipeline,
+    bound: &[Bound],
+) -> wgpu::BindGroup {
+    let entries: Vec<_> = bound
+        .iter()
+        .map(|bound| wgpu::BindGroupEntry {
+            binding: bound.number,
+            resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
+                buffer: &bound.buffer,
+                offset: bound.window.start,
+                size: wgpu::BufferSize::new(bound.window.end - bound.window.start),
+            }),
+        })
+        .collect();
+    device.create_bind_group(&wgpu::BindGroupDescriptor {
+        label: Some(name),
+        layout: &pipeline.layout,
+        entries: &entries,
+    })
+}
+
+/// Whether a caller's buffer may be bound: its usage, and that it holds what the window needs.
+pub(crate) fn check_buffer(operand: Operand, buffer: &wgpu::Buffer, need: u64) -> Result<()> {
+    if !buffer.usage().contains(wgpu::BufferUsages::STORAGE) {
+        let need = wgpu::BufferUsages::STORAGE;
+        return Err(Error::BufferUsage { operand, need, got: buffer.usage() });
+    }
+    if need > buffer.size() {
+        let (unit, container) = ("bytes", "buffer");
+        return Err(Error::OutOfBounds { operand, need, got: buffer.size(), unit, container });
+    }
+    Ok(())
+}
+
 fn bind(
     device: &wgpu::Device,
     plan: &Plan,
@@ -144,41 +189,29 @@ fn bind(
     params: &wgpu::Buffer,
     scratch: &mut Scratch,
 ) -> wgpu::BindGroup {
-    let bindings = stage.bindings();
-    let buffers: Vec<_> = bindings
+    let buffers: Vec<_> = stage
+        .bindings()
         .iter()
-        .map(|binding| match binding.slot {
-            Slot::Params => (params.clone(), 0, size_of::<Params>() as u64),
-            Slot::Operand(operand) => {
-                let window = plan.window(operand);
-                match operands.get(operand).filter(|_| window.end > window.start) {
-                    Some(buffer) => (buffer.clone(), window.start, window.end - window.start),
-                    None => (scratch.empty(device), 0, 16),
+        .map(|binding| {
+            let whole = |bytes| Window { start: 0, end: bytes };
+            let (buffer, window) = match binding.slot {
+                Slot::Params => (params.clone(), whole(size_of::<Params>() as u64)),
+                Slot::Operand(operand) => {
+                    let window = plan.window(operand);
+                    match operands.get(operand).filter(|_| window.end > window.start) {
+                        Some(buffer) => (buffer.clone(), window),
+                        None => (scratch.empty(device), whole(16)),
+                    }
                 }
-            }
-            slot => {
-                let bytes = plan.scratch_of(slot);
-                (scratch.buffer(device, slot, bytes), 0, bytes)
-            }
+                slot => {
+                    let bytes = plan.scratch_of(slot);
+                    (scratch.buffer(device, slot, bytes), whole(bytes))
+                }
+            };
+            Bound { number: binding.slot.number(), buffer, window }
         })
         .collect();
-    let entries: Vec<_> = bindings
-        .iter()
-        .zip(&buffers)
-        .map(|(binding, (buffer, offset, size))| wgpu::BindGroupEntry {
-            binding: binding.slot.number(),
-            resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
-                buffer,
-                offset: *offset,
-                size: wgpu::BufferSize::new(*size),
-            }),
-        })
-        .collect();
-    device.create_bind_group(&wgpu::BindGroupDescriptor {
-        label: Some(stage.kernel.name()),
-        layout: &pipeline.layout,
-        entries: &entries,
-    })
+    bind_group(device, stage.kernel.name(), pipeline, &buffers)
 }
 
 /// Every rule about the caller's buffers.
@@ -193,15 +226,7 @@ fn check(plan: &Plan, operands: &Operands<'_>) -> Result<()> {
             (true, None) => return Err(Error::MissingOperand { operand }),
             (false, Some(_)) => return Err(Error::UnexpectedOperand { operand }),
         };
-        if !buffer.usage().contains(wgpu::BufferUsages::STORAGE) {
-            let need = wgpu::BufferUsages::STORAGE;
-            return Err(Error::BufferUsage { operand, need, got: buffer.usage() });
-        }
-        let need = plan.window(operand).end;
-        if need > buffer.size() {
-            let (unit, container) = ("bytes", "buffer");
-            return Err(Error::OutOfBounds { operand, need, got: buffer.size(), unit, container });
-        }
+        check_buffer(operand, buffer, plan.window(operand).end)?;
     }
     // wgpu forbids one buffer to be read and written in one dispatch, and browsers two writes.
     for stage in plan.stages() {

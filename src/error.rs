@@ -36,6 +36,14 @@ pub enum Operand {
     CuSeqlensK,
     /// The word that reports what was wrong with numbers on the GPU.
     Status,
+    /// New keys, on their way into a cache: `[batch, heads_kv, seq_q, head_dim]`.
+    KNew,
+    /// New values, on their way into a cache: `[batch, heads_kv, seq_q, head_dim_v]`.
+    VNew,
+    /// Queries before their rotation, `[batch, heads_q, seq_q, query_dim]`.
+    QNew,
+    /// Cosines and sines of rotary positions, `[positions, width / 2, 2]`.
+    Rope,
     /// The natural logarithm of each row's denominator, `[batch, heads_q, seq_q]`.
     Lse,
     /// The attention weights, `[batch, heads_q, seq_q, seq_kv]`.
@@ -43,7 +51,7 @@ pub enum Operand {
 }
 
 impl Operand {
-    /// Every operand, inputs before outputs.
+    /// Every operand of an attention call, inputs before outputs.
     pub const ALL: [Self; 16] = [
         Self::Q,
         Self::K,
@@ -81,6 +89,10 @@ impl std::fmt::Display for Operand {
             Self::CuSeqlensQ => "cu_seqlens_q",
             Self::CuSeqlensK => "cu_seqlens_k",
             Self::Status => "status",
+            Self::KNew => "k_new",
+            Self::VNew => "v_new",
+            Self::QNew => "q_new",
+            Self::Rope => "rope",
             Self::Lse => "lse",
             Self::Weights => "weights",
         })

@@ -83,7 +83,7 @@ impl<'a> Inputs<'a> {
             Operand::BlockTable => self.block_table.map(words),
             Operand::CuSeqlensQ => self.cu_seqlens_q.map(words),
             Operand::CuSeqlensK => self.cu_seqlens_k.map(words),
-            Operand::O | Operand::Lse | Operand::Weights | Operand::Status => None,
+            _ => None,
         }
     }
 

@@ -666,7 +666,7 @@ pub(crate) enum Slot {
 }
 
 impl Slot {
-    pub(crate) fn number(self) -> u32 {
+    pub(crate) const fn number(self) -> u32 {
         match self {
             Self::Params => 0,
             Self::Operand(operand) => match operand {
@@ -686,6 +686,10 @@ impl Slot {
                 Operand::CuSeqlensQ => 20,
                 Operand::CuSeqlensK => 21,
                 Operand::Status => 22,
+                Operand::KNew => 24,
+                Operand::VNew => 25,
+                Operand::QNew => 26,
+                Operand::Rope => 27,
             },
             Self::Scores => 11,
             Self::InverseSums => 14,

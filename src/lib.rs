@@ -43,6 +43,7 @@
 //! 2309.17453).
 #![deny(missing_docs)]
 
+mod append;
 mod attention;
 mod cache;
 mod caps;
@@ -65,6 +66,7 @@ mod problem;
 mod quant;
 mod readback;
 pub mod reference;
+mod rope;
 mod run;
 mod scope;
 mod scratch;
@@ -76,6 +78,7 @@ mod timing;
 mod tuning;
 mod unroll;
 
+pub use append::{Append, AppendOperands};
 pub use attention::{Attention, DeviceRequest, Operands, Options, adapters};
 pub use cache::Cache;
 pub use caps::{Caps, MatrixUnits};
@@ -91,6 +94,7 @@ pub use plan::{Dispatch, Path, Plan, PlanOptions, Shader};
 pub use problem::{AttentionProblem, Bias, Similarity};
 pub use quant::{dequantize, quantize, row_elements};
 pub use readback::read_buffer;
+pub use rope::{Pairing, Rope};
 pub use status::Status;
 pub use tile::Tile;
 pub use timing::GpuTimer;

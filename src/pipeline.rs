@@ -3,36 +3,41 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use crate::append::AppendStep;
 use crate::error::{Error, Result};
 use crate::kernel::Blueprint;
 use crate::params::Params;
 use crate::scope::scoped;
-use crate::shader::compose;
+use crate::shader::{compose, compose_append};
 
 /// Everything that is compiled into one pipeline: what the cache tells pipelines apart by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Recipe {
     /// A kernel of an attention plan.
     Attention(Blueprint),
+    /// A step of an append.
+    Append(AppendStep),
 }
 
 impl Recipe {
     fn name(&self) -> &'static str {
         match self {
             Self::Attention(blueprint) => blueprint.kernel.name(),
+            Self::Append(step) => step.name(),
         }
     }
 
     fn wgsl(&self) -> String {
         match self {
             Self::Attention(blueprint) => compose(blueprint),
+            Self::Append(step) => compose_append(step),
         }
     }
 
     /// Bytes of its uniform block, which is binding 0 and has a dynamic offset.
     fn params_bytes(&self) -> u64 {
         match self {
-            Self::Attention(_) => size_of::<Params>() as u64,
+            Self::Attention(_) | Self::Append(_) => size_of::<Params>() as u64,
         }
     }
 
@@ -42,6 +47,7 @@ impl Recipe {
             Self::Attention(blueprint) => {
                 blueprint.storage().map(|binding| (binding.slot.number(), binding.writes)).collect()
             }
+            Self::Append(step) => step.bindings().map(|(number, _, writes)| (number, writes)).collect(),
         }
     }
 }
@@ -265,6 +271,9 @@ fn module(device: &wgpu::Device, recipe: Recipe, runtime_checks: bool) -> wgpu::
     //
     // Quantised rows: `load_int8` and `load_int4` stay inside the `row_elements` words of a row that exists,
     // for the quads that begin below its width.
+    //
+    // Appends: `place_key` gives a row only after `has_place` has found its position below seq_kv and its page
+    // to exist; angles are looked up for positions below seq_kv, which the table has (`Append::validate`).
     //
     // Scratch: rows of `score_stride` elements for each of the chunk's rows, as `Plan::scratch_of`
     // allocates and `choose_chunks` bounds below u32::MAX. Scores are stored below `score_stride`

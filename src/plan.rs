@@ -136,6 +136,24 @@ pub(crate) struct Window {
     pub(crate) end: u64,
 }
 
+impl Window {
+    /// Of an operand without elements.
+    const NONE: Self = Self { start: 0, end: 0 };
+
+    /// From a layout's first element, rounded down to what bindings must be aligned to, to its last, rounded
+    /// up to a whole word. The extent has been validated.
+    pub(crate) fn of(layout: Layout, shape: [usize; 4], bytes: usize, caps: &Caps) -> Self {
+        let (bytes, extent) = (bytes as u64, layout.extent(shape) as u64);
+        if extent == 0 {
+            return Self::NONE;
+        }
+        let first = layout.offset as u64 * bytes;
+        // 16 keeps the parity of vec4 reads whatever the device asks for.
+        let align = u64::from(caps.storage_alignment).max(16);
+        Self { start: first / align * align, end: (extent * bytes).next_multiple_of(4) }
+    }
+}
+
 /// How one problem is served on one kind of device. `Display` explains it.
 ///
 /// ```
@@ -475,18 +493,12 @@ impl Plan {
         }
     }
 
-    /// The bytes of an operand's buffer that its kernels bind: from the layout's first element,
-    /// rounded down to what bindings must be aligned to, to its last, rounded up to a whole word.
+    /// The bytes of an operand's buffer that its kernels bind.
     pub(crate) fn window(&self, operand: Operand) -> Window {
-        let bytes = self.problem.element_bytes(operand) as u64;
-        let extent = self.problem.extent(operand) as u64;
-        if extent == 0 {
-            return Window { start: 0, end: 0 };
-        }
-        let first = self.problem.layout(operand).map_or(0, |layout| layout.offset as u64) * bytes;
-        // 16 keeps the parity of vec4 reads whatever the device asks for.
-        let align = u64::from(self.caps.storage_alignment).max(16);
-        Window { start: first / align * align, end: (extent * bytes).next_multiple_of(4) }
+        let p = &self.problem;
+        p.layout(operand).map_or(Window::NONE, |layout| {
+            Window::of(layout, p.shape(operand), p.element_bytes(operand), &self.caps)
+        })
     }
 
     /// Bytes of a scratch buffer; 0 when this plan has none of that kind.
@@ -813,7 +825,7 @@ fn stages(tiles: Tiles, problem: &AttentionProblem, caps: &Caps) -> Result<Vec<B
 
 /// `groups` workgroups over three dimensions of at most `most` each. The kernels number them
 /// linearly and ignore the surplus.
-fn fold(groups: u64, most: u32) -> [u32; 3] {
+pub(crate) fn fold(groups: u64, most: u32) -> [u32; 3] {
     let most = u64::from(most);
     let x = groups.min(most);
     let y = groups.div_ceil(x).min(most);

@@ -18,7 +18,7 @@
 use crate::dtype::{Dtype, Tensor, TensorRef};
 
 /// Elements that share a scale, most codes of a word, bits of a code. `None` for what is not quantised.
-const fn format(dtype: Dtype) -> Option<(usize, usize)> {
+pub(crate) const fn format(dtype: Dtype) -> Option<(usize, usize)> {
     match dtype {
         Dtype::Int8 => Some((usize::MAX, 8)),
         Dtype::Int4 => Some((16, 4)),

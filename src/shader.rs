@@ -1,10 +1,12 @@
 //! Composes a kernel's WGSL: parts, one after the other, behind a header of constants. There is no
 //! preprocessor; an option that is absent is another part (a branch would still count its binding).
 
+use crate::append::{APPEND_ROPE, AppendStep};
 use crate::dtype::Dtype;
 use crate::error::Operand;
 use crate::fused::FusedRow;
 use crate::kernel::{Blueprint, Io, Kernel, Keys, Slot};
+use crate::quant;
 use crate::unroll::unroll;
 
 macro_rules! part {
@@ -52,14 +54,7 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
             if operand == Operand::Q {
                 add(&row(operand, b.ragged_q));
             } else {
-                let text = match b.keys {
-                    Keys::Contiguous => part!("io/key"),
-                    Keys::Ragged => part!("io/key_ragged"),
-                    Keys::Ring(_) => part!("io/key_ring"),
-                    Keys::Paged(_) => part!("io/key_paged"),
-                };
-                add(&named(text, operand));
-                add(&named(part!("io/key_row"), operand));
+                keys(&mut add, operand, b.keys);
             }
             if !io.vec4 && io.dtype.is_float() {
                 // An unrolled kernel knows at compile time which elements there are.
@@ -104,6 +99,7 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         (false, Keys::Ragged) => part!("io/kv_lens_ragged"),
         (false, _) => part!("io/kv_lens_none"),
     });
+    add(part!("io/status_bits"));
     add(part!("io/key_length"));
     if b.kernel == Kernel::Lengths {
         add(if matches!(b.keys, Keys::Paged(_)) { part!("io/blocks") } else { part!("io/blocks_none") });
@@ -159,7 +155,7 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
     }
     if let Some(io) = b.o {
         add(&row(Operand::O, b.ragged_q));
-        add(&store(io));
+        add(&store(io, Operand::O, "head_dim_v"));
         match (fused, b.parts) {
             _ if merges => {}
             (false, false) => add(part!("io/finish_whole")),
@@ -209,6 +205,93 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         }
     });
     out
+}
+
+/// The WGSL of a step of an append.
+pub(crate) fn compose_append(step: &AppendStep) -> String {
+    let s = step;
+    let mut out = String::new();
+    if s.from.iter().chain(&s.to).any(|io| io.native) {
+        out.push_str("enable f16;\n");
+    }
+    out.push_str(&format!("// {}, composed from shaders/\n", s.name()));
+    let mut constant = |name: &str, value: String| out.push_str(&format!("const {name} = {value};\n"));
+    constant("LANES", format!("{}u", s.lanes()));
+    if let Keys::Paged(page) = s.keys {
+        constant("PAGE", format!("{page}u"));
+    }
+    if let Keys::Ring(capacity) = s.keys {
+        constant("RING", format!("{capacity}u"));
+    }
+    if s.from.is_some() {
+        constant("WIDTH", format!("{}u", s.width));
+        let (rope, interleaved) = s.rope.map_or((0, false), |rope| (rope.width, rope.interleaved));
+        constant("ROPE", format!("{rope}u"));
+        constant("INTERLEAVED", interleaved.to_string());
+    }
+    if let Some((group, bits)) = s.to.and_then(|io| quant::format(io.dtype)) {
+        constant("GROUP", format!("{}u", group.min(s.width as usize)));
+        constant("BITS", format!("{bits}u"));
+    }
+    let mut add = |text: &str| {
+        out.push('\n');
+        out.push_str(text);
+    };
+    add(part!("params"));
+    add(part!("common"));
+    let list = |operand: Operand| named(part!("io/list"), operand);
+    if s.ragged {
+        add(&list(Operand::CuSeqlensQ));
+    }
+    add(if s.ragged { part!("io/queries_ragged") } else { part!("io/queries") });
+    let (Some(from), Some(to)) = (s.from, s.to) else {
+        add(part!("kernel/advance"));
+        return out;
+    };
+    if [from, to].iter().any(|io| matches!(io.dtype, Dtype::F16 | Dtype::Bf16) && !io.native) {
+        add(part!("io/convert"));
+    }
+    add(&list(Operand::KvLens));
+    add(&row(Operand::Q, s.ragged));
+    add(&load(from, Operand::Q));
+    match s.rope {
+        Some(_) => add(&part!("io/angle").replace("BINDING", &APPEND_ROPE.to_string())),
+        None => add(part!("io/angle_none")),
+    }
+    add(part!("io/status_bits"));
+    add(&if s.status { named(part!("io/status"), Operand::Status) } else { part!("io/status_none").into() });
+    if s.is_query {
+        add(&row(Operand::K, s.ragged));
+        add(part!("io/place_query"));
+    } else {
+        if let Keys::Paged(_) = s.keys {
+            add(&list(Operand::BlockTable));
+        }
+        keys(&mut add, Operand::K, s.keys);
+        add(part!("io/place_key"));
+        let paged = matches!(s.keys, Keys::Paged(_));
+        add(if paged { part!("io/has_place_paged") } else { part!("io/has_place") });
+    }
+    if to.dtype.is_float() {
+        add(&store(to, Operand::K, "head_dim"));
+        add(part!("io/store_row"));
+    } else {
+        add(&named(part!("io/store_row_codes"), Operand::K));
+    }
+    add(part!("kernel/append"));
+    out
+}
+
+/// How rows of k or v are found.
+fn keys(add: &mut impl FnMut(&str), operand: Operand, keys: Keys) {
+    let text = match keys {
+        Keys::Contiguous => part!("io/key"),
+        Keys::Ragged => part!("io/key_ragged"),
+        Keys::Ring(_) => part!("io/key_ring"),
+        Keys::Paged(_) => part!("io/key_paged"),
+    };
+    add(&named(text, operand));
+    add(&named(part!("io/key_row"), operand));
 }
 
 /// The boolean mask.
@@ -328,7 +411,7 @@ fn load(io: Io, operand: Operand) -> String {
     named(text, operand).replace("DTYPE", &io.dtype.to_string())
 }
 
-fn store(io: Io) -> String {
+fn store(io: Io, operand: Operand, width: &str) -> String {
     let text = match (io.dtype, io.native, io.vec4) {
         (Dtype::F32, _, true) => part!("io/store_f32_vec4"),
         (Dtype::F32, _, false) => part!("io/store_f32_any"),
@@ -337,6 +420,6 @@ fn store(io: Io) -> String {
         (_, false, true) => part!("io/store_pair_vec4"),
         (_, false, false) => part!("io/store_pair_any"),
     };
-    let text = named(text, Operand::O).replace("DTYPE", &io.dtype.to_string());
-    if io.vec4 { text } else { format!("{text}\n{}", part!("io/store4_by_element")) }
+    let text = if io.vec4 { text.into() } else { format!("{text}\n{}", part!("io/store4_by_element")) };
+    named(&text, operand).replace("DTYPE", &io.dtype.to_string()).replace("WIDTH", width)
 }

@@ -1,6 +1,6 @@
-// o as native f16 whose rows are contiguous multiples of four elements.
-@group(0) @binding(BINDING) var<storage, read_write> o_data: array<vec4<f16>>;
+// OPERAND as native f16 whose rows are contiguous multiples of four elements.
+@group(0) @binding(BINDING) var<storage, read_write> OPERAND_data: array<vec4<f16>>;
 
-fn store4_o(at: u32, d: u32, x: vec4<f32>) {
-    o_data[(at + d) / 4u] = vec4<f16>(x);
+fn store4_OPERAND(at: u32, d: u32, x: vec4<f32>) {
+    OPERAND_data[(at + d) / 4u] = vec4<f16>(x);
 }

@@ -151,7 +151,7 @@ pub fn download(device: &wgpu::Device, queue: &wgpu::Queue, buffer: &wgpu::Buffe
     view.to_vec()
 }
 
-const USAGE: wgpu::BufferUsages =
+pub const USAGE: wgpu::BufferUsages =
     wgpu::BufferUsages::STORAGE.union(wgpu::BufferUsages::COPY_SRC).union(wgpu::BufferUsages::COPY_DST);
 
 /// The buffers of one case, each with guard zones, and the problem moved between them.

@@ -1,0 +1,530 @@
+//! [`Append`]: new rows of k and v into a cache, on the GPU, at positions that only the GPU knows.
+
+use std::sync::{Arc, PoisonError};
+
+use crate::attention::Attention;
+use crate::cache::Cache;
+use crate::caps::Caps;
+use crate::dtype::Dtype;
+use crate::encode::{Bound, Prepared, Ready, bind_group, check_buffer};
+use crate::error::{Error, Operand, Result};
+use crate::kernel::{Io, Keys, Slot};
+use crate::layout::Layout;
+use crate::params::{ParamLayout, Params};
+use crate::pipeline::Recipe;
+use crate::plan::{Window, fold};
+use crate::problem::AttentionProblem;
+use crate::rope::{Pairing, Rope};
+use crate::scope::scoped;
+
+/// What a step of generation does before it attends: the new tokens' k and v go into the cache, turned by
+/// their positions and converted to its element type on the way, and their queries are turned, too.
+///
+/// All of it is said in terms of the [`AttentionProblem`] that will read the cache: each of its queries
+/// (`seq_q` of each entry, or ragged ones) is a new token with a key and a value of its own, in the same
+/// element type. Token `t` of an entry's `n` stands at position `kv_lens - n + t`, where `kv_lens` counts the
+/// new ones already: as the attention call counts them.
+///
+/// ```no_run
+/// use wgpu_attention::{Align, Append, AppendOperands, Attention, AttentionProblem, Cache, Dtype, Operands, Rope};
+/// # fn f(attention: &Attention, b: &[wgpu::Buffer]) -> wgpu_attention::Result<()> {
+/// // One token a step for one sequence of at most 4096, 9 query heads over 3, an f16 cache.
+/// let problem = AttentionProblem {
+///     causal: Some(Align::BottomRight),
+///     kv_lens: true,
+///     ..AttentionProblem::new(1, 9, 3, 1, 4096, 64, 64)
+/// }
+/// .with_cache(Cache::Contiguous, Dtype::F16);
+/// let append = Append {
+///     rope: Some(Rope { positions: 4096, ..Rope::new(64) }),
+///     q_new: Some(problem.q),
+///     advance: true,
+///     ..Append::new(&problem)
+/// };
+/// # let [q_new, k_new, v_new, q, k, v, o, kv_lens, rope] = b else { return Ok(()) };
+/// let plan = attention.plan(&problem)?;
+/// let operands = AppendOperands { q_new: Some(q_new), q: Some(q), rope: Some(rope), ..AppendOperands::new(k_new, v_new, k, v, kv_lens) };
+/// let attend = Operands { kv_lens: Some(kv_lens), ..Operands::new(q, k, v, o) };
+/// // Everything of a step, to be encoded again and again.
+/// let step = attention.prepare_append(&append, &operands)?.then(attention.prepare(&plan, &attend)?);
+/// # let _ = step;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug, PartialEq)]
+pub struct Append {
+    /// The call that reads the cache. It needs `kv_lens`; its cache is not ragged.
+    pub problem: AttentionProblem,
+    /// Where new keys lie: `[batch, heads_kv, seq_q, head_dim]`, or `[1, heads_kv, total_q, head_dim]`.
+    pub k_new: Layout,
+    /// Where new values lie, likewise.
+    pub v_new: Layout,
+    /// Turns keys (and queries) by their positions; its table has at least `seq_kv` positions.
+    pub rope: Option<Rope>,
+    /// Where queries lie before they are turned, likewise; the turned go to where the problem says. `None`
+    /// leaves queries alone.
+    pub q_new: Option<Layout>,
+    /// First add each entry's new tokens to its `kv_lens`. Otherwise the caller has counted them.
+    pub advance: bool,
+}
+
+/// The buffers of an append. All need `STORAGE` usage.
+#[derive(Clone, Copy, Debug)]
+pub struct AppendOperands<'a> {
+    /// New keys.
+    pub k_new: &'a wgpu::Buffer,
+    /// New values.
+    pub v_new: &'a wgpu::Buffer,
+    /// The cache's keys.
+    pub k: &'a wgpu::Buffer,
+    /// The cache's values.
+    pub v: &'a wgpu::Buffer,
+    /// Keys of each entry, u32. A new key beyond `seq_kv` has no place and is left out ([`Status::FULL`]).
+    ///
+    /// [`Status::FULL`]: crate::Status::FULL
+    pub kv_lens: &'a wgpu::Buffer,
+    /// Pages of each entry's keys, u32. A new key whose page does not exist is left out.
+    pub block_table: Option<&'a wgpu::Buffer>,
+    /// Where each entry's ragged tokens begin, and the last end, u32.
+    pub cu_seqlens_q: Option<&'a wgpu::Buffer>,
+    /// Cosines and sines, f32, `[positions, width / 2, 2]`.
+    pub rope: Option<&'a wgpu::Buffer>,
+    /// Queries before they are turned.
+    pub q_new: Option<&'a wgpu::Buffer>,
+    /// Receives the turned queries.
+    pub q: Option<&'a wgpu::Buffer>,
+    /// Gains the bits of [`Status`](crate::Status), a u32.
+    pub status: Option<&'a wgpu::Buffer>,
+}
+
+impl<'a> AppendOperands<'a> {
+    /// Those that every append has; fill in the rest with `..`.
+    pub fn new(
+        k_new: &'a wgpu::Buffer,
+        v_new: &'a wgpu::Buffer,
+        k: &'a wgpu::Buffer,
+        v: &'a wgpu::Buffer,
+        kv_lens: &'a wgpu::Buffer,
+    ) -> Self {
+        Self {
+            k_new,
+            v_new,
+            k,
+            v,
+            kv_lens,
+            block_table: None,
+            cu_seqlens_q: None,
+            rope: None,
+            q_new: None,
+            q: None,
+            status: None,
+        }
+    }
+
+    fn get(&self, operand: Operand) -> Option<&'a wgpu::Buffer> {
+        match operand {
+            Operand::KNew => Some(self.k_new),
+            Operand::VNew => Some(self.v_new),
+            Operand::K => Some(self.k),
+            Operand::V => Some(self.v),
+            Operand::KvLens => Some(self.kv_lens),
+            Operand::BlockTable => self.block_table,
+            Operand::CuSeqlensQ => self.cu_seqlens_q,
+            Operand::Rope => self.rope,
+            Operand::QNew => self.q_new,
+            Operand::Q => self.q,
+            Operand::Status => self.status,
+            _ => None,
+        }
+    }
+}
+
+/// Every operand of an append.
+const OPERANDS: [Operand; 11] = [
+    Operand::KNew,
+    Operand::VNew,
+    Operand::K,
+    Operand::V,
+    Operand::KvLens,
+    Operand::BlockTable,
+    Operand::CuSeqlensQ,
+    Operand::Rope,
+    Operand::QNew,
+    Operand::Q,
+    Operand::Status,
+];
+
+/// The binding of the table of angles.
+pub(crate) const APPEND_ROPE: u32 = Slot::Operand(Operand::Rope).number();
+
+/// RoPE as it is compiled in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Turn {
+    pub(crate) width: u32,
+    pub(crate) interleaved: bool,
+}
+
+/// One dispatch of an append, as it is compiled: it moves one tensor, or advances the lengths (then it has
+/// neither `from` nor `to`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct AppendStep {
+    pub(crate) from: Option<Io>,
+    pub(crate) to: Option<Io>,
+    pub(crate) is_query: bool,
+    pub(crate) width: u32,
+    pub(crate) keys: Keys,
+    pub(crate) ragged: bool,
+    pub(crate) rope: Option<Turn>,
+    pub(crate) status: bool,
+}
+
+/// What a binding of a step holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Holds {
+    From,
+    To,
+    Operand(Operand),
+}
+
+impl AppendStep {
+    pub(crate) fn name(&self) -> &'static str {
+        if self.from.is_some() { "append" } else { "advance" }
+    }
+
+    /// Threads of a workgroup: a quad or two each of rows as wide as models have.
+    pub(crate) fn lanes(&self) -> u32 {
+        if self.from.is_some() { 32 } else { 64 }
+    }
+
+    /// Number, content and whether it is written, of every storage binding.
+    pub(crate) fn bindings(&self) -> impl Iterator<Item = (u32, Holds, bool)> {
+        let moves = self.from.is_some();
+        let own = |operand: Operand| (Slot::Operand(operand).number(), Holds::Operand(operand));
+        let number = |operand: Operand| Slot::Operand(operand).number();
+        [
+            (moves, (number(Operand::Q), Holds::From), false),
+            (moves, (number(Operand::K), Holds::To), true),
+            (true, own(Operand::KvLens), !moves),
+            (matches!(self.keys, Keys::Paged(_)), own(Operand::BlockTable), false),
+            (self.ragged, own(Operand::CuSeqlensQ), false),
+            (self.status, own(Operand::Status), true),
+            (self.rope.is_some(), own(Operand::Rope), false),
+        ]
+        .into_iter()
+        .filter_map(|(present, (number, holds), writes)| present.then_some((number, holds, writes)))
+    }
+}
+
+/// A tensor on its way.
+struct Move {
+    from: Operand,
+    to: Operand,
+    heads: usize,
+    turns: bool,
+}
+
+impl Append {
+    /// New rows laid out like the problem's queries, `[batch, seq_q, heads_kv, dim]` (or `[total_q, heads_kv,
+    /// dim]`), nothing turned, lengths counted by the caller.
+    pub fn new(problem: &AttentionProblem) -> Self {
+        let p = problem;
+        let rows = p.total_q.unwrap_or(p.seq_q);
+        Self {
+            k_new: Layout::bshd(p.heads_kv, rows, p.head_dim),
+            v_new: Layout::bshd(p.heads_kv, rows, p.head_dim_v),
+            problem: problem.clone(),
+            rope: None,
+            q_new: None,
+            advance: false,
+        }
+    }
+
+    /// Logical shape of an operand.
+    fn shape(&self, operand: Operand) -> [usize; 4] {
+        let p = &self.problem;
+        let new = |heads, dim| match p.total_q {
+            Some(total) => [1, heads, total, dim],
+            None => [p.batch, heads, p.seq_q, dim],
+        };
+        match operand {
+            Operand::KNew => new(p.heads_kv, p.head_dim),
+            Operand::VNew => new(p.heads_kv, p.head_dim_v),
+            Operand::QNew => new(p.heads_q, p.query_dim()),
+            Operand::Rope => [1, 1, 1, self.rope.map_or(0, |rope| rope.positions.saturating_mul(rope.width))],
+            _ => p.shape(operand),
+        }
+    }
+
+    /// Where an operand lies; `None` where there is none.
+    fn layout(&self, operand: Operand) -> Option<Layout> {
+        match operand {
+            Operand::KNew => Some(self.k_new),
+            Operand::VNew => Some(self.v_new),
+            Operand::QNew => self.q_new,
+            Operand::Q => self.q_new.map(|_| self.problem.q),
+            Operand::Rope => self.rope.map(|_| Layout::broadcast(self.shape(operand))),
+            _ => self.problem.layout(operand),
+        }
+    }
+
+    fn element_bytes(&self, operand: Operand) -> usize {
+        match operand {
+            Operand::KNew | Operand::VNew | Operand::QNew => self.problem.dtype.bytes(),
+            _ => self.problem.element_bytes(operand),
+        }
+    }
+
+    /// Checks every rule that does not depend on data or device.
+    ///
+    /// # Errors
+    /// Those of [`AttentionProblem::validate`]; [`Error::MissingOperand`] where the problem has no `kv_lens`,
+    /// [`Error::ZeroSize`] where it has no `seq_kv`;
+    /// [`Error::Cache`] for a ragged cache and for a rotation that does not fit; [`Error::OutputOverlaps`] and
+    /// [`Error::TooLarge`].
+    pub fn validate(&self) -> Result<()> {
+        let p = &self.problem;
+        p.validate()?;
+        if matches!(p.cache, Cache::Ragged { .. }) {
+            return Err(Error::Cache { why: "ragged keys leave no place for new ones".into() });
+        }
+        if !p.kv_lens {
+            return Err(Error::MissingOperand { operand: Operand::KvLens });
+        }
+        if p.seq_kv == 0 {
+            return Err(Error::ZeroSize { what: "seq_kv" });
+        }
+        if let Some(rope) = self.rope {
+            let widest = if self.q_new.is_some() { p.head_dim.min(p.query_dim()) } else { p.head_dim };
+            if rope.width == 0 || rope.width % 2 == 1 || rope.width > widest {
+                let why = format!("rope turns {} elements of {widest}: an even number up to all", rope.width);
+                return Err(Error::Cache { why });
+            }
+            if rope.positions < p.seq_kv {
+                let why = format!("rope's table has {} positions, the cache {}", rope.positions, p.seq_kv);
+                return Err(Error::Cache { why });
+            }
+        }
+        for operand in OPERANDS {
+            let Some(layout) = self.layout(operand) else { continue };
+            let (shape, got) = (self.shape(operand), layout.extent(self.shape(operand)));
+            if got > u32::MAX as u128 {
+                let what = format!("{operand}'s last element index");
+                return Err(Error::TooLarge { what, got, max: u32::MAX as u64 });
+            }
+            let writes = matches!(operand, Operand::K | Operand::V | Operand::Q);
+            if writes && !layout.is_injective(shape) {
+                return Err(Error::OutputOverlaps { operand, shape, strides: layout.strides });
+            }
+        }
+        Ok(())
+    }
+
+    fn moves(&self) -> Vec<Move> {
+        let p = &self.problem;
+        let mut moves = vec![
+            Move { from: Operand::KNew, to: Operand::K, heads: p.heads_kv, turns: true },
+            Move { from: Operand::VNew, to: Operand::V, heads: p.heads_kv, turns: false },
+        ];
+        if self.q_new.is_some() {
+            moves.push(Move { from: Operand::QNew, to: Operand::Q, heads: p.heads_q, turns: true });
+        }
+        moves
+    }
+
+    /// The step of one tensor, its uniform block, and its workgroups.
+    fn step(&self, of: &Move, caps: &Caps) -> Result<(AppendStep, Params, u64)> {
+        let p = &self.problem;
+        let is_query = of.to == Operand::Q;
+        let stored = if is_query { p.dtype } else { p.stored_kv() };
+        let width = self.shape(of.from)[3];
+        let layout = |operand| self.layout(operand).unwrap_or(Layout { offset: 0, strides: [0; 4] });
+        let native = |dtype: Dtype| dtype == Dtype::F16 && caps.shader_f16;
+        let vec4 = stored.is_float() && layout(of.to).is_vec4(width);
+        let step = AppendStep {
+            from: Some(Io { dtype: p.dtype, vec4: false, native: native(p.dtype) }),
+            to: Some(Io { dtype: stored, vec4, native: native(stored) }),
+            is_query,
+            width: width as u32,
+            keys: match p.cache {
+                Cache::Ring { capacity } if !is_query => Keys::Ring(capacity as u32),
+                Cache::Paged { page_size, .. } if !is_query => Keys::Paged(page_size as u32),
+                _ => Keys::Contiguous,
+            },
+            ragged: p.total_q.is_some(),
+            rope: self.rope.filter(|_| of.turns).map(|rope| Turn {
+                width: rope.width as u32,
+                interleaved: rope.pairing == Pairing::Interleaved,
+            }),
+            status: p.status && !is_query,
+        };
+        let bytes = 4 * width as u64;
+        for (what, need, got) in [
+            ("bytes of workgroup memory", bytes, u64::from(caps.max_workgroup_bytes)),
+            ("storage buffers", step.bindings().count() as u64, u64::from(caps.max_storage_buffers)),
+        ] {
+            if need > got {
+                let why = format!("it needs {need} {what}, the device has {got}");
+                return Err(Error::KernelUnfit { kernel: "append".into(), why });
+            }
+        }
+        let params = Params {
+            heads_q: of.heads as u32,
+            head_dim: width as u32,
+            q: self.params_of(of.from, caps),
+            k: self.params_of(of.to, caps),
+            ..self.params()
+        };
+        Ok((step, params, (p.batch * of.heads * p.seq_q) as u64))
+    }
+
+    fn params_of(&self, operand: Operand, caps: &Caps) -> ParamLayout {
+        let Some(layout) = self.layout(operand) else { return ParamLayout::default() };
+        let first = self.window(operand, caps).start as usize / self.element_bytes(operand);
+        ParamLayout::new(layout, self.shape(operand), first)
+    }
+
+    fn window(&self, operand: Operand, caps: &Caps) -> Window {
+        let bytes = self.element_bytes(operand);
+        self.layout(operand).map_or(Window { start: 0, end: 0 }, |layout| {
+            Window::of(layout, self.shape(operand), bytes, caps)
+        })
+    }
+
+    fn params(&self) -> Params {
+        let p = &self.problem;
+        let [pages, max_blocks] = match p.cache {
+            Cache::Paged { pages, max_blocks, .. } => [pages, max_blocks],
+            _ => [0; 2],
+        };
+        Params {
+            batch: p.batch as u32,
+            seq_q: p.seq_q as u32,
+            seq_kv: p.seq_kv as u32,
+            total_q: p.total_q.unwrap_or(0) as u32,
+            pages: pages as u32,
+            max_blocks: max_blocks as u32,
+            ..Params::default()
+        }
+    }
+
+    /// Every rule about the caller's buffers.
+    fn check(&self, operands: &AppendOperands<'_>, caps: &Caps) -> Result<()> {
+        for operand in OPERANDS {
+            let buffer = match (self.layout(operand), operands.get(operand)) {
+                (Some(_), Some(buffer)) => buffer,
+                (None, None) => continue,
+                (Some(_), None) => return Err(Error::MissingOperand { operand }),
+                (None, Some(_)) => return Err(Error::UnexpectedOperand { operand }),
+            };
+            let window = self.window(operand, caps);
+            check_buffer(operand, buffer, window.end)?;
+            if window.end - window.start > caps.max_storage_binding {
+                return Err(Error::LimitExceeded {
+                    what: format!("{operand}: bytes of one storage binding"),
+                    need: window.end - window.start,
+                    got: caps.max_storage_binding,
+                });
+            }
+        }
+        // What is written shares its buffer with nothing that the same dispatch reads.
+        for written in [Operand::K, Operand::V, Operand::Q, Operand::Status, Operand::KvLens] {
+            for other in OPERANDS.into_iter().filter(|&other| other != written) {
+                let both = [written, other];
+                // Keys and values are moved one after the other, and may lie in one buffer.
+                let apart = both.contains(&Operand::K) && both.contains(&Operand::V);
+                let same = operands.get(written).is_some_and(|buffer| operands.get(other) == Some(buffer));
+                let (a, b) = (self.window(written, caps), self.window(other, caps));
+                if same && (!apart || a == b) {
+                    return Err(Error::Aliased { operand: written, with: other });
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Attention {
+    /// Records an append, in a compute pass of its own. Submits nothing.
+    ///
+    /// # Errors
+    /// Those of [`Append::validate`]; [`Error::KernelUnfit`], [`Error::MissingOperand`],
+    /// [`Error::UnexpectedOperand`], [`Error::BufferUsage`], [`Error::OutOfBounds`], [`Error::Aliased`],
+    /// [`Error::LimitExceeded`], [`Error::OutOfMemory`] and [`Error::Driver`]; then nothing has been recorded.
+    pub fn encode_append(
+        &self,
+        encoder: &mut wgpu::CommandEncoder,
+        append: &Append,
+        operands: &AppendOperands<'_>,
+    ) -> Result<()> {
+        self.prepare_append(append, operands)?.encode(encoder);
+        Ok(())
+    }
+
+    /// All of [`Attention::encode_append`] but the recording.
+    ///
+    /// # Errors
+    /// Those of [`Attention::encode_append`].
+    pub fn prepare_append(&self, append: &Append, operands: &AppendOperands<'_>) -> Result<Prepared> {
+        let (p, caps) = (&append.problem, self.caps());
+        append.validate()?;
+        append.check(operands, caps)?;
+        if p.batch == 0 || p.seq_q == 0 || p.total_q == Some(0) {
+            return Ok(Prepared::default());
+        }
+        let mut steps = Vec::new();
+        if append.advance {
+            let step = AppendStep {
+                from: None,
+                to: None,
+                is_query: false,
+                width: 0,
+                keys: Keys::Contiguous,
+                ragged: p.total_q.is_some(),
+                rope: None,
+                status: false,
+            };
+            steps.push((step, append.params(), (p.batch as u64).div_ceil(u64::from(step.lanes())), None));
+        }
+        for of in append.moves() {
+            let (step, params, groups) = append.step(&of, caps)?;
+            steps.push((step, params, groups, Some((of.from, of.to))));
+        }
+        let shared = &self.shared;
+        let mut ready = Vec::new();
+        for (step, params, groups, tensors) in steps {
+            let pipeline =
+                shared.pipelines.get(&shared.device, Recipe::Append(step), shared.options.runtime_checks)?;
+            let mut scratch = shared.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+            let bind_group = scoped(&shared.device, "bind groups of an append", || {
+                let block = scratch.params(&shared.device, bytemuck::bytes_of(&params).to_vec());
+                let whole = Window { start: 0, end: size_of::<Params>() as u64 };
+                let mut bound = vec![Bound { number: 0, buffer: block, window: whole }];
+                for (number, holds, _) in step.bindings() {
+                    let operand = match (holds, tensors) {
+                        (Holds::From, Some((from, _))) => from,
+                        (Holds::To, Some((_, to))) => to,
+                        (Holds::Operand(operand), _) => operand,
+                        (_, None) => unreachable!("a step that moves nothing binds no tensor"),
+                    };
+                    let window = append.window(operand, caps);
+                    bound.push(match operands.get(operand).filter(|_| window.end > window.start) {
+                        Some(buffer) => Bound { number, buffer: buffer.clone(), window },
+                        None => {
+                            let window = Window { start: 0, end: 16 };
+                            Bound { number, buffer: scratch.empty(&shared.device), window }
+                        }
+                    });
+                }
+                bind_group(&shared.device, step.name(), &pipeline, &bound)
+            })
+            .inspect_err(|_| scratch.clear())?;
+            ready.push(Ready {
+                pipeline: Arc::clone(&pipeline),
+                bind_group,
+                params_at: 0,
+                groups: fold(groups, caps.max_dispatch),
+            });
+        }
+        Ok(Prepared::new(ready))
+    }
+}
