@@ -253,6 +253,14 @@ pub enum Error {
         /// The other operand.
         with: Operand,
     },
+    /// Something is wrong about the partial results of a merge; its operands are o and lse of that pair.
+    #[error("partial results {at}: {error}")]
+    Partials {
+        /// Which entry of [`MergeProblem::partials`](crate::MergeProblem::partials).
+        at: usize,
+        /// What is wrong.
+        error: Box<Error>,
+    },
     /// The device cannot do what every kernel for this problem needs.
     #[error("{what}: {need} needed, the device allows {got}")]
     LimitExceeded {

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use crate::append::AppendStep;
 use crate::error::{Error, Result};
 use crate::kernel::Blueprint;
+use crate::merge::kernel::{MergeParams, MergeStates};
 use crate::params::Params;
 use crate::scope::scoped;
 use crate::shader::{compose, compose_append};
@@ -17,6 +18,8 @@ pub(crate) enum Recipe {
     Attention(Blueprint),
     /// A step of an append.
     Append(AppendStep),
+    /// The kernel that merges partial results.
+    MergeStates(MergeStates),
 }
 
 impl Recipe {
@@ -24,6 +27,7 @@ impl Recipe {
         match self {
             Self::Attention(blueprint) => blueprint.kernel.name(),
             Self::Append(step) => step.name(),
+            Self::MergeStates(kernel) => kernel.name(),
         }
     }
 
@@ -31,6 +35,7 @@ impl Recipe {
         match self {
             Self::Attention(blueprint) => compose(blueprint),
             Self::Append(step) => compose_append(step),
+            Self::MergeStates(kernel) => kernel.wgsl(),
         }
     }
 
@@ -38,6 +43,7 @@ impl Recipe {
     fn params_bytes(&self) -> u64 {
         match self {
             Self::Attention(_) | Self::Append(_) => size_of::<Params>() as u64,
+            Self::MergeStates(_) => size_of::<MergeParams>() as u64,
         }
     }
 
@@ -48,6 +54,7 @@ impl Recipe {
                 blueprint.storage().map(|binding| (binding.slot.number(), binding.writes)).collect()
             }
             Self::Append(step) => step.bindings().map(|(number, _, writes)| (number, writes)).collect(),
+            Self::MergeStates(kernel) => kernel.storage().iter().map(|b| (b.number, b.writes)).collect(),
         }
     }
 }
@@ -282,6 +289,11 @@ fn module(device: &wgpu::Device, recipe: Recipe, runtime_checks: bool) -> wgpu::
     // and `mask_map` make; the map is looked up for rows and keys that exist.
     //
     // The row kernel's mask on the index of a quad changes none: `stages` refuses longer k and v.
+    //
+    // Merging partial results: a thread's number stays below 2^32, since workgroups beyond the last quad of
+    // the rows end first. A part's index is its layout's plus less than `parts` times the step, and
+    // `MergeProblem::validate` bounds that sum by u32::MAX; `merge::encode::check` proves that each buffer
+    // holds what the bind group spans. No number on the GPU addresses anything.
     //
     // Workgroup memory: declared with the constants that index it.
     //

@@ -6,6 +6,7 @@ use crate::dtype::Dtype;
 use crate::error::{Operand, Result};
 use crate::host::Inputs;
 use crate::mask::Align;
+pub use crate::merge::oracle::{Merged, merge_states};
 use crate::problem::{AttentionProblem, Similarity};
 
 /// What [`oracle`] and [`naive`] give, in logical order and f64.

@@ -1,0 +1,60 @@
+// Everything that kernel/merge_states.wgsl learns at run time. The Rust twin is src/merge/kernel.rs; a test
+// holds the two equal by reflection. Offsets, strides and steps are in elements.
+struct Params {
+    heads_q: u32,
+    seq_q: u32,
+    head_dim_v: u32,
+    rows: u32, // batch * heads_q * seq_q
+    groups: u32, // workgroups that own a quad
+    // Always 0, for shaders/common.wgsl: a merge is one chunk.
+    head_first: u32,
+    row_first: u32,
+    // How many parts lie in each pair of buffers, and the steps from one to the next.
+    part0_count: u32,
+    part1_count: u32,
+    part2_count: u32,
+    part0_step: u32,
+    part1_step: u32,
+    part2_step: u32,
+    lse0_step: u32,
+    lse1_step: u32,
+    lse2_step: u32,
+    // Layouts.
+    o_offset: u32,
+    o_stride_b: u32,
+    o_stride_h: u32,
+    o_stride_s: u32,
+    o_stride_d: u32,
+    part0_offset: u32,
+    part0_stride_b: u32,
+    part0_stride_h: u32,
+    part0_stride_s: u32,
+    part0_stride_d: u32,
+    part1_offset: u32,
+    part1_stride_b: u32,
+    part1_stride_h: u32,
+    part1_stride_s: u32,
+    part1_stride_d: u32,
+    part2_offset: u32,
+    part2_stride_b: u32,
+    part2_stride_h: u32,
+    part2_stride_s: u32,
+    part2_stride_d: u32,
+    lse0_offset: u32,
+    lse0_stride_b: u32,
+    lse0_stride_h: u32,
+    lse0_stride_s: u32,
+    lse0_stride_d: u32,
+    lse1_offset: u32,
+    lse1_stride_b: u32,
+    lse1_stride_h: u32,
+    lse1_stride_s: u32,
+    lse1_stride_d: u32,
+    lse2_offset: u32,
+    lse2_stride_b: u32,
+    lse2_stride_h: u32,
+    lse2_stride_s: u32,
+    lse2_stride_d: u32,
+}
+
+@group(0) @binding(0) var<uniform> params: Params;

@@ -1,0 +1,240 @@
+//! From a merge and buffers to one dispatch: everything that can fail happens before it is recorded.
+
+use std::sync::PoisonError;
+
+use super::MergeProblem;
+use super::kernel::{Binding, LANES, MergeParams, MergeStates};
+use crate::attention::{Attention, Shared};
+use crate::caps::Caps;
+use crate::encode::{Prepared, Ready};
+use crate::error::{Error, Operand, Result};
+use crate::pipeline::Recipe;
+use crate::plan::{Window, fold};
+use crate::scope::scoped;
+
+/// The buffers of one merge, laid out as the [`MergeProblem`] says. All need `STORAGE` usage.
+///
+/// Parts may share their buffers with each other; o and lse need buffers of their own.
+#[derive(Clone, Copy, Debug)]
+pub struct MergeOperands<'a> {
+    /// o and lse for each entry of [`MergeProblem::partials`].
+    pub partials: &'a [(&'a wgpu::Buffer, &'a wgpu::Buffer)],
+    /// The output.
+    pub o: &'a wgpu::Buffer,
+    /// Receives the logarithms of the denominators, if the problem asks for them.
+    pub lse: Option<&'a wgpu::Buffer>,
+}
+
+impl Attention {
+    /// Records a merge of partial results, in a compute pass of its own. Submits nothing.
+    ///
+    /// ```no_run
+    /// use wgpu_attention::{
+    ///     Align, Attention, AttentionProblem, MergeOperands, MergeProblem, Operands, Partials,
+    /// };
+    /// # fn f(attention: &Attention, encoder: &mut wgpu::CommandEncoder, b: &[wgpu::Buffer; 10])
+    /// # -> wgpu_attention::Result<()> {
+    /// # let [q, cache_k, cache_v, chunk_k, chunk_v, o_cache, lse_cache, o_chunk, lse_chunk, o] = b;
+    /// // A chunk of 256 tokens against the 4096 before it, and causally against itself.
+    /// let cache = AttentionProblem { lse: true, ..AttentionProblem::new(1, 32, 8, 256, 4096, 128, 128) };
+    /// let chunk = AttentionProblem {
+    ///     causal: Some(Align::TopLeft),
+    ///     lse: true,
+    ///     ..AttentionProblem::new(1, 32, 8, 256, 256, 128, 128)
+    /// };
+    /// let operands = Operands { lse: Some(lse_cache), ..Operands::new(q, cache_k, cache_v, o_cache) };
+    /// attention.encode(encoder, &attention.plan(&cache)?, &operands)?;
+    /// let operands = Operands { lse: Some(lse_chunk), ..Operands::new(q, chunk_k, chunk_v, o_chunk) };
+    /// attention.encode(encoder, &attention.plan(&chunk)?, &operands)?;
+    ///
+    /// let merge = MergeProblem::new(vec![Partials::of(&cache), Partials::of(&chunk)], 1, 32, 256, 128);
+    /// let partials = [(o_cache, lse_cache), (o_chunk, lse_chunk)];
+    /// attention.merge_states(encoder, &merge, &MergeOperands { partials: &partials, o, lse: None })?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// Those of [`MergeProblem::validate`]; [`Error::LimitExceeded`] where the device cannot bind as much;
+    /// [`Error::MissingOperand`], [`Error::UnexpectedOperand`], [`Error::BufferUsage`],
+    /// [`Error::OutOfBounds`] and [`Error::Aliased`], inside an [`Error::Partials`] where they are about
+    /// the parts (an output that shares a part's buffer is named first, then what of the part it shares);
+    /// [`Error::OutOfMemory`], [`Error::Driver`] and [`Error::DeviceLost`]. Then nothing has been recorded.
+    pub fn merge_states(
+        &self,
+        encoder: &mut wgpu::CommandEncoder,
+        problem: &MergeProblem,
+        operands: &MergeOperands<'_>,
+    ) -> Result<()> {
+        self.prepare_merge(problem, operands)?.encode(encoder);
+        Ok(())
+    }
+
+    /// All of [`Attention::merge_states`] but the recording: for merges that are made again and again on the
+    /// same buffers, or [after](Prepared::then) the attention that they merge, or in a pass of the caller's.
+    ///
+    /// # Errors
+    /// Those of [`Attention::merge_states`].
+    pub fn prepare_merge(&self, problem: &MergeProblem, operands: &MergeOperands<'_>) -> Result<Prepared> {
+        prepare(self.shared(), problem, operands)
+    }
+}
+
+/// A binding with the caller's buffer and the part of it that is bound.
+struct Bound<'a> {
+    of: Binding,
+    buffer: &'a wgpu::Buffer,
+    window: Window,
+}
+
+fn prepare(shared: &Shared, problem: &MergeProblem, operands: &MergeOperands<'_>) -> Result<Prepared> {
+    let (device, caps) = (&shared.device, &shared.caps);
+    problem.validate()?;
+    let kernel = MergeStates::new(problem, caps);
+    let bound = bound(&kernel, problem, operands, caps)?;
+    check(&bound, caps)?;
+    if problem.rows() == 0 {
+        return Ok(Prepared::default());
+    }
+    check_aliases(&bound)?;
+    // Fits a u32: o's elements are no more than that, and all of them in different places.
+    let quads = problem.rows() as u64 * (problem.head_dim_v as u64).div_ceil(4);
+    let count = quads.div_ceil(LANES.into());
+    let groups = fold(count, caps.max_dispatch);
+    within("workgroups along z", groups[2].into(), caps.max_dispatch.into())?;
+
+    let recipe = Recipe::MergeStates(kernel);
+    let pipeline = shared.pipelines.get(device, recipe, shared.options.runtime_checks)?;
+    let first = |partial, operand| {
+        let found = bound.iter().find(|b| (b.of.partial, b.of.operand) == (partial, operand));
+        found.map_or(0, |b| (b.window.start / bytes(problem, b.of)) as usize)
+    };
+    let params = MergeParams::new(problem, count as u32, first);
+    let mut scratch = shared.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+    let made = scoped(device, "the bind group of a merge", || {
+        let params = scratch.params(device, bytemuck::bytes_of(&params).to_vec());
+        let entry = |binding, buffer, offset, size| wgpu::BindGroupEntry {
+            binding,
+            resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
+                buffer,
+                offset,
+                size: wgpu::BufferSize::new(size),
+            }),
+        };
+        let mut entries = vec![entry(0, &params, 0, size_of::<MergeParams>() as u64)];
+        entries.extend(
+            bound.iter().map(|b| entry(b.of.number, b.buffer, b.window.start, b.window.end - b.window.start)),
+        );
+        device.create_bind_group(&wgpu::BindGroupDescriptor {
+            label: Some(kernel.name()),
+            layout: &pipeline.layout,
+            entries: &entries,
+        })
+    });
+    let bind_group = made.inspect_err(|_| scratch.clear())?;
+    Ok(Prepared::new(vec![Ready { pipeline, bind_group, params_at: 0, groups }]))
+}
+
+/// The kernel's bindings with the buffers that the call brings.
+fn bound<'a>(
+    kernel: &MergeStates,
+    problem: &MergeProblem,
+    operands: &MergeOperands<'a>,
+    caps: &Caps,
+) -> Result<Vec<Bound<'a>>> {
+    if operands.partials.len() > problem.partials.len() {
+        let error = Error::UnexpectedOperand { operand: Operand::O };
+        return Err(error.of_partials(Some(problem.partials.len())));
+    }
+    if operands.lse.is_some() && !problem.lse {
+        return Err(Error::UnexpectedOperand { operand: Operand::Lse });
+    }
+    kernel
+        .storage()
+        .into_iter()
+        .map(|of| {
+            let pair = match of.partial {
+                Some(at) => operands.partials.get(at).map(|&(o, lse)| (o, Some(lse))),
+                None => Some((operands.o, operands.lse)),
+            };
+            let buffer = match of.operand {
+                Operand::Lse => pair.and_then(|(_, lse)| lse),
+                _ => pair.map(|(o, _)| o),
+            };
+            let missing = Error::MissingOperand { operand: of.operand };
+            let buffer = buffer.ok_or_else(|| missing.of_partials(of.partial))?;
+            Ok(Bound { of, buffer, window: window(problem, of, caps) })
+        })
+        .collect()
+}
+
+/// Bytes of an element.
+fn bytes(problem: &MergeProblem, of: Binding) -> u64 {
+    let bytes = match (of.operand, of.partial) {
+        (Operand::Lse, _) => 4,
+        (_, Some(_)) => problem.dtype.bytes(),
+        (_, None) => problem.out_dtype.bytes(),
+    };
+    bytes as u64
+}
+
+/// The part of a buffer that is bound: from the layout's first element, or what alignment asks for before
+/// it, to the end of its last element's word.
+fn window(problem: &MergeProblem, of: Binding, caps: &Caps) -> Window {
+    let extent = problem.extent(of.partial, of.operand) as u64;
+    if extent == 0 {
+        return Window { start: 0, end: 0 };
+    }
+    let layout = match (of.partial.and_then(|at| problem.partials.get(at)), of.operand) {
+        (Some(partials), Operand::Lse) => Some(partials.lse),
+        (Some(partials), _) => Some(partials.o),
+        (None, Operand::Lse) => None,
+        (None, _) => Some(problem.o),
+    };
+    let bytes = bytes(problem, of);
+    let first = layout.map_or(0, |layout| layout.offset as u64) * bytes;
+    // 16 keeps the parity of vec4 reads whatever the device asks for.
+    let align = u64::from(caps.storage_alignment).max(16);
+    Window { start: first / align * align, end: (extent * bytes).next_multiple_of(4) }
+}
+
+fn within(what: &str, need: u64, got: u64) -> Result<()> {
+    if need > got { Err(Error::LimitExceeded { what: what.into(), need, got }) } else { Ok(()) }
+}
+
+/// What the device can bind, and every rule about a buffer by itself.
+fn check(bound: &[Bound<'_>], caps: &Caps) -> Result<()> {
+    within(
+        "threads of a workgroup",
+        LANES.into(),
+        caps.max_invocations.min(caps.max_workgroup_size[0]).into(),
+    )?;
+    within("storage buffers of one kernel", bound.len() as u64, caps.max_storage_buffers.into())?;
+    for b in bound {
+        let (operand, window) = (b.of.operand, b.window);
+        let wrong = |error: Error| Err(error.of_partials(b.of.partial));
+        let need = wgpu::BufferUsages::STORAGE;
+        if !b.buffer.usage().contains(need) {
+            return wrong(Error::BufferUsage { operand, need, got: b.buffer.usage() });
+        }
+        if window.end > b.buffer.size() {
+            let (need, got) = (window.end, b.buffer.size());
+            return wrong(Error::OutOfBounds { operand, need, got, unit: "bytes", container: "buffer" });
+        }
+        let what = format!("{operand}: bytes of one storage binding");
+        let fits = within(&what, window.end - window.start, caps.max_storage_binding);
+        fits.map_err(|error| error.of_partials(b.of.partial))?;
+    }
+    Ok(())
+}
+
+/// wgpu forbids one buffer to be read and written in one dispatch, and browsers two writes.
+fn check_aliases(bound: &[Bound<'_>]) -> Result<()> {
+    for output in bound.iter().filter(|b| b.of.writes) {
+        if let Some(other) = bound.iter().find(|b| b.of != output.of && b.buffer == output.buffer) {
+            let error = Error::Aliased { operand: output.of.operand, with: other.of.operand };
+            return Err(error.of_partials(other.of.partial));
+        }
+    }
+    Ok(())
+}
