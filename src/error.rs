@@ -261,6 +261,22 @@ pub enum Error {
         /// What is wrong.
         error: Box<Error>,
     },
+    /// A paged cache has too few free pages.
+    #[error("{need} pages needed, {free} of the cache's are free")]
+    OutOfPages {
+        /// Pages needed.
+        need: u64,
+        /// Pages that nobody owns.
+        free: u32,
+    },
+    /// A page was given back or shared that nobody owns: it was freed before, or is another cache's.
+    #[error("page {page} is not in use; there are {pages} pages")]
+    PageNotInUse {
+        /// The page.
+        page: u32,
+        /// Pages of the cache.
+        pages: u32,
+    },
     /// The device cannot do what every kernel for this problem needs.
     #[error("{what}: {need} needed, the device allows {got}")]
     LimitExceeded {

@@ -23,6 +23,7 @@
 //! - [`Attention`] holds a device's pipelines and scratch. [`Attention::encode`] records into your
 //!   encoder and never submits; [`Attention::run`] goes from slices to vectors.
 //! - [`Attention::merge_states`] makes one result of partial results over disjoint keys.
+//! - [`PageAllocator`] and [`Sequence`] keep the books of a paged cache, on the host.
 //! - [`reference`](mod@reference) is the f64 oracle that all of it is held to, and [`cpu`] the fast
 //!   path where there is no adapter.
 //!
@@ -41,7 +42,8 @@
 //! Bahdanau 2014 (arXiv 1409.0473), Luong 2015 (1508.04025), Vaswani 2017 (1706.03762), Milakov &
 //! Gimelshein 2018 (1805.02867), Rabe & Staats 2021 (2112.05682), Press 2021 (ALiBi, 2108.12409),
 //! Dao 2022 (FlashAttention, 2205.14135), Ainslie 2023 (GQA, 2305.13245), Xiao 2023 (sinks,
-//! 2309.17453), Dao 2023 (Flash-Decoding), Ye 2025 (FlashInfer, 2501.01005).
+//! 2309.17453), Dao 2023 (Flash-Decoding), Kwon 2023 (PagedAttention, 2309.06180), Ye 2025
+//! (FlashInfer, 2501.01005).
 #![deny(missing_docs)]
 
 mod append;
@@ -61,6 +63,7 @@ mod layout;
 mod mask;
 mod mask_map;
 mod merge;
+mod pages;
 mod params;
 mod pipeline;
 mod plan;
@@ -92,6 +95,7 @@ pub use kernel::Family;
 pub use layout::Layout;
 pub use mask::{Align, Window};
 pub use merge::{MergeOperands, MergeProblem, Partials};
+pub use pages::{PageAllocator, PageCopy, Sequence};
 pub use pipeline::PipelineBlob;
 pub use plan::{Dispatch, Path, Plan, PlanOptions, Shader};
 pub use problem::{AttentionProblem, Bias, Similarity};
