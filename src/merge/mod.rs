@@ -197,9 +197,12 @@ impl MergeProblem {
     /// Checks every rule that does not depend on data or device.
     ///
     /// # Errors
-    /// [`Error::ZeroSize`], [`Error::TooLarge`], [`Error::OutputOverlaps`], and [`Error::Partials`] where one
-    /// of them is about an entry of [`partials`](Self::partials). `batch` and `seq_q` may be 0.
+    /// [`Error::DtypeUnfit`], [`Error::ZeroSize`], [`Error::TooLarge`], [`Error::OutputOverlaps`], and
+    /// [`Error::Partials`] where one of them is about an entry of [`partials`](Self::partials). `batch` and `seq_q` may be 0.
     pub fn validate(&self) -> Result<()> {
+        if let Some(got) = [self.dtype, self.out_dtype].into_iter().find(|dtype| !dtype.is_float()) {
+            return Err(Error::DtypeUnfit { operand: Operand::O, got, need: "f32, f16 or bf16" });
+        }
         let too_large = |what: &str, got, max| Err(Error::TooLarge { what: what.into(), got, max });
         for (what, size) in
             [("partials", self.partials.len()), ("heads_q", self.heads_q), ("head_dim_v", self.head_dim_v)]
@@ -283,6 +286,7 @@ mod tests {
         let extents: Vec<u128> = p.operands().map(|(partial, operand)| p.extent(partial, operand)).collect();
         assert_eq!(extents, [120, 24, 7 * 120, 7 * 24, 129, 24]);
         assert_eq!(two().extent(None, Operand::Lse), 0);
+        assert!(matches!(two().with_dtype(Dtype::Int4).validate(), Err(Error::DtypeUnfit { .. })));
         assert_eq!(two().extent(Some(2), Operand::O), 0);
         assert_eq!(two().extent(None, Operand::Q), 0);
         let empty = MergeProblem { batch: 0, ..p };
