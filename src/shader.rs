@@ -397,8 +397,9 @@ fn row(operand: Operand, ragged: bool) -> String {
     named(if ragged { part!("io/row_ragged") } else { part!("io/row") }, operand)
 }
 
-fn load(io: Io, operand: Operand) -> String {
-    let text = match (io.dtype, io.native, io.vec4) {
+/// The part that loads elements; by quads where they lie so, else one by one. Its names are placeholders.
+pub(crate) const fn load_part(io: Io) -> &'static str {
+    match (io.dtype, io.native, io.vec4) {
         (Dtype::Int8, ..) => part!("io/load_int8"),
         (Dtype::Int4, ..) => part!("io/load_int4"),
         (Dtype::F32, _, true) => part!("io/load_f32_vec4"),
@@ -407,11 +408,15 @@ fn load(io: Io, operand: Operand) -> String {
         (_, true, false) => part!("io/load_f16_any"),
         (_, false, true) => part!("io/load_pair_vec4"),
         (_, false, false) => part!("io/load_pair_any"),
-    };
-    named(text, operand).replace("DTYPE", &io.dtype.to_string())
+    }
 }
 
-fn store(io: Io, operand: Operand, width: &str) -> String {
+fn load(io: Io, operand: Operand) -> String {
+    named(load_part(io), operand).replace("DTYPE", &io.dtype.to_string())
+}
+
+/// The part that stores quads. Its names are placeholders.
+pub(crate) fn store_part(io: Io) -> String {
     let text = match (io.dtype, io.native, io.vec4) {
         (Dtype::F32, _, true) => part!("io/store_f32_vec4"),
         (Dtype::F32, _, false) => part!("io/store_f32_any"),
@@ -420,6 +425,9 @@ fn store(io: Io, operand: Operand, width: &str) -> String {
         (_, false, true) => part!("io/store_pair_vec4"),
         (_, false, false) => part!("io/store_pair_any"),
     };
-    let text = if io.vec4 { text.into() } else { format!("{text}\n{}", part!("io/store4_by_element")) };
-    named(&text, operand).replace("DTYPE", &io.dtype.to_string()).replace("WIDTH", width)
+    if io.vec4 { text.into() } else { format!("{text}\n{}", part!("io/store4_by_element")) }
+}
+
+fn store(io: Io, operand: Operand, width: &str) -> String {
+    named(&store_part(io), operand).replace("DTYPE", &io.dtype.to_string()).replace("WIDTH", width)
 }

@@ -6,6 +6,7 @@ use crate::dtype::Dtype;
 use crate::error::Operand;
 use crate::kernel::Io;
 use crate::params::ParamLayout;
+use crate::shader::{load_part, store_part};
 use crate::unroll::unroll;
 
 macro_rules! part {
@@ -90,7 +91,7 @@ impl MergeStates {
                     .replace("WIDTH", "head_dim_v")
                     .replace("NUMBER", &n.to_string())
             };
-            add(&named(load(self.part), "part", Operand::O));
+            add(&named(load_part(self.part), "part", Operand::O));
             if !self.part.vec4 {
                 add(&named(part!("io/load4_by_element"), "part", Operand::O));
             }
@@ -102,11 +103,9 @@ impl MergeStates {
             text.replace("OPERAND", &operand.to_string())
                 .replace("BINDING", &number(None, operand).to_string())
                 .replace("DTYPE", &self.o.dtype.to_string())
+                .replace("WIDTH", "head_dim_v")
         };
-        add(&named(store(self.o), Operand::O));
-        if !self.o.vec4 {
-            add(part!("io/store4_by_element"));
-        }
+        add(&named(&store_part(self.o), Operand::O));
         add(&named(part!("io/row"), Operand::O));
         add(&named(if self.lse { part!("io/lse") } else { part!("io/lse_none") }, Operand::Lse));
         add(&unroll(part!("kernel/merge_states"), &[("PARTIALS", self.partials)]));
@@ -117,28 +116,6 @@ impl MergeStates {
 /// A binding's number, always the same.
 fn number(partial: Option<usize>, operand: Operand) -> u32 {
     2 * partial.unwrap_or(MOST_PARTIALS) as u32 + if operand == Operand::Lse { 2 } else { 1 }
-}
-
-fn load(io: Io) -> &'static str {
-    match (io.dtype, io.native, io.vec4) {
-        (Dtype::F32, _, true) => part!("io/load_f32_vec4"),
-        (Dtype::F32, _, false) => part!("io/load_f32_any"),
-        (_, true, true) => part!("io/load_f16_vec4"),
-        (_, true, false) => part!("io/load_f16_any"),
-        (_, false, true) => part!("io/load_pair_vec4"),
-        (_, false, false) => part!("io/load_pair_any"),
-    }
-}
-
-fn store(io: Io) -> &'static str {
-    match (io.dtype, io.native, io.vec4) {
-        (Dtype::F32, _, true) => part!("io/store_f32_vec4"),
-        (Dtype::F32, _, false) => part!("io/store_f32_any"),
-        (_, true, true) => part!("io/store_f16_vec4"),
-        (_, true, false) => part!("io/store_f16_any"),
-        (_, false, true) => part!("io/store_pair_vec4"),
-        (_, false, false) => part!("io/store_pair_any"),
-    }
 }
 
 /// Runtime parameters; see the WGSL twin for what each means.
