@@ -1,9 +1,11 @@
-//! What a warm call costs the host: encoding a step of decoding, nothing submitted.
+//! What a warm step of decoding costs the host: encoding it, nothing submitted.
 //! `cargo bench --bench encode`.
 
 use std::time::Instant;
 
-use wgpu_attention::{Attention, AttentionProblem, DeviceRequest, Operands};
+use wgpu_attention::{
+    Align, Append, AppendOperands, Attention, AttentionProblem, DeviceRequest, Operands, Rope,
+};
 
 const CALLS: u32 = 1000;
 const ROUNDS: usize = 9;
@@ -12,7 +14,17 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let attention = pollster::block_on(Attention::request(&DeviceRequest::default()))?;
     let device = attention.device();
     println!("on {}", attention.caps().adapter);
-    let problem = AttentionProblem { kv_lens: true, ..AttentionProblem::new(1, 32, 8, 1, 4096, 128, 128) };
+    let problem = AttentionProblem {
+        causal: Some(Align::BottomRight),
+        kv_lens: true,
+        ..AttentionProblem::new(1, 32, 8, 1, 4096, 128, 128)
+    };
+    let append = Append {
+        rope: Some(Rope { positions: 4096, ..Rope::new(128) }),
+        q_new: Some(problem.q),
+        advance: true,
+        ..Append::new(&problem)
+    };
     let plan = attention.plan(&problem)?;
     let buffer = |elements: usize| {
         device.create_buffer(&wgpu::BufferDescriptor {
@@ -22,15 +34,42 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             mapped_at_creation: false,
         })
     };
+    let (q_new, k_new, v_new) = (buffer(32 * 128), buffer(8 * 128), buffer(8 * 128));
     let (q, k, v) = (buffer(32 * 128), buffer(8 * 4096 * 128), buffer(8 * 4096 * 128));
-    let (o, kv_lens) = (buffer(32 * 128), buffer(1));
-    let operands = Operands { kv_lens: Some(&kv_lens), ..Operands::new(&q, &k, &v, &o) };
+    let (o, kv_lens, rope) = (buffer(32 * 128), buffer(1), buffer(4096 * 128));
+    let new = AppendOperands {
+        rope: Some(&rope),
+        q_new: Some(&q_new),
+        q: Some(&q),
+        ..AppendOperands::new(&k_new, &v_new, &k, &v, &kv_lens)
+    };
+    let attend = Operands { kv_lens: Some(&kv_lens), ..Operands::new(&q, &k, &v, &o) };
+    let prepared = attention.prepare_append(&append, &new)?.then(attention.prepare(&plan, &attend)?);
+
+    measure("attention, encoded", device, |encoder| attention.encode(encoder, &plan, &attend))?;
+    measure("append and attention, encoded", device, |encoder| {
+        attention.encode_append(encoder, &append, &new)?;
+        attention.encode(encoder, &plan, &attend)
+    })?;
+    measure("append and attention, prepared", device, |encoder| {
+        prepared.encode(encoder);
+        Ok(())
+    })?;
+    println!("append and attention are {} dispatches", prepared.dispatches());
+    Ok(())
+}
+
+fn measure(
+    what: &str,
+    device: &wgpu::Device,
+    step: impl Fn(&mut wgpu::CommandEncoder) -> wgpu_attention::Result<()>,
+) -> wgpu_attention::Result<()> {
     let mut rounds: Vec<f64> = Vec::new();
     for _ in 0..=ROUNDS {
         let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         let start = Instant::now();
         for _ in 0..CALLS {
-            attention.encode(&mut encoder, &plan, &operands)?;
+            step(&mut encoder)?;
         }
         rounds.push(start.elapsed().as_secs_f64() * 1e6 / f64::from(CALLS));
         drop(encoder);
@@ -38,10 +77,6 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     // The first round compiles.
     let warm = &mut rounds[1..];
     warm.sort_unstable_by(f64::total_cmp);
-    println!(
-        "{:.1} microseconds to encode a step of {} dispatches (median of {ROUNDS} rounds of {CALLS})",
-        warm[ROUNDS / 2],
-        plan.dispatches().count()
-    );
+    println!("{:6.1} microseconds: {what} (median of {ROUNDS} rounds of {CALLS})", warm[ROUNDS / 2]);
     Ok(())
 }

@@ -266,6 +266,131 @@ fn attend(gpu: &Gpu, case: &Case, cached: &Cached) -> (Tensor, Vec<f32>) {
     (o, lse)
 }
 
+/// Token by token, or some tokens at a time and others of each entry's, is the same as all at once: every step
+/// appends to the cache and attends to it, as a mixed batch of ragged queries.
+#[test]
+fn decoding_in_any_steps_equals_prefill() {
+    let base = Axes {
+        batch: 3,
+        heads: (4, 2),
+        seq_q: 40,
+        seq_kv: 40,
+        head_dim: 16,
+        head_dim_v: 24,
+        causal: Some(Align::BottomRight),
+        lens: Lens::Partial,
+        ..Axes::default()
+    };
+    let window = Some(Window { left: Some(9), right: Some(0) });
+    let all = [
+        (base, Kept::Plain),
+        (Axes { softcap: Some(5.0), sinks: true, ..base }, Kept::Paged(4)),
+        (Axes { window, alibi: true, ..base }, Kept::Ring(31)),
+        (Axes { dtype: Dtype::F16, out_dtype: Dtype::F16, window, ..base }, Kept::Paged(16)),
+        (Axes { dtype: Dtype::Bf16, out_dtype: Dtype::F32, alibi: true, sinks: true, ..base }, Kept::Plain),
+    ];
+    let mut rng = Rng::new(6);
+    for gpu in gpus() {
+        for (i, (axes, kept)) in all.into_iter().enumerate() {
+            // One token at a time, or up to so many.
+            for most in [1, 7] {
+                let mut plain = axes.build(i as u64);
+                // A ring is as long as a step's queries want, not as all of them.
+                plain.problem.seq_q = most;
+                let moved = plain.moved(Move { kept, ..Move::default() }, i as u64);
+                plain.problem.seq_q = axes.seq_q;
+                let expected = Expected::of(&plain);
+                let cached = Cached::new(gpu, &moved);
+                let lens: Vec<usize> = (0..axes.batch).map(|b| plain.len_k(b)).collect();
+                let mut firsts = vec![0; axes.batch];
+                while firsts != lens {
+                    let counts: Vec<usize> =
+                        (0..axes.batch).map(|b| (1 + rng.below(most)).min(lens[b] - firsts[b])).collect();
+                    decode_step(gpu, &plain, &moved, &cached, [&firsts, &counts], &expected);
+                    (0..axes.batch).for_each(|b| firsts[b] += counts[b]);
+                }
+                assert_eq!(word_of(gpu, &cached.status), 0, "{}", moved.name);
+            }
+        }
+    }
+}
+
+/// Appends and attends to `counts` tokens of each entry from `firsts` on, and holds every row against that of
+/// the whole.
+fn decode_step(
+    gpu: &Gpu,
+    plain: &Case,
+    moved: &Case,
+    cached: &Cached,
+    [firsts, counts]: [&[usize]; 2],
+    expected: &Expected,
+) {
+    let (p, whole) = (&moved.problem, &plain.problem);
+    let total = counts.iter().sum();
+    let problem = AttentionProblem {
+        seq_q: counts.iter().copied().max().unwrap_or(0),
+        status: true,
+        lse: true,
+        ..p.clone()
+    }
+    .with_ragged_queries(total);
+    let list: Vec<u32> = (0..=p.batch).map(|b| counts[..b].iter().sum::<usize>() as u32).collect();
+    // The query of the token at position j is row j + seq_q - len of all queries.
+    let row_of = |b: usize, j: usize| j + whole.seq_q - plain.len_k(b);
+    let tokens: Vec<[usize; 2]> =
+        (0..p.batch).flat_map(|b| (firsts[b]..firsts[b] + counts[b]).map(move |j| [b, j])).collect();
+    let mut q = Vec::new();
+    for &[b, j] in &tokens {
+        for [h, d, ..] in indices([p.heads_q, p.head_dim, 1, 1]) {
+            q.push(plain.data.q.as_ref().as_ref().get(whole.q.index([b, h, row_of(b, j), d])));
+        }
+    }
+    let q = tensor(gpu, "q", &Tensor::from_f32(p.dtype, &q));
+    let [k_new, v_new] =
+        [Operand::K, Operand::V].map(|operand| tensor(gpu, "new", &new_rows(plain, operand, firsts, counts)));
+    let (list, o) =
+        (words(gpu, "list", &list), words(gpu, "o", &vec![POISON; total * p.heads_q * p.head_dim_v]));
+    let sinks = moved.data.sinks.as_ref().map(|sinks| tensor(gpu, "sinks", &Tensor::F32(sinks.clone())));
+    let slopes = moved.data.alibi_slopes.as_ref().map(|x| tensor(gpu, "slopes", &Tensor::F32(x.clone())));
+    let lse = words(gpu, "lse", &vec![POISON; total * p.heads_q]);
+    let append = Append { advance: true, ..Append::new(&problem) };
+    let operands = AppendOperands { cu_seqlens_q: Some(&list), ..cached.operands(&k_new, &v_new) };
+    let attend = Operands {
+        kv_lens: Some(&cached.kv_lens),
+        block_table: cached.block_table.as_ref(),
+        cu_seqlens_q: Some(&list),
+        status: Some(&cached.status),
+        sinks: sinks.as_ref(),
+        alibi_slopes: slopes.as_ref(),
+        lse: Some(&lse),
+        ..Operands::new(&q, &cached.k, &cached.v, &o)
+    };
+    let attention = &gpu.attention;
+    let plan = attention.plan(&problem).unwrap_or_else(|e| panic!("{}: {e}", moved.name));
+    let step = attention
+        .prepare_append(&append, &operands)
+        .and_then(|append| Ok(append.then(attention.prepare(&plan, &attend)?)));
+    submit(gpu, &step.unwrap_or_else(|e| panic!("{}: {e}", moved.name)));
+    let elements = total * p.heads_q * p.head_dim_v;
+    let o = Tensor::from_bytes(p.out_dtype, &bytes_of(gpu, &o)[..elements * p.out_dtype.bytes()]).to_f32();
+    let lse: Vec<f32> = bytemuck::pod_collect_to_vec(&bytes_of(gpu, &lse));
+    for (t, &[b, j]) in tokens.iter().enumerate() {
+        for h in 0..p.heads_q {
+            let want = (b * p.heads_q + h) * whole.seq_q + row_of(b, j);
+            let name = || format!("token {j} of entry {b}, head {h}, {}", moved.name);
+            let got = &o[(t * p.heads_q + h) * p.head_dim_v..][..p.head_dim_v];
+            let error = max_error(
+                got.iter().map(|&x| f64::from(x)),
+                &expected.oracle.o[want * p.head_dim_v..][..p.head_dim_v],
+            );
+            assert!(error <= expected.o, "{error:e} of {:e} in o of {}", expected.o, name());
+            let (got, want) = (f64::from(lse[h * total + t]), expected.oracle.lse[want]);
+            let budget = expected.lse * (want.abs() / expected.oracle.max_score.max(1.0)).max(1.0);
+            assert!((got - want).abs() <= budget, "lse is {got} and not {want} in {}", name());
+        }
+    }
+}
+
 /// The arrays of SmolLM2-135M's first layer, `[heads, tokens, 64]`.
 fn smollm2(key: &str) -> Npy {
     let dir = FilePath::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/smollm2");
