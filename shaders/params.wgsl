@@ -25,6 +25,9 @@ struct Params {
     splits: u32,
     split_step: u32,
     split_least: u32,
+    // Tiles of rows that are split, and most workgroups along a dimension.
+    split_tiles: u32,
+    most_groups: u32,
     // Ragged queries and keys: rows of all entries. Pages, and entries of a row of the block table.
     total_q: u32,
     total_kv: u32,

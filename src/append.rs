@@ -6,7 +6,7 @@ use crate::attention::Attention;
 use crate::cache::Cache;
 use crate::caps::Caps;
 use crate::dtype::Dtype;
-use crate::encode::{Bound, Prepared, Ready, bind_group, check_buffer};
+use crate::encode::{Bound, Groups, Prepared, Ready, bind_group, check_buffer};
 use crate::error::{Error, Operand, Result};
 use crate::kernel::{Io, Keys, Slot};
 use crate::layout::Layout;
@@ -522,7 +522,7 @@ impl Attention {
                 pipeline: Arc::clone(&pipeline),
                 bind_group,
                 params_at: 0,
-                groups: fold(groups, caps.max_dispatch),
+                groups: Groups::Known(fold(groups, caps.max_dispatch)),
             });
         }
         Ok(Prepared::new(ready))

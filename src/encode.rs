@@ -42,7 +42,15 @@ pub(crate) struct Ready {
     pub(crate) bind_group: wgpu::BindGroup,
     /// Where its uniform block begins, in bytes.
     pub(crate) params_at: u32,
-    pub(crate) groups: [u32; 3],
+    pub(crate) groups: Groups,
+}
+
+/// How many workgroups a dispatch has.
+#[derive(Clone, Debug)]
+pub(crate) enum Groups {
+    Known([u32; 3]),
+    /// As the first three words of a buffer say.
+    Counted(wgpu::Buffer),
 }
 
 impl Prepared {
@@ -81,10 +89,12 @@ impl Prepared {
     /// Records into a pass that the caller has begun. Leaves its pipeline and bind group 0 set.
     pub fn encode_in_pass(&self, pass: &mut wgpu::ComputePass<'_>) {
         for ready in &self.dispatches {
-            let [x, y, z] = ready.groups;
             pass.set_pipeline(&ready.pipeline.pipeline);
             pass.set_bind_group(0, &ready.bind_group, &[ready.params_at]);
-            pass.dispatch_workgroups(x, y, z);
+            match &ready.groups {
+                &Groups::Known([x, y, z]) => pass.dispatch_workgroups(x, y, z),
+                Groups::Counted(buffer) => pass.dispatch_workgroups_indirect(buffer, 0),
+            }
         }
     }
 }
@@ -125,12 +135,19 @@ pub(crate) fn prepare(shared: &Shared, plan: &Plan, operands: &Operands<'_>) -> 
             })
             .collect::<Vec<_>>()
     });
+    let launch = dispatches.iter().any(|dispatch| dispatch.indirect).then(|| {
+        // It is there already: the kernel that writes it has been bound.
+        scratch.buffer(&shared.device, Slot::Launch, plan.scratch_of(Slot::Launch))
+    });
     let groups = made.inspect_err(|_| scratch.clear())?;
     let ready = |dispatch: &Dispatch| Ready {
         pipeline: Arc::clone(&pipelines[dispatch.stage]),
         bind_group: groups[dispatch.stage].clone(),
         params_at: dispatch.block as u32 * step,
-        groups: dispatch.groups,
+        groups: match &launch {
+            Some(buffer) if dispatch.indirect => Groups::Counted(buffer.clone()),
+            _ => Groups::Known(dispatch.groups),
+        },
     };
     Ok(Prepared::new(dispatches.iter().map(ready).collect()))
 }

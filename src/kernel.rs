@@ -119,6 +119,7 @@ pub(crate) enum Kernel {
     FusedSubgroup,
     FusedMatrix,
     FusedRow,
+    Count,
     Merge,
 }
 
@@ -139,6 +140,7 @@ impl Kernel {
             Self::FusedSubgroup => "fused_tile_subgroup",
             Self::FusedMatrix => "fused_tile_matrix",
             Self::FusedRow => "fused_row",
+            Self::Count => "count",
             Self::Merge => "merge",
         }
     }
@@ -154,7 +156,7 @@ impl Kernel {
 
     /// Whether what it makes serves every chunk: it is dispatched before the first alone.
     pub(crate) fn is_once(self) -> bool {
-        matches!(self, Self::Lengths | Self::Bundle | Self::MaskMap)
+        matches!(self, Self::Lengths | Self::Bundle | Self::MaskMap | Self::Count)
     }
 
     pub(crate) fn is_scores(self) -> bool {
@@ -390,6 +392,8 @@ pub(crate) struct Blueprint {
     pub(crate) packed: bool,
     /// Workgroups take splits of the keys, which [`Kernel::Merge`] joins.
     pub(crate) split: bool,
+    /// [`Kernel::Count`] has counted the splits that have keys: no others are launched, and joined.
+    pub(crate) counted: bool,
 }
 
 impl Blueprint {
@@ -432,7 +436,7 @@ impl Blueprint {
                 Cache::Paged { page_size, .. } if finds => Keys::Paged(page_size as u32),
                 _ => Keys::Contiguous,
             },
-            ragged_q: !maps && problem.total_q.is_some(),
+            ragged_q: !maps && kernel != Kernel::Count && problem.total_q.is_some(),
             sinks: (softmax || bundles) && problem.sinks,
             lse: softmax && problem.lse,
             status: lengths && problem.status,
@@ -441,12 +445,18 @@ impl Blueprint {
             mapped: false,
             packed: kernel.is_fused() && problem.packs(),
             split: false,
+            counted: false,
         }
     }
 
     /// The same kernel for splits of the keys: what a finished row needs is the merging kernel's.
     pub(crate) fn split(self) -> Self {
         Self { split: true, parts: false, o: None, lse: false, sinks: false, ..self }
+    }
+
+    /// The same kernel where the splits that have keys have been counted.
+    pub(crate) fn counted(self) -> Self {
+        Self { counted: true, ..self }
     }
 
     /// The same kernel with its lists in one buffer.
@@ -497,6 +507,7 @@ impl Blueprint {
             | Kernel::Lengths
             | Kernel::Bundle
             | Kernel::MaskMap
+            | Kernel::Count
             | Kernel::Merge => ELEMENT_LANES,
             Kernel::FusedTile | Kernel::FusedSubgroup => t.fused.threads(),
             Kernel::FusedMatrix => t.matrix.threads(),
@@ -517,7 +528,7 @@ impl Blueprint {
             Kernel::SoftmaxRow => 4 * self.threads(),
             // A bit for each tile of a word, twice.
             Kernel::MaskMap => 8,
-            Kernel::Lengths => 4,
+            Kernel::Lengths | Kernel::Count => 4,
             Kernel::FusedTile | Kernel::FusedSubgroup => t.fused.workgroup_bytes(),
             Kernel::FusedMatrix => t.matrix.workgroup_bytes(),
             Kernel::ValuesTile => {
@@ -545,6 +556,7 @@ impl Blueprint {
             }
             Kernel::Weights => heads * rows * tiles(keys, ELEMENT_LANES),
             Kernel::Lengths => problem.batch as u64,
+            Kernel::Count => 1,
             Kernel::Bundle => tiles(bundle_words(problem), ELEMENT_LANES),
             Kernel::MaskMap => t.map().map_or(0, |tile| mask_map::words(problem, tile)),
             Kernel::FusedTile | Kernel::FusedSubgroup => fused(t.fused.tile_q()),
@@ -618,6 +630,8 @@ impl Blueprint {
             (self.parts || self.split, write(Slot::Carried)),
             (self.bundled, read(Slot::Bundle)),
             (self.mapped, read(Slot::MaskMap)),
+            // The split kernel does not look at it: its dispatch does.
+            (self.counted && self.kernel == Kernel::Merge, read(Slot::Launch)),
         ] {
             if present {
                 all.push(binding);
@@ -632,6 +646,7 @@ impl Blueprint {
                 all.extend([read(Slot::Scores), read(Slot::InverseSums), write(out)]);
             }
             Kernel::Lengths => all.push(write(Slot::Lengths)),
+            Kernel::Count => all.push(write(Slot::Launch)),
             Kernel::Bundle => all.push(write(Slot::Bundle)),
             Kernel::MaskMap => all.push(write(Slot::MaskMap)),
             Kernel::FusedTile | Kernel::FusedSubgroup | Kernel::FusedMatrix | Kernel::FusedRow => {
@@ -663,6 +678,7 @@ pub(crate) enum Slot {
     Bundle,
     MaskMap,
     Lengths,
+    Launch,
 }
 
 impl Slot {
@@ -698,6 +714,7 @@ impl Slot {
             Self::Bundle => 17,
             Self::MaskMap => 18,
             Self::Lengths => 23,
+            Self::Launch => 28,
         }
     }
 }

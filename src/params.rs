@@ -25,6 +25,8 @@ pub(crate) struct Params {
     pub(crate) splits: u32,
     pub(crate) split_step: u32,
     pub(crate) split_least: u32,
+    pub(crate) split_tiles: u32,
+    pub(crate) most_groups: u32,
     pub(crate) total_q: u32,
     pub(crate) total_kv: u32,
     pub(crate) pages: u32,

@@ -295,6 +295,9 @@ fn module(device: &wgpu::Device, recipe: Recipe, runtime_checks: bool) -> wgpu::
     // `MergeProblem::validate` bounds that sum by u32::MAX; `merge::encode::check` proves that each buffer
     // holds what the bind group spans. No number on the GPU addresses anything.
     //
+    // Launches: `count` gives a dispatch at most as many workgroups as the plan says of all splits, and `merge`
+    // reads the shares of those splits alone.
+    //
     // Workgroup memory: declared with the constants that index it.
     //
     // Loops: each has a bound from params, from a constant or from `kv_range` (whole or cut to a part),

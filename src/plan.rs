@@ -7,7 +7,7 @@ use crate::cache::Cache;
 use crate::caps::Caps;
 use crate::error::{Error, Operand, Result};
 use crate::kernel::{
-    Blueprint, Family, Kernel, Slot, Tiles, bundle_words, key_parts, looks_after_lengths, part_keys,
+    Blueprint, Family, Kernel, Keys, Slot, Tiles, bundle_words, key_parts, looks_after_lengths, part_keys,
 };
 use crate::layout::Layout;
 use crate::mask::Align;
@@ -89,6 +89,11 @@ pub struct PlanOptions {
     /// Force how many splits of the keys are worked on side by side, or at most so many where the keys are
     /// too few (Flash-Decoding); 1 forbids it. Fused kernels alone can.
     pub splits: Option<usize>,
+    /// Launch no split without keys, where their lengths lie on the GPU: a small kernel counts the splits, and
+    /// an indirect dispatch takes its size from there. Without it the surplus of splits ends at once, which is
+    /// cheaper as long as there are few: the plan's own choice is never more than fill the device, however
+    /// long a cache may grow. The device must be capable of indirect dispatches.
+    pub indirect: bool,
     /// What was measured on the caller's adapter; counts where neither a family nor a tile is forced.
     pub tuning: Option<Arc<Tuning>>,
 }
@@ -100,6 +105,8 @@ pub struct Dispatch {
     pub kernel: &'static str,
     /// Workgroups along x, y and z.
     pub groups: [u32; 3],
+    /// Those are the most: the GPU counts how many of them there are.
+    pub indirect: bool,
     pub(crate) stage: usize,
     /// Its uniform block.
     pub(crate) block: usize,
@@ -259,6 +266,9 @@ impl Plan {
         plan.split(options.splits);
         plan.map_mask();
         plan.choose_chunks()?;
+        if options.indirect {
+            plan.count_splits();
+        }
         Ok(plan)
     }
 
@@ -297,6 +307,7 @@ impl Plan {
             Slot::Bundle,
             Slot::MaskMap,
             Slot::Lengths,
+            Slot::Launch,
         ];
         slots.map(|slot| self.scratch_of(slot)).iter().sum()
     }
@@ -366,6 +377,7 @@ impl Plan {
                 (0..repeats).map(move |part| Dispatch {
                     kernel: blueprint.kernel.name(),
                     groups: fold(groups, self.caps.max_dispatch),
+                    indirect: blueprint.counted && blueprint.split,
                     stage,
                     block: index * parts + part,
                 })
@@ -472,6 +484,8 @@ impl Plan {
             splits: self.splits as u32,
             split_step: step,
             split_least: (self.split_least as u32).div_ceil(step),
+            split_tiles: self.split_tiles() as u32,
+            most_groups: self.caps.max_dispatch,
             total_q: p.total_q.unwrap_or(0) as u32,
             total_kv: total_kv as u32,
             pages: pages as u32,
@@ -519,6 +533,8 @@ impl Plan {
             Slot::MaskMap => 0,
             Slot::Lengths if looks_after_lengths(&self.problem) => 4 * self.problem.batch as u64,
             Slot::Lengths => 0,
+            Slot::Launch if self.stages.iter().any(|stage| stage.counted) => 16,
+            Slot::Launch => 0,
             Slot::Projected => 4 * rows * self.projected_stride(),
             Slot::Carried => rows * self.carried_bytes(),
             Slot::Params | Slot::Operand(_) => 0,
@@ -611,6 +627,35 @@ impl Plan {
         self.stages.push(Blueprint::new(Kernel::Merge, self.tiles, &self.problem, &self.caps));
     }
 
+    /// Tiles of rows of the kernel whose keys are split, of all rows.
+    fn split_tiles(&self) -> u64 {
+        let p = &self.problem;
+        let all = |stage: &Blueprint| stage.groups(p, (p.batch * p.heads_q) as u64, p.seq_q as u64);
+        self.stages.iter().find(|stage| stage.split).map_or(0, all)
+    }
+
+    /// Has the splits that have keys counted on the GPU.
+    fn count_splits(&mut self) {
+        let p = &self.problem;
+        let count = Blueprint::new(Kernel::Count, self.tiles, p, &self.caps);
+        let why = if self.splits < 2 {
+            "the keys are not split"
+        } else if !count.kv_lens && !count.looked_after && count.keys != Keys::Ragged {
+            "the host knows the lengths"
+        } else if self.chunks() != 1 || self.scratch_bytes() + 16 > self.budget {
+            "it serves one chunk, and takes 16 bytes of scratch"
+        } else {
+            for stage in self.stages.iter_mut().filter(|stage| stage.split || stage.kernel == Kernel::Merge) {
+                *stage = stage.counted();
+            }
+            // After the lengths have been looked after.
+            let at = self.stages.iter().position(|stage| stage.split).unwrap_or(0);
+            self.stages.insert(at, count.counted());
+            "as asked"
+        };
+        self.reasons.push(format!("splits counted on the GPU, an indirect dispatch: {why}"));
+    }
+
     fn map_bytes(&self) -> u64 {
         self.tiles.map().map_or(0, |tile| mask_map::words(&self.problem, tile).saturating_mul(4))
     }
@@ -673,7 +718,7 @@ impl Plan {
     fn fixed_bytes(&self) -> u64 {
         // The row sums are allocated in whole quads.
         let sums = if self.path() == Path::Staged { 12 } else { 0 };
-        sums + [Slot::Bundle, Slot::MaskMap, Slot::Lengths]
+        sums + [Slot::Bundle, Slot::MaskMap, Slot::Lengths, Slot::Launch]
             .map(|slot| self.scratch_of(slot))
             .iter()
             .sum::<u64>()
@@ -873,6 +918,7 @@ impl std::fmt::Display for Plan {
                     "element by element".into()
                 }
                 Kernel::Lengths => "an entry each".into(),
+                Kernel::Count => "once".into(),
                 Kernel::MaskMap => match t.map() {
                     Some(tile) => format!("{} queries x {} keys, two bits each", tile.rows, tile.keys),
                     None => "no tiles".into(),

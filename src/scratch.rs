@@ -30,7 +30,10 @@ impl Scratch {
         let buffer = device.create_buffer(&wgpu::BufferDescriptor {
             label: Some("attention scratch"),
             size: bytes,
-            usage: wgpu::BufferUsages::STORAGE,
+            usage: match slot {
+                Slot::Launch => wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::INDIRECT,
+                _ => wgpu::BufferUsages::STORAGE,
+            },
             mapped_at_creation: false,
         });
         self.buffers.insert(slot, buffer.clone());

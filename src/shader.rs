@@ -111,6 +111,10 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         add(part!("kernel/lengths"));
         return out;
     }
+    if b.kernel == Kernel::Count {
+        add(part!("kernel/count"));
+        return out;
+    }
     add(part!("mask_tiles"));
     add(part!("mask"));
     let fused = b.kernel.is_fused();
@@ -164,6 +168,11 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
             (true, true) => add(part!("io/end_part")),
         }
     }
+    if merges && b.counted {
+        add(&part!("io/splits_counted").replace("BINDING", &Slot::Launch.number().to_string()));
+    } else if merges {
+        add(part!("io/splits_all"));
+    }
     if b.split {
         add(part!("io/end_split"));
     }
@@ -181,7 +190,7 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         add(if subgroup { part!("exchange/subgroup") } else { part!("exchange/workgroup") });
     }
     add(match b.kernel {
-        Kernel::Project | Kernel::Lengths | Kernel::Bundle | Kernel::MaskMap => {
+        Kernel::Project | Kernel::Lengths | Kernel::Bundle | Kernel::MaskMap | Kernel::Count => {
             unreachable!("composed above")
         }
         Kernel::ScoresTile => part!("kernel/scores_tile"),
@@ -331,9 +340,12 @@ fn constants(b: &Blueprint) -> Vec<(&'static str, u32)> {
     let t = &b.tiles;
     let values = [("VALUES_ROWS", t.values_rows), ("VALUES_STEP", t.values_step)];
     let own: &[(&str, u32)] = match b.kernel {
-        Kernel::Project | Kernel::Lengths | Kernel::Bundle | Kernel::MaskMap | Kernel::Merge => {
-            &[("LANES", b.threads())]
-        }
+        Kernel::Project
+        | Kernel::Lengths
+        | Kernel::Bundle
+        | Kernel::MaskMap
+        | Kernel::Count
+        | Kernel::Merge => &[("LANES", b.threads())],
         Kernel::ScoresTile => &[("SIDE", t.scores_lanes), ("STEP", t.scores_step)],
         Kernel::ScoresDirect => {
             &[("LANES", t.scores_lanes), ("ROWS", t.scores_rows), ("KEYS", t.scores_keys / t.scores_lanes)]

@@ -66,7 +66,9 @@ fn plans(problem: &AttentionProblem, caps: &Caps, scratch_budget: Option<u64>) -
         .map(Some)
         .chain([None])
         .filter_map(|family| {
-            let options = PlanOptions { family, scratch_budget, ..PlanOptions::default() };
+            let (splits, indirect) = if problem.status { (Some(3), true) } else { (None, false) };
+            let splits = splits.filter(|_| family.is_some_and(|family| family.path() == Path::Fused));
+            let options = PlanOptions { family, scratch_budget, splits, indirect, ..PlanOptions::default() };
             match Plan::new(problem, caps, &options) {
                 Ok(plan) => Some(plan),
                 Err(Error::KernelUnfit { .. }) if family.is_some() => None,
@@ -222,6 +224,8 @@ fn every_composed_shader_is_valid_and_declares_what_the_plan_says() {
         "values_direct",
         "weights",
         "lengths",
+        "count",
+        "merge",
         "bundle",
         "mask_map",
         "fused_tile",

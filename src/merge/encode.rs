@@ -6,7 +6,7 @@ use super::MergeProblem;
 use super::kernel::{Binding, LANES, MergeParams, MergeStates};
 use crate::attention::{Attention, Shared};
 use crate::caps::Caps;
-use crate::encode::{Prepared, Ready};
+use crate::encode::{Groups, Prepared, Ready};
 use crate::error::{Error, Operand, Result};
 use crate::pipeline::Recipe;
 use crate::plan::{Window, fold};
@@ -132,7 +132,7 @@ fn prepare(shared: &Shared, problem: &MergeProblem, operands: &MergeOperands<'_>
         })
     });
     let bind_group = made.inspect_err(|_| scratch.clear())?;
-    Ok(Prepared::new(vec![Ready { pipeline, bind_group, params_at: 0, groups }]))
+    Ok(Prepared::new(vec![Ready { pipeline, bind_group, params_at: 0, groups: Groups::Known(groups) }]))
 }
 
 /// The kernel's bindings with the buffers that the call brings.

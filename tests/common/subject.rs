@@ -129,6 +129,8 @@ impl Subject {
                 let mut options = PlanOptions::default();
                 (options.family, options.scratch_budget) = (family, scratch_budget);
                 options.splits = split.then_some(3);
+                // Where lengths lie on the GPU, splits without keys are not even launched.
+                options.indirect = split;
                 match gpu.run(case, &options, door) {
                     Ok((out, gap)) => Ok(Outcome::Done(Box::new(out), gap)),
                     // A kernel that was forced may not fit; the plan's own choice always does.
