@@ -23,7 +23,9 @@
 //! - [`Attention`] holds a device's pipelines and scratch. [`Attention::encode`] records into your
 //!   encoder and never submits; [`Attention::run`] goes from slices to vectors.
 //! - [`Attention::merge_states`] makes one result of partial results over disjoint keys.
-//! - [`PageAllocator`] and [`Sequence`] keep the books of a paged cache, on the host.
+//! - [`Append`] writes new keys and values into a [`Cache`] on the GPU; [`Prepared`] work is encoded again
+//!   and again. [`PageAllocator`] and [`Sequence`] keep the books of a paged cache, on the host. The page
+//!   [`generation`] puts these together: prefill, append, decode.
 //! - [`reference`](mod@reference) is the f64 oracle that all of it is held to, and [`cpu`] the fast
 //!   path where there is no adapter.
 //!
@@ -106,6 +108,18 @@ pub use status::Status;
 pub use tile::Tile;
 pub use timing::GpuTimer;
 pub use tuning::Tuning;
+
+/// Prefill, append and decode: how caches are filled and read.
+///
+/// The items: [`Append`], [`AppendOperands`], [`Rope`], [`Cache`], [`Prepared`], [`Status`],
+/// [`PageAllocator`], [`Sequence`], [`MergeProblem`], [`quantize`].
+///
+// The page's picture lies beside it, where rustdoc does not look: here it is part of the page.
+/// <style>img[src="caches.svg"] { display: none } svg[role="img"] { max-width: 100%; height: auto }</style>
+#[doc = include_str!("../docs/caches.svg")]
+///
+#[doc = include_str!("../docs/generation.md")]
+pub mod generation {}
 
 /// The README's examples, compiled as tests.
 #[cfg(doctest)]
