@@ -64,7 +64,8 @@ pub struct Append {
     /// Where queries lie before they are turned, likewise; the turned go to where the problem says. `None`
     /// leaves queries alone.
     pub q_new: Option<Layout>,
-    /// First add each entry's new tokens to its `kv_lens`. Otherwise the caller has counted them.
+    /// First add each entry's new tokens to its `kv_lens`. Otherwise the caller has counted them: also where
+    /// layers share one `kv_lens`, which the first layer's append alone may advance.
     pub advance: bool,
 }
 

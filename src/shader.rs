@@ -173,6 +173,9 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
     } else if merges {
         add(part!("io/splits_all"));
     }
+    if merges || b.split || (fused && b.parts) {
+        add(part!("io/carried"));
+    }
     if b.split {
         add(part!("io/end_split"));
     }

@@ -1,7 +1,6 @@
 // The keys in several parts, a dispatch each; maximum, sum and O are carried from one to the next. No
 // thread then loops so often that a driver's watchdog, or lavapipe's limit of 65535 iterations, cuts it
 // off; and a part's sums are added up apart, so that their rounding error stays that of a part.
-// A carried row: (m, l, 0, 0), then the quads of O.
 @group(0) @binding(16) var<storage, read_write> carried: array<vec4<f32>>;
 
 // The tile of a workgroup, at least `tiles` if there is none; and its split of the keys.
@@ -16,10 +15,6 @@ fn part_of(seen: vec2<u32>, split: u32) -> vec2<u32> {
 
 fn own_part(range: vec2<u32>, part: vec2<u32>) -> vec2<u32> {
     return clamp(range, vec2<u32>(part.x), vec2<u32>(part.y));
-}
-
-fn carried_row(index: u32) -> u32 {
-    return index * (div_ceil(params.head_dim_v, 4u) + 1u);
 }
 
 // Maximum and sum that the chunk's row `index` starts from.

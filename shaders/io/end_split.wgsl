@@ -1,5 +1,5 @@
 // The keys in several splits, side by side, a workgroup for each (Flash-Decoding, Dao 2023): kernel/merge.wgsl
-// joins them. A row's share of a split: (m, l, 0, 0), then the quads of O, not divided by l.
+// joins them.
 @group(0) @binding(16) var<storage, read_write> carried: array<vec4<f32>>;
 
 // The tile of a workgroup, at least `tiles` if there is none; and its split of the keys.
@@ -30,7 +30,7 @@ fn start_of(index: u32) -> vec2<f32> {
 
 fn share_of(index: u32, split: u32) -> u32 {
     let rows = params.head_count * params.row_count;
-    return (split * rows + index) * (div_ceil(params.head_dim_v, 4u) + 1u);
+    return carried_row(split * rows + index);
 }
 
 // What `end_quad` wants to know, once a row's maximum `m` and sum `l` are known.

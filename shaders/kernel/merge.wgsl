@@ -29,12 +29,12 @@ fn main(
     let quad = thread % quads;
     var m = DROPPED;
     for (var s = 0u; s < splits(); s += 1u) {
-        m = max(m, carried[(s * rows + index) * (quads + 1u)].x);
+        m = max(m, carried[carried_row(s * rows + index)].x);
     }
     var l = 0.0;
     var sum = vec4<f32>();
     for (var s = 0u; s < splits(); s += 1u) {
-        let share = (s * rows + index) * (quads + 1u);
+        let share = carried_row(s * rows + index);
         let of_split = carried[share].xy;
         // Nothing to add. (A sum that is NaN is not 0, and has to spread.)
         if of_split.y == 0.0 {

@@ -1,0 +1,269 @@
+//! What a plan's kernels are bound to and told: uniform blocks, windows of operands, scratch, and the chunks
+//! that keep scratch inside its budget.
+
+use super::{DISPATCH_FLOP, Path, Plan, Window};
+use crate::cache::Cache;
+use crate::error::{Error, Operand, Result};
+use crate::kernel::{Slot, bundle_words, key_parts, looks_after_lengths, part_keys};
+use crate::layout::Layout;
+use crate::mask::Align;
+use crate::params::{ParamLayout, Params};
+use crate::problem::{MAX_SEQ, Similarity};
+
+impl Plan {
+    /// Bytes from one uniform block to the next.
+    pub(crate) fn params_step(&self) -> u32 {
+        (size_of::<Params>() as u32).next_multiple_of(self.caps.uniform_alignment.max(4))
+    }
+
+    /// How many uniform blocks there are: one for each part of the keys of each chunk.
+    pub(crate) fn blocks(&self) -> usize {
+        self.chunks() * self.parts()
+    }
+
+    /// Parts of the keys that are worked on one after the other.
+    pub(super) fn parts(&self) -> usize {
+        if self.splits > 0 { 1 } else { key_parts(&self.problem) }
+    }
+
+    /// A uniform block.
+    pub(crate) fn params(&self, block: usize) -> Params {
+        let p = &self.problem;
+        let parts = self.parts();
+        let chunk = self.chunk(block / parts);
+        let part = block % parts;
+        let align = |align: Align| match align {
+            Align::TopLeft => 1,
+            Align::BottomRight => 2,
+        };
+        // Beyond both lengths a window bounds nothing, and positions stay far inside an i32.
+        let side = |side: Option<usize>| side.map_or(2 * MAX_SEQ, |n| n.min(2 * MAX_SEQ)) as i32;
+        let window = p.window.unwrap_or_default();
+        let layout = |operand: Operand| {
+            let layout = p.layout(operand).unwrap_or(Layout { offset: 0, strides: [0; 4] });
+            let first = self.window(operand).start as usize / p.element_bytes(operand);
+            ParamLayout::new(layout, p.shape(operand), first)
+        };
+        let per_head = matches!(p.similarity, Similarity::Bilinear { per_head: true, .. });
+        let step = self.tiles.map().map_or(1, |tile| tile.keys);
+        let [pages, max_blocks, total_kv] = match p.cache {
+            Cache::Paged { pages, max_blocks, .. } => [pages, max_blocks, 0],
+            Cache::Ragged { total } => [0, 0, total],
+            _ => [0; 3],
+        };
+        Params {
+            batch: p.batch as u32,
+            heads_q: p.heads_q as u32,
+            group_size: p.group_size() as u32,
+            seq_q: p.seq_q as u32,
+            seq_kv: p.seq_kv as u32,
+            head_dim: p.head_dim as u32,
+            head_dim_v: p.head_dim_v as u32,
+            query_dim: p.query_dim() as u32,
+            head_first: chunk.head as u32,
+            head_count: chunk.heads as u32,
+            row_first: chunk.row as u32,
+            row_count: chunk.rows as u32,
+            score_stride: self.score_stride() as u32,
+            projected_stride: self.projected_stride() as u32,
+            key_first: (part * part_keys(p)) as u32,
+            key_end: if part + 1 == parts { u32::MAX } else { ((part + 1) * part_keys(p)) as u32 },
+            splits: self.splits as u32,
+            split_step: step,
+            split_least: (self.split_least as u32).div_ceil(step),
+            split_tiles: self.split_tiles() as u32,
+            most_groups: self.caps.max_dispatch,
+            total_q: p.total_q.unwrap_or(0) as u32,
+            total_kv: total_kv as u32,
+            pages: pages as u32,
+            max_blocks: max_blocks as u32,
+            scale: p.effective_scale() as f32,
+            softcap: p.softcap.unwrap_or(1.0),
+            w_head_stride: if per_head { (p.query_dim() * p.head_dim) as u32 } else { 0 },
+            causal: p.causal.map_or(0, align),
+            window_align: align(p.align),
+            window_left: side(window.left),
+            window_right: side(window.right),
+            alibi_align: align(p.alibi_align()),
+            q: layout(Operand::Q),
+            k: layout(Operand::K),
+            v: layout(Operand::V),
+            o: layout(Operand::O),
+            bias: layout(Operand::Bias),
+            mask: layout(Operand::Mask),
+        }
+    }
+
+    /// The bytes of an operand's buffer that its kernels bind.
+    pub(crate) fn window(&self, operand: Operand) -> Window {
+        let p = &self.problem;
+        p.layout(operand).map_or(Window::NONE, |layout| {
+            Window::of(layout, p.shape(operand), p.element_bytes(operand), &self.caps)
+        })
+    }
+
+    /// Bytes of a scratch buffer; 0 when this plan has none of that kind.
+    pub(crate) fn scratch_of(&self, slot: Slot) -> u64 {
+        let rows = (self.heads_per_chunk * self.rows_per_chunk) as u64;
+        if self.problem.rows() == 0 {
+            return 0;
+        }
+        let staged = self.path() == Path::Staged;
+        match slot {
+            Slot::Scores if staged => 4 * rows * self.score_stride(),
+            // Whole quads, so that the buffer can be bound whatever it is read as.
+            Slot::InverseSums if staged => 4 * rows.next_multiple_of(4),
+            Slot::Scores | Slot::InverseSums => 0,
+            Slot::Bundle if self.stages.iter().any(|stage| stage.bundled) => 4 * bundle_words(&self.problem),
+            Slot::Bundle => 0,
+            Slot::MaskMap if self.mask_tile().is_some() => self.map_bytes(),
+            Slot::MaskMap => 0,
+            Slot::Lengths if looks_after_lengths(&self.problem) => 4 * self.problem.batch as u64,
+            Slot::Lengths => 0,
+            Slot::Launch if self.stages.iter().any(|stage| stage.counted) => 16,
+            Slot::Launch => 0,
+            Slot::Projected => 4 * rows * self.projected_stride(),
+            Slot::Carried => rows * self.carried_bytes(),
+            Slot::Params | Slot::Operand(_) => 0,
+        }
+    }
+
+    /// Elements from one row of scores to the next: whole value steps of either family.
+    pub(super) fn score_stride(&self) -> u64 {
+        (self.problem.seq_kv as u64).next_multiple_of(16).max(16)
+    }
+
+    pub(super) fn projected_stride(&self) -> u64 {
+        match self.problem.similarity {
+            Similarity::Bilinear { .. } => (self.problem.head_dim as u64).next_multiple_of(4),
+            _ => 0,
+        }
+    }
+
+    /// Bytes of a row's sums between two parts of the keys, or of all splits.
+    pub(super) fn carried_bytes(&self) -> u64 {
+        // The fused kernels carry a row's maximum and sum as well.
+        let quads = (self.problem.head_dim_v as u64).div_ceil(4) + u64::from(self.path() == Path::Fused);
+        match self.splits as u64 {
+            0 if self.parts() > 1 => 16 * quads,
+            splits => 16 * quads * splits,
+        }
+    }
+
+    /// Rows that one dispatch of a fused kernel may take before a slow GPU's watchdog (2 s, some) sees
+    /// it: a part of the keys of so many rows is at most [`DISPATCH_FLOP`].
+    pub(super) fn rows_of_a_dispatch(&self) -> u64 {
+        if self.path() == Path::Staged {
+            return u64::MAX;
+        }
+        let p = &self.problem;
+        let keys = p.seq_kv.clamp(1, if self.splits > 0 { MAX_SEQ } else { part_keys(p) }) as u64;
+        (DISPATCH_FLOP / (2 * keys * (p.head_dim + p.head_dim_v) as u64)).max(64)
+    }
+
+    pub(super) fn check_windows(&self) -> Result<()> {
+        for operand in self.problem.operands() {
+            let window = self.window(operand);
+            let need = window.end - window.start;
+            if need > self.caps.max_storage_binding {
+                return Err(Error::LimitExceeded {
+                    what: format!("{operand}: bytes of one storage binding"),
+                    need,
+                    got: self.caps.max_storage_binding,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes of a row in the scratch buffer where it takes most.
+    pub(super) fn widest_row_bytes(&self) -> u64 {
+        let score_bytes = if self.path() == Path::Staged { 4 * self.score_stride() } else { 0 };
+        score_bytes.max(4 * self.projected_stride()).max(self.carried_bytes())
+    }
+
+    /// Bytes of scratch for a row.
+    pub(super) fn row_bytes(&self) -> u64 {
+        let score_bytes = if self.path() == Path::Staged { 4 * self.score_stride() + 4 } else { 0 };
+        score_bytes + 4 * self.projected_stride() + self.carried_bytes()
+    }
+
+    /// Bytes of scratch beside the rows'.
+    pub(super) fn fixed_bytes(&self) -> u64 {
+        // The row sums are allocated in whole quads.
+        let sums = if self.path() == Path::Staged { 12 } else { 0 };
+        sums + [Slot::Bundle, Slot::MaskMap, Slot::Lengths, Slot::Launch]
+            .map(|slot| self.scratch_of(slot))
+            .iter()
+            .sum::<u64>()
+    }
+
+    /// Whole heads if at least one fits the budget, else rows of one head.
+    pub(super) fn choose_chunks(&mut self) -> Result<()> {
+        let p = &self.problem;
+        if p.rows() == 0 {
+            return Ok(());
+        }
+        let binding = self.caps.max_storage_binding.min(self.caps.max_buffer);
+        let widest = self.widest_row_bytes();
+        if widest > binding {
+            return Err(Error::LimitExceeded {
+                what: "scratch: bytes of one row in one storage binding".into(),
+                need: widest,
+                got: binding,
+            });
+        }
+        let (row_bytes, fixed) = (self.row_bytes(), self.fixed_bytes());
+        if row_bytes + fixed > self.budget {
+            return Err(Error::LimitExceeded {
+                what: "scratch_budget: bytes of scratch for one row".into(),
+                need: row_bytes + fixed,
+                got: self.budget,
+            });
+        }
+        // Kernels index scratch by u32.
+        let by_scratch = |bytes: u64, each: u64| bytes.checked_div(each).unwrap_or(u64::MAX);
+        let rows = by_scratch(self.budget - fixed, row_bytes)
+            .min(by_scratch(binding, widest))
+            .min(by_scratch(u64::from(u32::MAX), widest / 4))
+            .min(self.rows_of_a_dispatch());
+        let rows = usize::try_from(rows).unwrap_or(usize::MAX);
+        // Packed tiles have whole groups, where those fit.
+        let group = if p.packs() && rows >= p.owned_rows() { p.group_size() } else { 1 };
+        if group == 1 {
+            self.stages.iter_mut().for_each(|stage| stage.packed = false);
+        }
+        if rows >= p.seq_q {
+            self.heads_per_chunk = (rows / p.seq_q / group * group).min(p.batch * p.heads_q);
+            self.rows_per_chunk = p.seq_q;
+        } else {
+            // Whole tiles where at least one fits.
+            let tile = self
+                .tiles
+                .scores_rows
+                .max(self.tiles.values_rows)
+                .max(self.tiles.fused.tile_q())
+                .max(self.tiles.matrix.tile_q())
+                .max(self.tiles.row.tile_q()) as usize;
+            self.rows_per_chunk = match rows {
+                _ if rows >= tile => rows / tile * tile,
+                // So that no chunk straddles two tiles of the mask's map.
+                _ if self.scratch_of(Slot::MaskMap) > 0 => {
+                    (1..=rows).rev().find(|&rows| tile.is_multiple_of(rows)).unwrap_or(1)
+                }
+                _ => rows,
+            };
+        }
+        // Dynamic offsets of uniform blocks are u32.
+        let blocks = self.blocks() as u64 * u64::from(self.params_step());
+        let most = self.caps.max_buffer.min(u64::from(u32::MAX));
+        if blocks > most {
+            return Err(Error::LimitExceeded {
+                what: "scratch_budget: bytes of uniform blocks for so many chunks".into(),
+                need: blocks,
+                got: most,
+            });
+        }
+        Ok(())
+    }
+}
