@@ -36,6 +36,7 @@ struct Params {
     // Scores.
     scale: f32,
     softcap: f32,
+    norm_epsilon: f32,
     w_head_stride: u32,
     // Masks: alignment 0 is none, 1 top-left, 2 bottom-right.
     causal: u32,

@@ -17,6 +17,44 @@ use crate::problem::AttentionProblem;
 use crate::rope::{Pairing, Rope};
 use crate::scope::scoped;
 
+/// What queries or keys are divided by before they are turned and compared (QK-norm).
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum QkNorm {
+    /// `x / sqrt(mean(x^2) + epsilon) * gain` over a head's width (Qwen 3, Gemma 3); the gains are an operand
+    /// of `[head_dim]` f32 for all heads.
+    Rms {
+        /// Keeps a row of zeros finite.
+        epsilon: f32,
+    },
+    /// `x / max(|x|, epsilon)` (Henry 2020, arXiv 2010.04245). Its learned factor is the problem's
+    /// [`scale`](AttentionProblem::scale).
+    L2 {
+        /// Keeps a row of zeros finite.
+        epsilon: f32,
+    },
+}
+
+impl QkNorm {
+    /// Normalises a row in place, as the kernels do; `gain` is 1 where there is none.
+    pub fn apply(self, row: &mut [f32], gain: Option<&[f32]>) {
+        let sum: f32 = row.chunks(16).map(|part| part.iter().map(|x| x * x).sum::<f32>()).sum();
+        let factor = match self {
+            Self::Rms { epsilon } => 1.0 / (sum / row.len() as f32 + epsilon).sqrt(),
+            Self::L2 { epsilon } => 1.0 / sum.sqrt().max(epsilon),
+        };
+        for (d, x) in row.iter_mut().enumerate() {
+            *x *= factor * gain.map_or(1.0, |gain| gain[d]);
+        }
+    }
+
+    fn epsilon(self) -> f32 {
+        match self {
+            Self::Rms { epsilon } | Self::L2 { epsilon } => epsilon,
+        }
+    }
+}
+
 /// What a step of generation does before it attends: the new tokens' k and v go into the cache, turned by
 /// their positions and converted to its element type on the way, and their queries are turned, too.
 ///
@@ -59,6 +97,8 @@ pub struct Append {
     pub k_new: Layout,
     /// Where new values lie, likewise.
     pub v_new: Layout,
+    /// Normalises keys (and queries, where they are moved) first, head by head.
+    pub norm: Option<QkNorm>,
     /// Turns keys (and queries) by their positions; its table has at least `seq_kv` positions.
     pub rope: Option<Rope>,
     /// Where queries lie before they are turned, likewise; the turned go to where the problem says. `None`
@@ -90,6 +130,10 @@ pub struct AppendOperands<'a> {
     pub cu_seqlens_q: Option<&'a wgpu::Buffer>,
     /// Cosines and sines, f32, `[positions, width / 2, 2]`.
     pub rope: Option<&'a wgpu::Buffer>,
+    /// Gains of the queries' norm, f32.
+    pub q_gain: Option<&'a wgpu::Buffer>,
+    /// Gains of the keys' norm, f32.
+    pub k_gain: Option<&'a wgpu::Buffer>,
     /// Queries before they are turned.
     pub q_new: Option<&'a wgpu::Buffer>,
     /// Receives the turned queries.
@@ -116,6 +160,8 @@ impl<'a> AppendOperands<'a> {
             block_table: None,
             cu_seqlens_q: None,
             rope: None,
+            q_gain: None,
+            k_gain: None,
             q_new: None,
             q: None,
             status: None,
@@ -132,6 +178,8 @@ impl<'a> AppendOperands<'a> {
             Operand::BlockTable => self.block_table,
             Operand::CuSeqlensQ => self.cu_seqlens_q,
             Operand::Rope => self.rope,
+            Operand::QGain => self.q_gain,
+            Operand::KGain => self.k_gain,
             Operand::QNew => self.q_new,
             Operand::Q => self.q,
             Operand::Status => self.status,
@@ -141,7 +189,7 @@ impl<'a> AppendOperands<'a> {
 }
 
 /// Every operand of an append.
-const OPERANDS: [Operand; 11] = [
+const OPERANDS: [Operand; 13] = [
     Operand::KNew,
     Operand::VNew,
     Operand::K,
@@ -150,6 +198,8 @@ const OPERANDS: [Operand; 11] = [
     Operand::BlockTable,
     Operand::CuSeqlensQ,
     Operand::Rope,
+    Operand::QGain,
+    Operand::KGain,
     Operand::QNew,
     Operand::Q,
     Operand::Status,
@@ -165,6 +215,13 @@ pub(crate) struct Turn {
     pub(crate) interleaved: bool,
 }
 
+/// A norm as it is compiled in; RMS norms have gains.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Norm {
+    pub(crate) rms: bool,
+    pub(crate) gain: Option<Operand>,
+}
+
 /// One dispatch of an append, as it is compiled: it moves one tensor, or advances the lengths (then it has
 /// neither `from` nor `to`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -175,6 +232,7 @@ pub(crate) struct AppendStep {
     pub(crate) width: u32,
     pub(crate) keys: Keys,
     pub(crate) ragged: bool,
+    pub(crate) norm: Option<Norm>,
     pub(crate) rope: Option<Turn>,
     pub(crate) status: bool,
 }
@@ -212,6 +270,7 @@ impl AppendStep {
             (self.rope.is_some(), own(Operand::Rope), false),
         ]
         .into_iter()
+        .chain(self.norm.and_then(|norm| norm.gain).map(|gain| (true, own(gain), false)))
         .filter_map(|(present, (number, holds), writes)| present.then_some((number, holds, writes)))
     }
 }
@@ -234,6 +293,7 @@ impl Append {
             k_new: Layout::bshd(p.heads_kv, rows, p.head_dim),
             v_new: Layout::bshd(p.heads_kv, rows, p.head_dim_v),
             problem: problem.clone(),
+            norm: None,
             rope: None,
             q_new: None,
             advance: false,
@@ -251,6 +311,8 @@ impl Append {
             Operand::KNew => new(p.heads_kv, p.head_dim),
             Operand::VNew => new(p.heads_kv, p.head_dim_v),
             Operand::QNew => new(p.heads_q, p.query_dim()),
+            Operand::QGain => [1, 1, 1, p.query_dim()],
+            Operand::KGain => [1, 1, 1, p.head_dim],
             Operand::Rope => [1, 1, 1, self.rope.map_or(0, |rope| rope.positions.saturating_mul(rope.width))],
             _ => p.shape(operand),
         }
@@ -264,6 +326,11 @@ impl Append {
             Operand::QNew => self.q_new,
             Operand::Q => self.q_new.map(|_| self.problem.q),
             Operand::Rope => self.rope.map(|_| Layout::broadcast(self.shape(operand))),
+            Operand::QGain if self.q_new.is_none() => None,
+            Operand::QGain | Operand::KGain => match self.norm {
+                Some(QkNorm::Rms { .. }) => Some(Layout::broadcast(self.shape(operand))),
+                _ => None,
+            },
             _ => self.problem.layout(operand),
         }
     }
@@ -279,7 +346,7 @@ impl Append {
     ///
     /// # Errors
     /// Those of [`AttentionProblem::validate`]; [`Error::MissingOperand`] where the problem has no `kv_lens`,
-    /// [`Error::ZeroSize`] where it has no `seq_kv`;
+    /// [`Error::ZeroSize`] where it has no `seq_kv`; [`Error::BadNumber`] for a norm's epsilon;
     /// [`Error::Cache`] for a ragged cache and for a rotation that does not fit; [`Error::OutputOverlaps`] and
     /// [`Error::TooLarge`].
     pub fn validate(&self) -> Result<()> {
@@ -293,6 +360,9 @@ impl Append {
         }
         if p.seq_kv == 0 {
             return Err(Error::ZeroSize { what: "seq_kv" });
+        }
+        if let Some(got) = self.norm.map(QkNorm::epsilon).filter(|x| !(x.is_finite() && *x > 0.0)) {
+            return Err(Error::BadNumber { what: "norm's epsilon", got, need: "finite and above 0" });
         }
         if let Some(rope) = self.rope {
             let widest = if self.q_new.is_some() { p.head_dim.min(p.query_dim()) } else { p.head_dim };
@@ -352,13 +422,18 @@ impl Append {
                 _ => Keys::Contiguous,
             },
             ragged: p.total_q.is_some(),
+            norm: self.norm.filter(|_| of.turns).map(|norm| {
+                let gain = if is_query { Operand::QGain } else { Operand::KGain };
+                let rms = matches!(norm, QkNorm::Rms { .. });
+                Norm { rms, gain: rms.then_some(gain) }
+            }),
             rope: self.rope.filter(|_| of.turns).map(|rope| Turn {
                 width: rope.width as u32,
                 interleaved: rope.pairing == Pairing::Interleaved,
             }),
             status: p.status && !is_query,
         };
-        let bytes = 4 * width as u64;
+        let bytes = if step.norm.is_some() { 8 } else { 4 } * width as u64;
         for (what, need, got) in [
             ("bytes of workgroup memory", bytes, u64::from(caps.max_workgroup_bytes)),
             ("storage buffers", step.bindings().count() as u64, u64::from(caps.max_storage_buffers)),
@@ -371,6 +446,7 @@ impl Append {
         let params = Params {
             heads_q: of.heads as u32,
             head_dim: width as u32,
+            norm_epsilon: self.norm.map_or(0.0, QkNorm::epsilon),
             q: self.params_of(of.from, caps),
             k: self.params_of(of.to, caps),
             ..self.params()
@@ -481,6 +557,7 @@ impl Attention {
                 width: 0,
                 keys: Keys::Contiguous,
                 ragged: p.total_q.is_some(),
+                norm: None,
                 rope: None,
                 status: false,
             };

@@ -44,6 +44,10 @@ pub enum Operand {
     QNew,
     /// Cosines and sines of rotary positions, `[positions, width / 2, 2]`.
     Rope,
+    /// Gains of the queries' norm, `[query_dim]`.
+    QGain,
+    /// Gains of the keys' norm, `[head_dim]`.
+    KGain,
     /// The natural logarithm of each row's denominator, `[batch, heads_q, seq_q]`.
     Lse,
     /// The attention weights, `[batch, heads_q, seq_q, seq_kv]`.
@@ -93,6 +97,8 @@ impl std::fmt::Display for Operand {
             Self::VNew => "v_new",
             Self::QNew => "q_new",
             Self::Rope => "rope",
+            Self::QGain => "q_gain",
+            Self::KGain => "k_gain",
             Self::Lse => "lse",
             Self::Weights => "weights",
         })

@@ -706,6 +706,8 @@ impl Slot {
                 Operand::VNew => 25,
                 Operand::QNew => 26,
                 Operand::Rope => 27,
+                Operand::QGain => 29,
+                Operand::KGain => 30,
             },
             Self::Scores => 11,
             Self::InverseSums => 14,

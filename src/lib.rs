@@ -85,7 +85,7 @@ mod timing;
 mod tuning;
 mod unroll;
 
-pub use append::{Append, AppendOperands};
+pub use append::{Append, AppendOperands, QkNorm};
 pub use attention::{Attention, DeviceRequest, Operands, Options, adapters};
 pub use cache::Cache;
 pub use caps::{Caps, MatrixUnits};

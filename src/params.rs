@@ -33,6 +33,7 @@ pub(crate) struct Params {
     pub(crate) max_blocks: u32,
     pub(crate) scale: f32,
     pub(crate) softcap: f32,
+    pub(crate) norm_epsilon: f32,
     pub(crate) w_head_stride: u32,
     pub(crate) causal: u32,
     pub(crate) window_align: u32,

@@ -240,6 +240,9 @@ pub(crate) fn compose_append(step: &AppendStep) -> String {
         let (rope, interleaved) = s.rope.map_or((0, false), |rope| (rope.width, rope.interleaved));
         constant("ROPE", format!("{rope}u"));
         constant("INTERLEAVED", interleaved.to_string());
+        if let Some(norm) = s.norm {
+            constant("RMS", norm.rms.to_string());
+        }
     }
     if let Some((group, bits)) = s.to.and_then(|io| quant::format(io.dtype)) {
         constant("GROUP", format!("{}u", group.min(s.width as usize)));
@@ -266,6 +269,16 @@ pub(crate) fn compose_append(step: &AppendStep) -> String {
     add(&list(Operand::KvLens));
     add(&row(Operand::Q, s.ragged));
     add(&load(from, Operand::Q));
+    match s.norm {
+        Some(norm) => {
+            add(&match norm.gain {
+                Some(operand) => named(part!("io/gain"), operand),
+                None => part!("io/gain_none").into(),
+            });
+            add(part!("io/norm"));
+        }
+        None => add(part!("io/norm_none")),
+    }
     match s.rope {
         Some(_) => add(&part!("io/angle").replace("BINDING", &APPEND_ROPE.to_string())),
         None => add(part!("io/angle_none")),

@@ -15,7 +15,7 @@ use common::rng::Rng;
 use wgpu_attention::reference::{max_error, oracle};
 use wgpu_attention::{
     Align, Append, AppendOperands, AttentionProblem, Cache, Dtype, Error, Inputs, Layout, Operand, Operands,
-    Outputs, Pairing, Prepared, Rope, Status, Tensor, Window, dequantize, quantize, row_elements,
+    Outputs, Pairing, Prepared, QkNorm, Rope, Status, Tensor, Window, dequantize, quantize, row_elements,
 };
 
 /// A NaN that no arithmetic makes, in two 16-bit halves as in a word.
@@ -514,11 +514,12 @@ fn a_real_layer_token_by_token() {
 fn rotations() {
     let mut rng = Rng::new(8);
     for gpu in gpus() {
-        for (pairing, width) in [
-            (Pairing::HalfSplit, 10),
-            (Pairing::Interleaved, 10),
-            (Pairing::HalfSplit, 20),
-            (Pairing::Interleaved, 2),
+        for (pairing, width, norm) in [
+            (Pairing::HalfSplit, 10, None),
+            (Pairing::Interleaved, 10, Some(QkNorm::Rms { epsilon: 1e-6 })),
+            (Pairing::HalfSplit, 20, Some(QkNorm::L2 { epsilon: 1e-8 })),
+            (Pairing::Interleaved, 2, None),
+            (Pairing::HalfSplit, 20, Some(QkNorm::Rms { epsilon: 0.5 })),
         ] {
             let (batch, seq, dim) = (2, 3, 20);
             let problem = AttentionProblem {
@@ -529,6 +530,7 @@ fn rotations() {
             };
             let rope = Rope { pairing, width, positions: 40 };
             let append = Append {
+                norm,
                 rope: Some(rope),
                 q_new: Some(Layout::bshd(4, seq, dim).at(3)),
                 ..Append::new(&problem)
@@ -546,8 +548,13 @@ fn rotations() {
             let [k, v, q] = [Operand::K, Operand::V, Operand::Q]
                 .map(|operand| words(gpu, "to", &vec![POISON; problem.extent(operand) as usize]));
             let kv_lens = words(gpu, "kv_lens", &lens);
+            let gains: [Vec<f32>; 2] = [random(&mut rng, dim), random(&mut rng, dim)];
+            let [q_gain, k_gain] = [&gains[0], &gains[1]].map(|gain| up(gain));
+            let has_gains = matches!(norm, Some(QkNorm::Rms { .. }));
             let operands = AppendOperands {
                 rope: Some(&buffers[3]),
+                q_gain: has_gains.then_some(&q_gain),
+                k_gain: has_gains.then_some(&k_gain),
                 q_new: Some(&buffers[0]),
                 q: Some(&q),
                 ..AppendOperands::new(&buffers[1], &buffers[2], &k, &v, &kv_lens)
@@ -561,6 +568,10 @@ fn rotations() {
                 for [b, h, t, _] in indices([batch, heads, seq, 1]) {
                     let position = lens[b] as usize - seq + t;
                     let mut row: Vec<f32> = (0..dim).map(|d| from[from_layout.index([b, h, t, d])]).collect();
+                    if let Some(norm) = norm {
+                        let gain = if heads == 2 { &gains[1] } else { &gains[0] };
+                        norm.apply(&mut row, has_gains.then_some(&gain[..]));
+                    }
                     rope.turn(&mut row, position, &table);
                     let at = if heads == 2 { position } else { t };
                     for (d, want) in row.iter().enumerate() {

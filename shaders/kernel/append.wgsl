@@ -4,14 +4,14 @@
 // An entry's length is that after its new rows: row t of n goes to position length - n + t. A row without a
 // place is left out, and reported.
 //
-// A workgroup moves one row. Its threads load elements by turns, turned where RoPE asks for it, into workgroup
-// memory (4 WIDTH bytes), and after a barrier each stores some quads or words of the whole.
+// A workgroup moves one row. Its threads load elements by turns, normalised and turned where that is asked
+// for (in this order), into workgroup memory (4 WIDTH bytes), and after a barrier each stores some quads or words of the whole.
 
 var<workgroup> wg_row: array<f32, WIDTH>;
 
 // Element `d` of the row that begins at `at`, turned with its partner by the position's angle (Su 2021).
-fn turned(at: u32, d: u32, position: u32) -> f32 {
-    let x = load1_q(at + d * params.q_stride_d);
+fn turned(at: u32, d: u32, position: u32, factor: f32) -> f32 {
+    let x = element(at, d, factor);
     if d >= ROPE {
         return x;
     }
@@ -21,7 +21,7 @@ fn turned(at: u32, d: u32, position: u32) -> f32 {
     let second = select(d >= half, (d & 1u) == 1u, INTERLEAVED);
     let first = select(d, d - step, second);
     let turn = angle(position, select(first, first / 2u, INTERLEAVED));
-    let other = load1_q(at + select(d + step, first, second) * params.q_stride_d);
+    let other = element(at, select(d + step, first, second), factor);
     return x * turn.x + select(-other, other, second) * turn.y;
 }
 
@@ -42,8 +42,9 @@ fn main(
     let length = read_kv_lens(b);
     let position = length - count + t;
     let at = row_q(b, h, t);
+    let factor = norm_factor(at, lane);
     for (var d = lane; d < WIDTH; d += LANES) {
-        wg_row[d] = turned(at, d, min(position, params.seq_kv - 1u));
+        wg_row[d] = turned(at, d, min(position, params.seq_kv - 1u), factor);
     }
     workgroupBarrier();
     if index < rows && t < count {

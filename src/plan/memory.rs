@@ -79,6 +79,7 @@ impl Plan {
             max_blocks: max_blocks as u32,
             scale: p.effective_scale() as f32,
             softcap: p.softcap.unwrap_or(1.0),
+            norm_epsilon: 0.0,
             w_head_stride: if per_head { (p.query_dim() * p.head_dim) as u32 } else { 0 },
             causal: p.causal.map_or(0, align),
             window_align: align(p.align),
