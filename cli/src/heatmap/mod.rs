@@ -78,7 +78,7 @@ pub(crate) struct Picture<'a> {
 pub(crate) fn run(args: &HeatmapArgs) -> Result<()> {
     let output = OutputFile::new(&args.output)?;
     let mut archive = Archive::open(&args.input)?;
-    let loaded = load::load(&mut archive, &args.contract, args.layout, None)?;
+    let loaded = load::load(&mut archive, &args.contract, args.layout, None, None)?;
     let problem = AttentionProblem { weights: true, ..loaded.problem };
     let [batch, heads, queries, keys] = problem.shape(Operand::Weights);
     if args.batch >= batch {
