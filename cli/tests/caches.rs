@@ -217,16 +217,19 @@ fn a_mixed_batch_is_its_entries_one_by_one() {
             }
         }
     }
-    let picture = |input: &Tensors| {
+    let picture = |input: &Tensors, entry: &str| {
         let folder = Folder::new();
         let (from, to) = (folder.write("in.safetensors", file(input)), folder.text("out.svg"));
-        succeed(&["heatmap", &from, "-o", &to, "--quiet", "--layout", "bshd", "--batch", "3"]);
+        succeed(&["heatmap", &from, "-o", &to, "--quiet", "--layout", "bshd", "--batch", entry]);
         // The cells; the words above them name the cache.
         let picture = std::fs::read_to_string(to).unwrap();
         picture.lines().filter(|line| line.starts_with("<path")).map(String::from).collect::<Vec<_>>()
     };
-    let cells = picture(&batch.plain(true));
-    assert!(cells.len() > 10 && cells == picture(&batch.paged(true, Dtype::U32)), "another picture");
+    let cells = picture(&batch.plain(true), "3");
+    assert!(cells.len() > 10 && cells == picture(&batch.paged(true, Dtype::U32), "3"), "another picture");
+    // An entry has no more rows and columns than it has queries and keys.
+    let first = Batch { queries: vec![1], keys: vec![20] };
+    assert_eq!(picture(&batch.ragged(true), "0"), picture(&first.plain(false), "0"));
     // A batch in which nobody asks.
     let none = Batch { queries: vec![0, 0], keys: vec![3, 4] };
     let got = run("cpu", &none.paged(true, Dtype::I64), &[]);
