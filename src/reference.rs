@@ -16,7 +16,8 @@ pub struct Reference {
     pub o: Vec<f64>,
     /// The same without the last dimension, natural logarithm.
     pub lse: Vec<f64>,
-    /// `[batch, heads_q, seq_q, seq_kv]` when [`AttentionProblem::weights`] asks for it.
+    /// `[batch, heads_q, seq_q, seq_kv]` when [`AttentionProblem::weights`] asks for it; `[rows, seq_kv]` of
+    /// [`oracle_rows`].
     pub weights: Option<Vec<f64>>,
     /// Largest finite magnitude of a kept score.
     pub max_score: f64,
@@ -43,7 +44,7 @@ pub fn oracle(problem: &AttentionProblem, inputs: &Inputs<'_>) -> Result<Referen
 }
 
 /// The oracle for some query rows only, numbered as those of [`Reference::lse`]: a slice of a problem too
-/// large to compute whole. It gives no weights.
+/// large to compute whole.
 ///
 /// # Errors
 /// Those of [`Inputs::check`].
@@ -106,17 +107,19 @@ fn compute(
     let p = problem;
     let [entries, heads, queries, _] = p.shape(Operand::O);
     let all = if p.rows() == 0 { 0 } else { entries * heads * queries };
-    let weights = (p.weights && rows.is_none()).then(|| vec![0.0; p.extent(Operand::Weights) as usize]);
+    let whole = rows.is_none();
     let rows = rows.unwrap_or(0..all);
+    // Ragged queries leave rows of the whole without a query.
+    let weights = if whole { p.extent(Operand::Weights) as usize } else { rows.len() * p.seq_kv };
     let mut out = Reference {
         o: Vec::with_capacity(rows.len() * p.head_dim_v),
         lse: Vec::with_capacity(rows.len()),
-        weights,
+        weights: p.weights.then(|| vec![0.0; weights]),
         max_score: 0.0,
         max_value: max_finite(problem, inputs),
     };
     let values = KvRows::new(p, inputs, Operand::V);
-    for row in rows {
+    for (at, row) in rows.enumerate() {
         let place = [row / queries / heads, row / queries % heads, row % queries];
         let h = place[1];
         let [b, i] = inputs.query_of([place[0], place[2]]);
@@ -144,8 +147,8 @@ fn compute(
         }
         out.o.extend(o.into_iter().map(round));
         if let Some(weights) = &mut out.weights {
-            let first = ((b * heads + h) * p.seq_q + i) * p.seq_kv;
-            for (to, s) in weights[first..].iter_mut().zip(scores) {
+            let at = if whole { (b * heads + h) * p.seq_q + i } else { at };
+            for (to, s) in weights[at * p.seq_kv..].iter_mut().zip(scores) {
                 *to = weight(s);
             }
         }

@@ -78,7 +78,8 @@ impl Archive {
         Failure::input(why).about(self.path.display())
     }
 
-    fn about(&self, failure: Failure) -> Failure {
+    /// The same failure, about this file.
+    pub(crate) fn about(&self, failure: Failure) -> Failure {
         failure.about(self.path.display())
     }
 
@@ -134,16 +135,17 @@ impl Archive {
     pub(crate) fn integers(&mut self, name: &str) -> Result<Vec<i64>> {
         let dtype = self.need(name)?.dtype;
         let bytes = match dtype {
-            Stored::I32 | Stored::I64 => self.bytes(name)?,
-            got => return Err(self.wrong_type(name, "I32 or I64", got)),
+            Stored::I32 | Stored::U32 | Stored::I64 => self.bytes(name)?,
+            got => return Err(self.wrong_type(name, "I32, I64 or U32", got)),
         };
-        Ok(if dtype == Stored::I32 {
-            bytes.chunks_exact(4).map(|b| i64::from(i32::from_le_bytes([b[0], b[1], b[2], b[3]]))).collect()
-        } else {
-            bytes
+        let four = |b: &[u8]| [b[0], b[1], b[2], b[3]];
+        Ok(match dtype {
+            Stored::I32 => bytes.chunks_exact(4).map(|b| i32::from_le_bytes(four(b)).into()).collect(),
+            Stored::U32 => bytes.chunks_exact(4).map(|b| u32::from_le_bytes(four(b)).into()).collect(),
+            _ => bytes
                 .chunks_exact(8)
                 .map(|b| i64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]))
-                .collect()
+                .collect(),
         })
     }
 }

@@ -229,21 +229,39 @@ fn on_gpu(
 
 /// The oracle's results in the problem's types and layout.
 pub(crate) fn oracle(problem: &AttentionProblem, inputs: &Inputs<'_>) -> Result<Outputs> {
-    let reference = oracle_rows(problem, inputs, std::slice::from_ref(&(0..problem.rows())))?;
+    let [entries, h, s, d] = problem.shape(Operand::O);
+    let reference = oracle_rows(problem, inputs, std::slice::from_ref(&(0..entries * h * s)))?;
     let mut o = Tensor::zeros(problem.out_dtype, problem.extent(Operand::O) as usize);
-    let [_, h, s, d] = problem.shape(Operand::O);
     for (row, values) in reference.o.chunks_exact(d).enumerate() {
         let at = [row / s / h, row / s % h, row % s, 0];
         for (x, &value) in values.iter().enumerate() {
             o.set(problem.o.index([at[0], at[1], at[2], x]), value as f32);
         }
     }
-    let narrow = |x: &[f64]| x.iter().map(|&x| x as f32).collect();
+    let narrow = |x: &[f64]| x.iter().map(|&x| x as f32).collect::<Vec<_>>();
+    let weights = reference.weights.as_deref().map(narrow);
     Ok(Outputs {
         o,
         lse: problem.lse.then(|| narrow(&reference.lse)),
-        weights: reference.weights.as_deref().map(narrow),
+        weights: match (weights, inputs.cu_seqlens_q) {
+            (Some(weights), Some(list)) => Some(padded(problem, &weights, list)),
+            (weights, _) => weights,
+        },
     })
+}
+
+/// Weights of ragged queries, `[heads, total, keys]`, with zeros behind those of each entry.
+fn padded(p: &AttentionProblem, packed: &[f32], cu_seqlens_q: &[u32]) -> Vec<f32> {
+    let mut all = vec![0.0; p.extent(Operand::Weights) as usize];
+    let total = p.total_q.unwrap_or(0);
+    for (b, pair) in cu_seqlens_q.windows(2).enumerate() {
+        let (first, keys) = (pair[0] as usize, (pair[1] - pair[0]) as usize * p.seq_kv);
+        for h in 0..p.heads_q {
+            let to = (b * p.heads_q + h) * p.seq_q * p.seq_kv;
+            all[to..][..keys].copy_from_slice(&packed[(h * total + first) * p.seq_kv..][..keys]);
+        }
+    }
+    all
 }
 
 /// The oracle for several ranges of rows, one after the other in the result, on all cores.

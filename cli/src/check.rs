@@ -3,10 +3,10 @@
 use std::ops::Range;
 
 use wgpu_attention::reference::{self, Reference};
-use wgpu_attention::{AttentionProblem, Bias, Dtype, Inputs, Layout, Similarity, TensorRef};
+use wgpu_attention::{AttentionProblem, Bias, Dtype, Inputs, Layout, Operand, Similarity, TensorRef};
 
-use crate::backend;
 use crate::failure::Result;
+use crate::{backend, cache};
 
 /// Multiply-adds that the oracle may spend on one problem, less than a second on two cores.
 const ORACLE_WORK: f64 = 1e8;
@@ -75,7 +75,8 @@ fn naive_error(
     Ok(worst)
 }
 
-/// One row of the naive computation: the problem of one query and the keys that it may see.
+/// One row of the naive computation: the problem of one query and the keys that it may see, taken out of
+/// their cache.
 fn naive_row(p: &AttentionProblem, inputs: &Inputs<'_>, row: usize) -> Result<Vec<f64>> {
     let [b, h, i] = [row / p.seq_q / p.heads_q, row / p.seq_q % p.heads_q, row % p.seq_q];
     let len_k = inputs.kv_lens.map_or(p.seq_kv, |lens| lens[b] as usize);
@@ -99,7 +100,8 @@ fn naive_row(p: &AttentionProblem, inputs: &Inputs<'_>, row: usize) -> Result<Ve
         keys.clone().map(|j| given(j) - slope * (position - j as i64).unsigned_abs() as f32).collect()
     });
     let here = |layout: Layout| layout.at(layout.index([b, h, i, keys.start]));
-    let key = |layout: Layout| layout.at(layout.index([b, p.kv_head(h), keys.start, 0]));
+    let rows = |of| keys.clone().flat_map(|j| cache::row(p, inputs, of, [b, p.kv_head(h), j])).collect();
+    let (k, v): (Vec<f32>, Vec<f32>) = (rows(Operand::K), rows(Operand::V));
     let base = AttentionProblem::new(1, 1, 1, 1, keys.len(), p.head_dim, p.head_dim_v).with_dtype(p.dtype);
     let one = AttentionProblem {
         similarity,
@@ -112,16 +114,19 @@ fn naive_row(p: &AttentionProblem, inputs: &Inputs<'_>, row: usize) -> Result<Ve
         mask: p.mask.map(here),
         sinks: p.sinks,
         q: p.q.at(p.q.index([b, h, i, 0])),
-        k: key(p.k),
-        v: key(p.v),
+        kv_dtype: Some(Dtype::F32),
         ..base
     };
     let inputs = Inputs {
+        k: TensorRef::F32(&k),
+        v: TensorRef::F32(&v),
         w: inputs.w.map(|w| &w[w_at..]),
         bias: biases.as_deref().map(TensorRef::F32).or(inputs.bias),
         sinks: inputs.sinks.map(|sinks| &sinks[h..]),
         alibi_slopes: None,
         kv_lens: None,
+        block_table: None,
+        cu_seqlens_k: None,
         ..*inputs
     };
     Ok(reference::naive(&one, &inputs)?.o)
@@ -132,7 +137,7 @@ mod tests {
     use super::*;
     use crate::data::Data;
     use crate::prng::Prng;
-    use wgpu_attention::{Align, Window};
+    use wgpu_attention::{Align, Cache, Window};
 
     #[test]
     fn one_row_is_that_row_of_the_whole() {
@@ -152,6 +157,20 @@ mod tests {
         let whole = reference::naive(&p, &data.inputs()).unwrap();
         for row in 0..p.rows() {
             assert_eq!(naive_row(&p, &data.inputs(), row).unwrap(), whole.o[row * 3..][..3], "row {row}");
+        }
+        // Wherever its keys are kept, and in whatever type.
+        for (kept, kv_dtype) in [
+            (Cache::Contiguous, Dtype::Int8),
+            (Cache::Ring { capacity: 7 }, Dtype::F32),
+            (Cache::Paged { pages: 8, page_size: 2, max_blocks: 4 }, Dtype::Int4),
+        ] {
+            let p = p.clone().with_cache(kept, kv_dtype);
+            let data = Data::random(&p, &mut Prng::new(1));
+            let whole = reference::naive(&p, &data.inputs()).unwrap();
+            for row in 0..p.rows() {
+                let got = naive_row(&p, &data.inputs(), row).unwrap();
+                assert_eq!(got, whole.o[row * 3..][..3], "row {row} of {kept}");
+            }
         }
         // ALiBi is rounded once less.
         let p = AttentionProblem { alibi: true, bias: None, ..p };

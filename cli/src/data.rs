@@ -1,6 +1,6 @@
 //! Operands that this program owns: read from a file or made up.
 
-use wgpu_attention::{AttentionProblem, Inputs, Operand, Similarity, Tensor};
+use wgpu_attention::{AttentionProblem, Cache, Inputs, Operand, Similarity, Tensor, quantize, row_elements};
 
 use crate::prng::Prng;
 
@@ -16,6 +16,9 @@ pub(crate) struct Data {
     pub(crate) alibi_slopes: Option<Vec<f32>>,
     pub(crate) sinks: Option<Vec<f32>>,
     pub(crate) kv_lens: Option<Vec<u32>>,
+    pub(crate) block_table: Option<Vec<u32>>,
+    pub(crate) cu_seqlens_q: Option<Vec<u32>>,
+    pub(crate) cu_seqlens_k: Option<Vec<u32>>,
 }
 
 impl Data {
@@ -28,11 +31,15 @@ impl Data {
             alibi_slopes: self.alibi_slopes.as_deref(),
             sinks: self.sinks.as_deref(),
             kv_lens: self.kv_lens.as_deref(),
+            block_table: self.block_table.as_deref(),
+            cu_seqlens_q: self.cu_seqlens_q.as_deref(),
+            cu_seqlens_k: self.cu_seqlens_k.as_deref(),
             ..Inputs::new(self.q.as_ref(), self.k.as_ref(), self.v.as_ref())
         }
     }
 
-    /// Made-up values for every operand that `problem` has, the same for the same generator.
+    /// Made-up values for every operand that `problem` has, the same for the same generator. Nothing of it is
+    /// ragged, no page is shared, and k and v have no gaps if they are quantised.
     pub(crate) fn random(problem: &AttentionProblem, prng: &mut Prng) -> Self {
         let p = problem;
         let extent = |operand| p.extent(operand) as usize;
@@ -45,8 +52,13 @@ impl Data {
         };
         let q_scale = if p.similarity == Similarity::Dot { 1.0 / (p.head_dim as f32).sqrt() } else { 1.0 };
         let q = Tensor::from_f32(p.dtype, &normals(extent(Operand::Q), q_scale, prng));
-        let k = Tensor::from_f32(p.dtype, &normals(extent(Operand::K), 1.0, prng));
-        let v = Tensor::from_f32(p.dtype, &normals(extent(Operand::V), 1.0, prng));
+        let rows = |operand: Operand, dim: usize, prng: &mut Prng| {
+            let row = row_elements(p.stored_kv(), dim);
+            let count = if p.stored_kv().is_float() { extent(operand) } else { extent(operand) / row * dim };
+            quantize(p.stored_kv(), &normals(count, 1.0, prng), dim)
+        };
+        let k = rows(Operand::K, p.head_dim, prng);
+        let v = rows(Operand::V, p.head_dim_v, prng);
         let has_w = matches!(p.similarity, Similarity::Bilinear { .. });
         let w = has_w.then(|| normals(extent(Operand::W), w_scale, prng));
         let bias =
@@ -62,6 +74,14 @@ impl Data {
             let half = p.seq_kv / 2;
             (0..p.batch).map(|_| (half + prng.below(p.seq_kv - half + 1)) as u32).collect()
         });
-        Self { q, k, v, w, bias, mask, alibi_slopes, sinks, kv_lens }
+        // Pages as they are after a while of serving: of no order.
+        let block_table = if let Cache::Paged { pages, max_blocks, .. } = p.cache {
+            let mut free: Vec<u32> = (0..pages as u32).collect();
+            Some((0..p.batch * max_blocks).map(|_| free.swap_remove(prng.below(free.len()))).collect())
+        } else {
+            None
+        };
+        let (cu_seqlens_q, cu_seqlens_k) = (None, None);
+        Self { q, k, v, w, bias, mask, alibi_slopes, sinks, kv_lens, block_table, cu_seqlens_q, cu_seqlens_k }
     }
 }

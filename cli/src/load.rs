@@ -1,11 +1,12 @@
 //! From the tensors of a file and the flags to a problem and its data.
 
 use clap::ValueEnum;
-use wgpu_attention::{AttentionProblem, Bias, Dtype, Layout};
+use wgpu_attention::{AttentionProblem, Bias, Cache, Dtype, Layout, Operand, Tensor, quantize, row_elements};
 
 use crate::archive::Archive;
 use crate::data::Data;
-use crate::failure::{Failure, Result};
+use crate::failure::Result;
+use crate::memory;
 use crate::options::{ContractArgs, SimilarityArg};
 
 /// The widest value rows. Without any key, no data vouches for a width, and o has it in every row.
@@ -58,53 +59,182 @@ pub(crate) struct Loaded {
     pub(crate) o_shape: Vec<usize>,
 }
 
-/// Reads every tensor that attention knows; others are left alone.
+/// Reads every tensor that attention knows; others are left alone. k and v become `kv_dtype` if that is given.
 pub(crate) fn load(
     archive: &mut Archive,
     contract: &ContractArgs,
     layout: LayoutArg,
     out_dtype: Option<Dtype>,
+    kv_dtype: Option<Dtype>,
 ) -> Result<Loaded> {
-    let problem = problem(archive, contract, layout, out_dtype)?;
+    let lists = Lists::read(archive)?;
+    let problem = problem(archive, contract, layout, [out_dtype, kv_dtype], &lists)?;
     let rank = archive.need("q")?.shape.len();
-    let o_shape = layout.stored(rank, problem.shape(wgpu_attention::Operand::O));
+    let order = if lists.cu_seqlens_q.is_some() { PACKED } else { layout };
+    let o_shape = order.stored(rank, problem.shape(Operand::O));
+    let block_table = lists.pages(archive, &problem)?;
     let optional = |name: &str, archive: &Archive| archive.info(name).is_some();
     let floats = |name: &str, archive: &mut Archive| {
         optional(name, archive).then(|| archive.floats_f32(name)).transpose()
     };
+    let [k, v] = kv_names(archive);
     let data = Data {
         q: archive.floats("q")?,
-        k: archive.floats("k")?,
-        v: archive.floats("v")?,
+        k: rows(archive, k, problem.stored_kv(), problem.head_dim)?,
+        v: rows(archive, v, problem.stored_kv(), problem.head_dim_v)?,
         w: floats("w", archive)?,
         bias: optional("bias", archive).then(|| archive.floats("bias")).transpose()?,
         mask: optional("mask", archive).then(|| archive.booleans("mask")).transpose()?,
         alibi_slopes: floats("alibi_slopes", archive)?,
         sinks: floats("sinks", archive)?,
-        kv_lens: optional("kv_lens", archive).then(|| kv_lens(archive, problem.seq_kv)).transpose()?,
+        kv_lens: lists.kv_lens,
+        block_table,
+        cu_seqlens_q: lists.cu_seqlens_q,
+        cu_seqlens_k: lists.cu_seqlens_k,
     };
     data.inputs().check(&problem).map_err(|error| archive.fail(error))?;
     Ok(Loaded { problem, data, o_shape })
+}
+
+/// Ragged tensors and pages have one order, whatever the others have: all heads of a token together.
+const PACKED: LayoutArg = LayoutArg::Bshd;
+
+/// The tensors that hold keys and values.
+fn kv_names(archive: &Archive) -> [&'static str; 2] {
+    if archive.info("k_pool").is_some() { ["k_pool", "v_pool"] } else { ["k", "v"] }
+}
+
+/// The elements of k or v as `dtype` has them: converted, or quantised row by row.
+fn rows(archive: &mut Archive, name: &str, dtype: Dtype, width: usize) -> Result<Tensor> {
+    let stored = archive.floats(name)?;
+    if stored.as_ref().dtype() == dtype {
+        return Ok(stored);
+    }
+    memory::allows(name, 8 * stored.as_ref().len() as u128).map_err(|failure| archive.about(failure))?;
+    Ok(quantize(dtype, &stored.to_f32(), width))
+}
+
+/// The integers of a file. Problems have sizes from them.
+struct Lists {
+    kv_lens: Option<Vec<u32>>,
+    cu_seqlens_q: Option<Vec<u32>>,
+    cu_seqlens_k: Option<Vec<u32>>,
+    block_table: Option<Vec<i64>>,
+}
+
+impl Lists {
+    fn read(archive: &mut Archive) -> Result<Self> {
+        tensors_fit_together(archive)?;
+        let block_table = match archive.info("block_table") {
+            Some(info) if info.shape.len() != 2 => {
+                let got = &info.shape;
+                return Err(archive.fail(format!("block_table: need shape [batch, blocks], got {got:?}")));
+            }
+            info => info.is_some().then(|| archive.integers("block_table")).transpose()?,
+        };
+        Ok(Self {
+            kv_lens: words(archive, "kv_lens")?,
+            cu_seqlens_q: words(archive, "cu_seqlens_q")?,
+            cu_seqlens_k: words(archive, "cu_seqlens_k")?,
+            block_table,
+        })
+    }
+
+    /// The block table in 32 bits. Frameworks fill up what no key needs with -1 or whatever was there.
+    fn pages(&self, archive: &Archive, problem: &AttentionProblem) -> Result<Option<Vec<u32>>> {
+        let Cache::Paged { pages, page_size, max_blocks } = problem.cache else { return Ok(None) };
+        let Some(table) = &self.block_table else { return Ok(None) };
+        let page = |(at, &got): (usize, &i64)| {
+            let (entry, block) = (at / max_blocks, at % max_blocks);
+            let keys = self.kv_lens.as_ref().map_or(problem.seq_kv, |lens| lens[entry] as usize);
+            match u32::try_from(got) {
+                Ok(page) => Ok(page),
+                Err(_) if block >= keys.div_ceil(page_size) => Ok(u32::MAX),
+                Err(_) => {
+                    let why = format!("block_table[{entry}][{block}] = {got} is none of the {pages} pages");
+                    Err(archive.fail(why))
+                }
+            }
+        };
+        table.iter().enumerate().map(page).collect::<Result<_>>().map(Some)
+    }
+}
+
+/// A vector of integers that fit into 32 bits, if the file has it.
+fn words(archive: &mut Archive, name: &str) -> Result<Option<Vec<u32>>> {
+    let Some(info) = archive.info(name) else { return Ok(None) };
+    // Offsets are one more than the entries.
+    if info.shape.len() != 1 || (name != "kv_lens" && info.shape == [0]) {
+        let (got, need) = (&info.shape, if name == "kv_lens" { "[batch]" } else { "[batch + 1]" });
+        return Err(archive.fail(format!("{name}: need shape {need}, got {got:?}")));
+    }
+    let list = archive.integers(name)?;
+    let word = |(at, got): (usize, i64)| {
+        let why = || archive.fail(format!("{name}[{at}]: need 0 to {}, got {got}", u32::MAX));
+        u32::try_from(got).map_err(|_| why())
+    };
+    list.into_iter().enumerate().map(word).collect::<Result<_>>().map(Some)
+}
+
+/// Keys are kept in one way: a file that says two, or half of one, would be read wrongly.
+fn tensors_fit_together(archive: &Archive) -> Result<()> {
+    let shape = |name: &str| archive.info(name).map(|info| &info.shape);
+    for (name, other, why) in [
+        ("k", "k_pool", "keys are in one of them"),
+        ("k", "block_table", "pages are in k_pool"),
+        ("v", "v_pool", "values are in one of them"),
+        ("cu_seqlens_k", "k_pool", "ragged keys are in k"),
+        ("kv_lens", "cu_seqlens_k", "ragged keys have their lengths from the latter"),
+    ] {
+        if let (Some(got), Some(with)) = (shape(name), shape(other)) {
+            let why = format!("{name}: shape {got:?} beside {other} of shape {with:?}; {why}");
+            return Err(archive.fail(why));
+        }
+    }
+    for (name, need) in
+        [("k_pool", "block_table"), ("k_pool", "v_pool"), ("v_pool", "k_pool"), ("block_table", "k_pool")]
+    {
+        if let (Some(got), None) = (shape(name), shape(need)) {
+            return Err(
+                archive.fail(format!("{name}: shape {got:?} needs {need}, the file does not have it"))
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Offsets of ragged sequences: how many there are, and the longest.
+fn entries(list: &[u32]) -> [usize; 2] {
+    let longest = list.windows(2).map(|pair| pair[1].saturating_sub(pair[0])).max();
+    [list.len() - 1, longest.unwrap_or(0) as usize]
 }
 
 fn problem(
     archive: &Archive,
     contract: &ContractArgs,
     layout: LayoutArg,
-    out_dtype: Option<Dtype>,
+    [out_dtype, kv_dtype]: [Option<Dtype>; 2],
+    lists: &Lists,
 ) -> Result<AttentionProblem> {
-    let dtype = archive.float_dtype("q")?;
-    let shape = |name: &str| {
-        let got = archive.float_dtype(name)?;
-        if got != dtype {
-            return Err(archive.fail(format!("{name}: need {dtype} as q, got {got}")));
-        }
+    let (dtype, names) = (archive.float_dtype("q")?, kv_names(archive));
+    let stored = archive.float_dtype(names[0])?;
+    let got = archive.float_dtype(names[1])?;
+    if got != stored {
+        return Err(archive.fail(format!("{}: need {stored} as {}, got {got}", names[1], names[0])));
+    }
+    let shape = |name: &str, cu_seqlens: Option<&Vec<u32>>| {
         let shape = &archive.need(name)?.shape;
-        layout
-            .logical(shape)
-            .ok_or_else(|| archive.fail(format!("{name}: need rank 2, 3 or 4, got shape {shape:?}")))
+        let (fits, need) = match (cu_seqlens, name) {
+            (Some(_), _) => (shape.len() == 3, "[total, heads, width]"),
+            (None, "k_pool" | "v_pool") => (shape.len() == 4, "[pages, keys, heads, width]"),
+            (None, _) => (true, "rank 2, 3 or 4"),
+        };
+        let order = if need.starts_with('[') { PACKED } else { layout };
+        let logical = order.logical(shape).filter(|_| fits);
+        logical.ok_or_else(|| archive.fail(format!("{name}: need {need}, got shape {shape:?}")))
     };
-    let (q, k, v) = (shape("q")?, shape("k")?, shape("v")?);
+    let (cu_q, cu_k) = (lists.cu_seqlens_q.as_ref(), lists.cu_seqlens_k.as_ref());
+    let (q, k, v) = (shape("q", cu_q)?, shape(names[0], cu_k)?, shape(names[1], cu_k)?);
     let bilinear = similarity_fits(archive, contract)?;
     let agree = |name: &str, what: &str, need: usize, of: &str, got: usize| {
         if need == got {
@@ -113,39 +243,78 @@ fn problem(
         let shape = &archive.need(name)?.shape;
         Err(archive.fail(format!("{name}: need {what} {need} as {of}, got {got} in shape {shape:?}")))
     };
-    agree("k", "batch", q[0], "q", k[0])?;
-    agree("v", "batch", q[0], "q", v[0])?;
-    agree("v", "heads", k[1], "k", v[1])?;
-    agree("v", "length", k[2], "k", v[2])?;
+    let (of_batch, [batch, seq_q]) = match cu_q {
+        Some(list) => ("cu_seqlens_q", entries(list)),
+        None => ("q", [q[0], q[2]]),
+    };
+    let (cache, seq_kv) = match (&lists.block_table, cu_k) {
+        (Some(_), _) => {
+            let table = &archive.need("block_table")?.shape;
+            agree("block_table", "batch", batch, of_batch, table[0])?;
+            let (pages, page_size, max_blocks) = (k[0], k[2], table[1]);
+            // As long as the longest: no more of a bias or mask has to be there.
+            let room = page_size.saturating_mul(max_blocks);
+            let longest = lists.kv_lens.as_ref().map(|lens| lens.iter().copied().max().unwrap_or(0) as usize);
+            kv_lens_fit(archive, lists, room)?;
+            (Cache::Paged { pages, page_size, max_blocks }, longest.unwrap_or(room))
+        }
+        (None, Some(list)) => {
+            let [count, longest] = entries(list);
+            agree("cu_seqlens_k", "batch", batch, of_batch, count)?;
+            (Cache::Ragged { total: k[2] }, longest)
+        }
+        (None, None) => {
+            agree("k", "batch", batch, of_batch, k[0])?;
+            kv_lens_fit(archive, lists, k[2])?;
+            (Cache::Contiguous, k[2])
+        }
+    };
+    let sizes = if matches!(cache, Cache::Paged { .. }) {
+        ["pages", "heads", "keys a page"]
+    } else {
+        ["batch", "heads", "length"]
+    };
+    for (dim, what) in sizes.into_iter().enumerate() {
+        agree(names[1], what, k[dim], names[0], v[dim])?;
+    }
     if !bilinear {
-        agree("k", "width", q[3], "q", k[3])?;
+        agree(names[0], "width", q[3], "q", k[3])?;
     }
     if v[3] > MAX_WIDTH {
-        let shape = &archive.need("v")?.shape;
-        return Err(
-            archive.fail(format!("v: need width {MAX_WIDTH} at most, got {} in shape {shape:?}", v[3]))
-        );
+        let shape = &archive.need(names[1])?.shape;
+        let (name, got) = (names[1], v[3]);
+        let why = format!("{name}: need width {MAX_WIDTH} at most, got {got} in shape {shape:?}");
+        return Err(archive.fail(why));
     }
-    let base = AttentionProblem::new(q[0], q[1], k[1], q[2], k[2], k[3], v[3]).with_dtype(dtype);
+    let base = AttentionProblem::new(batch, q[1], k[1], seq_q, seq_kv, k[3], v[3]).with_dtype(dtype);
     let per_head = if bilinear { w_is_per_head(archive, q, k)? } else { false };
-    let pairs = [q[0], q[1], q[2], k[2]];
+    let pairs = [batch, q[1], seq_q, seq_kv];
     let (bias, mask) = (broadcast(archive, "bias", pairs)?, broadcast(archive, "mask", pairs)?);
     let bias = match bias {
         Some(layout) => Some(Bias { dtype: archive.float_dtype("bias")?, layout }),
         None => None,
     };
+    let kv_dtype = kv_dtype.unwrap_or(stored);
+    let of_q = if cu_q.is_some() { PACKED } else { layout };
+    let of_kv = if cache == Cache::Contiguous { layout } else { PACKED };
+    let row = |[entries, heads, rows, width]: [usize; 4]| {
+        of_kv.layout([entries, heads, rows, row_elements(kv_dtype, width)])
+    };
     let problem = AttentionProblem {
         out_dtype: out_dtype.unwrap_or(dtype),
+        kv_dtype: (kv_dtype != dtype).then_some(kv_dtype),
         similarity: contract.similarity(q[3], per_head),
         bias,
         mask,
         alibi: vector(archive, "alibi_slopes", "query heads", q[1])?,
         sinks: vector(archive, "sinks", "query heads", q[1])?,
-        kv_lens: vector(archive, "kv_lens", "batch entries", q[0])?,
-        q: layout.layout(q),
-        k: layout.layout(k),
-        v: layout.layout(v),
-        o: layout.layout([q[0], q[1], q[2], v[3]]),
+        kv_lens: vector(archive, "kv_lens", "batch entries", batch)?,
+        cache,
+        total_q: cu_q.map(|_| q[2]),
+        q: of_q.layout(q),
+        k: row(k),
+        v: row(v),
+        o: of_q.layout([q[0], q[1], q[2], v[3]]),
         ..contract.apply(base)
     };
     problem.validate().map_err(|error| archive.fail(error))?;
@@ -201,11 +370,10 @@ fn vector(archive: &Archive, name: &str, what: &str, need: usize) -> Result<bool
     }
 }
 
-fn kv_lens(archive: &mut Archive, seq_kv: usize) -> Result<Vec<u32>> {
-    let lens = archive.integers("kv_lens")?;
-    let fits = |(batch, got): (usize, i64)| match u32::try_from(got) {
-        Ok(len) if len as usize <= seq_kv => Ok(len),
-        _ => Err(archive.fail(format!("kv_lens[{batch}]: need 0 to {seq_kv}, got {got}"))),
-    };
-    lens.into_iter().enumerate().map(fits).collect::<Result<_, Failure>>()
+/// No entry has more keys than there is room for.
+fn kv_lens_fit(archive: &Archive, lists: &Lists, room: usize) -> Result<()> {
+    match lists.kv_lens.iter().flatten().enumerate().find(|(_, len)| **len as usize > room) {
+        Some((batch, got)) => Err(archive.fail(format!("kv_lens[{batch}]: need 0 to {room}, got {got}"))),
+        None => Ok(()),
+    }
 }

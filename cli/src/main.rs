@@ -6,6 +6,7 @@ mod adapters;
 mod archive;
 mod backend;
 mod bench;
+mod cache;
 mod check;
 mod data;
 mod explain;

@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use clap::{Args, ValueEnum};
-use wgpu_attention::{Align, AttentionProblem, Dtype, Similarity, Window};
+use wgpu_attention::{Align, AttentionProblem, Cache, Dtype, Similarity, Window};
 
 use crate::data::Data;
 use crate::failure::{Failure, Result};
@@ -56,6 +56,69 @@ impl From<DtypeArg> for Dtype {
             DtypeArg::F32 => Self::F32,
             DtypeArg::F16 => Self::F16,
             DtypeArg::Bf16 => Self::Bf16,
+        }
+    }
+}
+
+/// Element type of k and v.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum KvDtypeArg {
+    /// IEEE binary32
+    F32,
+    /// IEEE binary16
+    F16,
+    /// bfloat16
+    Bf16,
+    /// 8-bit codes, a scale and a lowest value for each row
+    Int8,
+    /// 4-bit codes, a scale and a lowest value for each 16 elements
+    Int4,
+}
+
+impl From<KvDtypeArg> for Dtype {
+    fn from(dtype: KvDtypeArg) -> Self {
+        match dtype {
+            KvDtypeArg::F32 => Self::F32,
+            KvDtypeArg::F16 => Self::F16,
+            KvDtypeArg::Bf16 => Self::Bf16,
+            KvDtypeArg::Int8 => Self::Int8,
+            KvDtypeArg::Int4 => Self::Int4,
+        }
+    }
+}
+
+/// `ring:ROWS` or `paged:KEYS`: a cache whose other sizes are those of a shape.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum CacheArg {
+    Ring(usize),
+    Paged(usize),
+}
+
+impl CacheArg {
+    /// The cache of so many batch entries, each with pages of its own.
+    fn cache(self, batch: usize, seq_kv: usize) -> Cache {
+        match self {
+            Self::Ring(capacity) => Cache::Ring { capacity },
+            Self::Paged(page_size) => {
+                let max_blocks = seq_kv.div_ceil(page_size);
+                Cache::Paged { pages: batch.saturating_mul(max_blocks), page_size, max_blocks }
+            }
+        }
+    }
+}
+
+impl FromStr for CacheArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        const FORM: &str = "want ring:ROWS or paged:KEYS, for instance ring:4096 or paged:16";
+        let (kind, size) = text.split_once(':').ok_or(FORM)?;
+        let size = size.trim().parse().ok().filter(|&size| size > 0);
+        let size = size.ok_or_else(|| format!("'{text}' has no size of 1 or more; {FORM}"))?;
+        match kind.trim() {
+            "ring" => Ok(Self::Ring(size)),
+            "paged" => Ok(Self::Paged(size)),
+            _ => Err(format!("no cache '{kind}'; {FORM}")),
         }
     }
 }
@@ -158,6 +221,12 @@ pub(crate) struct SyntheticArgs {
     /// Add operands with made-up values
     #[arg(long, value_enum, value_delimiter = ',', value_name = "LIST", help_heading = "Attention")]
     pub(crate) with: Vec<Extra>,
+    /// Keep keys and values in a cache: ring:ROWS, or paged:KEYS for pages of so many in no order
+    #[arg(long, value_name = "KIND", help_heading = "Attention")]
+    pub(crate) cache: Option<CacheArg>,
+    /// Element type of k and v, which then lie [B,Sk,Hkv,D] as in a cache [default: that of q, [B,Hkv,Sk,D]]
+    #[arg(long, value_enum, value_name = "TYPE", help_heading = "Attention")]
+    pub(crate) kv_dtype: Option<KvDtypeArg>,
 }
 
 impl SyntheticArgs {
@@ -178,6 +247,13 @@ impl SyntheticArgs {
             sinks: has(Extra::Sinks),
             kv_lens: has(Extra::KvLens),
             ..self.contract.apply(shape.problem().with_dtype(dtype))
+        };
+        let problem = match (self.cache, self.kv_dtype) {
+            (None, None) => problem,
+            (cache, kv_dtype) => {
+                let cache = cache.map_or(Cache::Contiguous, |of| of.cache(shape.batch, shape.seq_kv));
+                problem.with_cache(cache, kv_dtype.map_or(dtype, Dtype::from))
+            }
         };
         problem.validate().map_err(|error| Failure::from(error).about(shape))?;
         Ok(problem)
@@ -227,6 +303,14 @@ pub(crate) fn describe(p: &AttentionProblem) -> String {
     ] {
         words.extend(present.then(|| word.to_string()));
     }
+    match p.cache {
+        Cache::Ring { capacity } => words.push(format!("cache=ring:{capacity}")),
+        Cache::Paged { page_size, .. } => words.push(format!("cache=paged:{page_size}")),
+        Cache::Ragged { .. } => words.push("ragged-k".into()),
+        _ => {}
+    }
+    words.extend(p.total_q.map(|_| "ragged-q".to_string()));
+    words.extend(p.kv_dtype.map(|dtype| format!("kv={dtype}")));
     if words.is_empty() { "plain".into() } else { words.join(" ") }
 }
 
@@ -241,6 +325,17 @@ mod tests {
         assert_eq!(window("-, 7"), Ok((None, Some(7))));
         for text in ["", "3", "3,", "a,b", "-1,2", "1,2,3", "--,1"] {
             assert!(window(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn caches_are_a_kind_and_a_size() {
+        assert_eq!("ring:128".parse(), Ok(CacheArg::Ring(128)));
+        assert_eq!("paged: 16".parse(), Ok(CacheArg::Paged(16)));
+        for text in
+            ["", "paged", "paged:", "paged:0", "ring:-1", "ring:x", "heap:3", "ring:99999999999999999999"]
+        {
+            assert!(text.parse::<CacheArg>().is_err(), "{text}");
         }
     }
 }

@@ -11,7 +11,7 @@ use crate::archive::Archive;
 use crate::backend::{self, AdapterArgs, Choice};
 use crate::failure::{Failure, Result};
 use crate::load::{self, LayoutArg};
-use crate::options::ContractArgs;
+use crate::options::{ContractArgs, KvDtypeArg};
 use crate::output::OutputFile;
 
 /// Element type of the output.
@@ -27,6 +27,12 @@ enum OutDtype {
 /// file has them, w ([Dq,Dk] or [H,Dq,Dk]), bias and mask (broadcast to [B,Hq,Sq,Sk]), alibi_slopes
 /// [Hq], sinks [Hq] and kv_lens [B]. Writes o (as q), lse [B,Hq,Sq] and, if asked, weights
 /// [B,Hq,Sq,Sk].
+///
+/// Keys may lie in pages: k_pool and v_pool [pages,keys,Hkv,D] with block_table [B,blocks], whose
+/// entries behind kv_lens may be anything. Keys may be ragged: k and v [total,Hkv,D] with
+/// cu_seqlens_k [B+1]. So may queries, whatever the keys are: q [total,Hq,D] with cu_seqlens_q [B+1];
+/// then o is [total,Hq,Dv], lse [Hq,total]. Sq and Sk are those of the longest. k and v may have
+/// another type than q.
 #[derive(Args, Debug)]
 pub(crate) struct RunArgs {
     /// The inputs
@@ -35,7 +41,7 @@ pub(crate) struct RunArgs {
     /// Where the results go
     #[arg(short, long, value_name = "OUT.safetensors")]
     output: PathBuf,
-    /// Order of the dimensions of q, k, v and o
+    /// Order of the dimensions of q, k, v and o; ragged ones and pages have only one
     #[arg(long, value_enum, default_value = "bhsd")]
     layout: LayoutArg,
     /// auto, fused, decode (fused, the keys in splits), staged, cpu or oracle; auto is the adapter if there
@@ -51,6 +57,9 @@ pub(crate) struct RunArgs {
     /// Type of o, unless it is that of q
     #[arg(long, value_enum, value_name = "TYPE")]
     out_dtype: Option<OutDtype>,
+    /// Convert k and v before the call, quantise them row by row if need be [default: as stored]
+    #[arg(long, value_enum, value_name = "TYPE")]
+    kv_dtype: Option<KvDtypeArg>,
     /// Also write the attention weights
     #[arg(long)]
     weights: bool,
@@ -67,7 +76,8 @@ pub(crate) fn run(args: &RunArgs) -> Result<()> {
     let output = OutputFile::new(&args.output)?;
     let mut archive = Archive::open(&args.input)?;
     let out_dtype = args.out_dtype.map(|OutDtype::F32| Dtype::F32);
-    let loaded = load::load(&mut archive, &args.contract, args.layout, out_dtype)?;
+    let kv_dtype = args.kv_dtype.map(Dtype::from);
+    let loaded = load::load(&mut archive, &args.contract, args.layout, out_dtype, kv_dtype)?;
     let problem = AttentionProblem { lse: true, weights: args.weights, ..loaded.problem };
     let computed = backend::compute(path, &args.adapter, &problem, &loaded.data.inputs())?;
     output.write(&serialize(&problem, &computed.outputs, loaded.o_shape)?)?;
@@ -87,7 +97,8 @@ fn serialize(problem: &AttentionProblem, outputs: &Outputs, o_shape: Vec<usize>)
     let floats = |x| TensorRef::F32(x).bytes();
     let mut tensors = vec![("o", stored, o_shape, outputs.o.as_ref().bytes())];
     if let Some(lse) = &outputs.lse {
-        tensors.push(("lse", Stored::F32, problem.shape(Operand::Lse)[1..].to_vec(), floats(lse)));
+        let from = if problem.total_q.is_some() { 2 } else { 1 };
+        tensors.push(("lse", Stored::F32, problem.shape(Operand::Lse)[from..].to_vec(), floats(lse)));
     }
     if let Some(weights) = &outputs.weights {
         tensors.push(("weights", Stored::F32, problem.shape(Operand::Weights).to_vec(), floats(weights)));

@@ -120,6 +120,43 @@ fn decoding_is_measured_in_bytes() {
     assert_eq!(rows.len(), if paths().contains(&"fused") { 2 } else { 1 });
 }
 
+/// What counts are the keys that queries see, in the type that they are stored in.
+#[test]
+fn decoding_against_a_cache_counts_what_is_read() {
+    let folder = Folder::new();
+    let json = folder.text("b.json");
+    let bench = |more: &[&str]| {
+        let args = ["bench", "--decode", "--shapes", "2x4/2x1/70x16", "--repeat", "1", "--json", &json];
+        succeed(&[&args, more].concat());
+        let rows: Vec<serde_json::Value> =
+            serde_json::from_str(&std::fs::read_to_string(&json).unwrap()).unwrap();
+        rows
+    };
+    // 2 entries x 2 heads x 2 for k and v x keys x bytes of a row of 16.
+    for (flags, options, bytes) in [
+        (&["--cache", "paged:16"][..], "cache=paged:16 kv=f32", 8 * 70 * 64),
+        (&["--cache", "paged:16", "--kv-dtype", "f16"], "cache=paged:16 kv=f16", 8 * 70 * 32),
+        (&["--cache", "paged:7", "--kv-dtype", "int8"], "cache=paged:7 kv=int8", 8 * 70 * 20),
+        (&["--kv-dtype", "int4", "--dtype", "f16"], "kv=int4", 8 * 70 * 12),
+        (
+            &["--cache", "ring:33", "--window", "31,0", "--kv-dtype", "bf16"],
+            "window=31,0 cache=ring:33 kv=bf16",
+            8 * 32 * 32,
+        ),
+    ] {
+        for row in bench(flags) {
+            assert_eq!(row["options"], options, "{row:?}");
+            let got = row["kv_gb_s"].as_f64().unwrap() * row["ms_median"].as_f64().unwrap() * 1e6;
+            assert!((got - f64::from(bytes)).abs() < 1.0, "{got} bytes, not {bytes}: {row:?}");
+        }
+    }
+    // With lengths fewer are read than there are places.
+    for row in bench(&["--cache", "paged:16", "--with", "kv-lens"]) {
+        let got = row["kv_gb_s"].as_f64().unwrap() * row["ms_median"].as_f64().unwrap() * 1e6;
+        assert!((8.0 * 35.0 * 64.0 - 1.0..8.0 * 70.0 * 64.0 - 1.0).contains(&got), "{row:?}");
+    }
+}
+
 #[test]
 fn verify_passes_and_repeats() {
     let all = paths().contains(&"staged");
@@ -147,6 +184,14 @@ fn explain_needs_no_adapter() {
     assert!(plain.contains("path fused") && !plain.contains("@compute"), "{plain}");
     let shaders = succeed(&["explain", "1x8x64x64", "--minimal", "--path", "staged", "--wgsl"]);
     assert!(shaders.matches("@compute").count() >= 3, "{shaders}");
+    let cached = ["explain", "2x8/2x1/100x64", "--minimal", "--cache", "paged:16", "--kv-dtype", "int8"];
+    let cached = succeed(&cached);
+    assert!(cached.contains("14 pages of 16 rows, int8"), "{cached}");
+    let ring = ["explain", "1x8/2x1/100x64", "--minimal", "--cache", "ring:32"];
+    let line = refuse("a ring that is too small", &ring);
+    assert!(line.contains("a ring of 32 rows, where queries see 100 keys"), "{line}");
+    let ring = succeed(&[&ring[..], &["--window", "31,0"]].concat());
+    assert!(ring.contains("a ring of 32 rows, f32"), "{ring}");
     succeed(&["explain", "1x8x64x64"]);
 }
 

@@ -232,6 +232,7 @@ fn bad_flags_are_refused() {
         &["--layout", "sbhd"],
         &["--layout", "bshd"],
         &["--out-dtype", "f16"],
+        &["--kv-dtype", "f64"],
         &["--path", "warp"],
         &["--path", "staged:warp"],
         &["--path", "staged", "--adapter", "no such adapter"],
@@ -266,6 +267,11 @@ fn bad_flags_are_refused() {
         &["bench", "--path", "warp"],
         &["bench", "--path", "staged", "--adapter", "no such adapter"],
         &["bench", "--with", "glue"],
+        &["bench", "--cache", "heap:16"],
+        &["bench", "--cache", "paged:0"],
+        &["bench", "--cache", "paged"],
+        &["bench", "--shapes", "1x1x1/64x8", "--cache", "ring:63"],
+        &["bench", "--kv-dtype", "int2"],
         &["bench", "--json", elsewhere.as_str()],
         &["bench", "--plot", here.as_str()],
         &["verify", "--cases", "0"],
@@ -289,19 +295,37 @@ fn bad_flags_are_refused() {
 #[test]
 fn mutated_files_never_panic() {
     let mask: Vec<u8> = (0..15).map(|i| i % 2).collect();
-    let whole = with([
+    let plain = with([
         ("mask", Stored::bytes(Dtype::BOOL, &[3, 5], &mask)),
         ("bias", Stored::f16(&[4, 1, 5], &[0.5; 20])),
         ("sinks", Stored::f32(&[4], &[0.0; 4])),
         ("kv_lens", Stored::i64(&[3, 5])),
     ]);
-    let header = 8 + u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize;
+    let (q, offsets) = (zeros(&[4, 4, 8]), Stored::i64(&[0, 1, 4]));
+    let table = Stored { shape: vec![2, 3], ..Stored::i64(&[2, 0, -1, 1, -1, -1]) };
+    let paged = file(&tensors([
+        ("q", q.clone()),
+        ("cu_seqlens_q", offsets.clone()),
+        ("k_pool", zeros(&[3, 3, 2, 8])),
+        ("v_pool", zeros(&[3, 3, 2, 6])),
+        ("block_table", table),
+        ("kv_lens", Stored::i64(&[5, 3])),
+    ]));
+    let ragged = file(&tensors([
+        ("q", q),
+        ("cu_seqlens_q", offsets.clone()),
+        ("k", zeros(&[4, 2, 8])),
+        ("v", zeros(&[4, 2, 6])),
+        ("cu_seqlens_k", offsets),
+    ]));
+    let files = [plain, paged, ragged];
     let seed = 20_260_101;
     let mut state = seed;
     let mut below = |n: usize| (next(&mut state) % n as u64) as usize;
     let (mut computed, mut refused) = (0, 0);
-    for round in 0..250 {
-        let mut bytes = whole.clone();
+    for round in 0..450 {
+        let mut bytes = files[round % 3].clone();
+        let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
         for _ in 0..1 + below(3) {
             match below(8) {
                 // Most of what can go wrong stands in the header; a digit for a digit keeps it JSON.
@@ -333,7 +357,7 @@ fn mutated_files_never_panic() {
         }
         let folder = Folder::new();
         let (from, to) = (folder.write("in.safetensors", &bytes), folder.text("out.safetensors"));
-        let path = ["cpu", "oracle"][round % 2];
+        let path = ["cpu", "oracle"][round / 3 % 2];
         let output = program(&["run", &from, "-o", &to, "--path", path, "--quiet"]);
         let stderr = String::from_utf8_lossy(&output.stderr);
         let what = format!("seed {seed}, round {round}: {stderr}");

@@ -158,6 +158,7 @@ impl OnDevice<'_> {
             alibi_slopes: self.buffer(AlibiSlopes),
             sinks: self.buffer(Sinks),
             kv_lens: self.buffer(KvLens),
+            block_table: self.buffer(BlockTable),
             lse: self.buffer(Lse),
             weights: self.buffer(Weights),
             ..Operands::new(self.need(Q)?, self.need(K)?, self.need(V)?, self.need(O)?)
@@ -171,12 +172,6 @@ impl OnDevice<'_> {
         let used = problem.extent(Operand::O) as usize * problem.element_bytes(Operand::O);
         Ok(Tensor::from_bytes(problem.out_dtype, &bytes[..used.min(bytes.len())]))
     }
-}
-
-/// Bytes of keys and values.
-pub(crate) fn kv_bytes(problem: &AttentionProblem) -> u64 {
-    let bytes = |of| problem.extent(of) as u64 * problem.element_bytes(of) as u64;
-    bytes(Operand::K) + bytes(Operand::V)
 }
 
 /// Gigabytes a second that a copy of so many bytes inside the device moves, read and written ones counted:
@@ -266,6 +261,7 @@ fn bytes_of<'a>(inputs: &Inputs<'a>, operand: Operand) -> Option<&'a [u8]> {
         Operand::AlibiSlopes => inputs.alibi_slopes.map(|x| F32(x).bytes()),
         Operand::Sinks => inputs.sinks.map(|x| F32(x).bytes()),
         Operand::KvLens => inputs.kv_lens.map(bytemuck::cast_slice),
+        Operand::BlockTable => inputs.block_table.map(bytemuck::cast_slice),
         _ => None,
     }
 }

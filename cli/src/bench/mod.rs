@@ -12,6 +12,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use wgpu_attention::{Attention, AttentionProblem, Dtype, Path};
 
 use crate::backend::{self, AdapterArgs, Backend};
+use crate::cache;
 use crate::check::Judge;
 use crate::failure::{Failure, Result};
 use crate::options::{DtypeArg, SyntheticArgs};
@@ -42,9 +43,9 @@ pub(crate) struct BenchArgs {
     /// Shapes, BxHq[/Hkv]xSq[/Sk]xD[/Dv], separated by commas
     #[arg(long, value_delimiter = ',', value_name = "LIST")]
     shapes: Vec<Shape>,
-    /// A step of decoding: one query a head against a cache. Gigabytes of keys and values a second, and how
-    /// that compares with a copy on the same adapter [default shape: 1x32/8x1/4096x128, default paths: cpu,
-    /// fused]
+    /// A step of decoding: one query a head against a cache (--cache, --kv-dtype). Gigabytes a second of the
+    /// keys and values that queries see, in the type that they are stored in, and how that compares with a
+    /// copy on the same adapter [default shape: 1x32/8x1/4096x128, default paths: cpu, fused]
     #[arg(long)]
     decode: bool,
     /// Element type of q, k and v (several: separated by commas)
@@ -219,6 +220,7 @@ fn measure_one(
     bar.set_position(start_at + 100 * backends.len() as u64);
 
     let first = rows.len();
+    let kv_bytes = cache::bytes_seen(problem, &inputs);
     for (backend, runner, samples) in &runners {
         let output = runner.output(problem)?;
         let error = judge.error(problem, output.as_ref());
@@ -227,13 +229,13 @@ fn measure_one(
             runner,
             problem,
             args.synthetic.describe(problem),
+            kv_bytes,
             samples,
-            error,
-            judge.budget,
+            [error, judge.budget],
         ));
     }
     if let (true, Some(engine)) = (args.decode, engine) {
-        let copy = measure::copy_gb_s(engine, measure::kv_bytes(problem))?;
+        let copy = measure::copy_gb_s(engine, kv_bytes)?;
         for (row, (_, runner, _)) in rows[first..].iter_mut().zip(&runners) {
             if matches!(runner, Runner::Device(_)) {
                 row.set_copy(copy);

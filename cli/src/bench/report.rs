@@ -3,7 +3,7 @@
 use serde::Serialize;
 use wgpu_attention::AttentionProblem;
 
-use super::measure::{Runner, Samples, kv_bytes};
+use super::measure::{Runner, Samples};
 use crate::backend::Backend;
 use crate::failure::{Failure, Result};
 use crate::output::Table;
@@ -26,7 +26,7 @@ pub(crate) struct Row {
     /// JSON has no infinity: a NaN where a number belongs is null there.
     max_error: f64,
     scratch_bytes: u64,
-    /// Keys and values read a second, each once.
+    /// Bytes of the keys and values that queries see read a second, each once.
     kv_gb_s: f64,
     /// That of a copy on the same adapter.
     of_copy: Option<f64>,
@@ -43,9 +43,9 @@ impl Row {
         runner: &Runner<'_>,
         problem: &AttentionProblem,
         options: String,
+        kv_bytes: u64,
         samples: &Samples,
-        max_error: f64,
-        budget: f64,
+        [max_error, budget]: [f64; 2],
     ) -> Self {
         let times: Vec<f64> = samples.rounds.iter().map(|sample| sample.ms).collect();
         let gpu: Option<Vec<f64>> = samples.rounds.iter().map(|sample| sample.gpu_ms).collect();
@@ -64,7 +64,7 @@ impl Row {
             gflops: problem.flops() / (ms_median * 1e6),
             max_error,
             scratch_bytes: runner.scratch_bytes(),
-            kv_gb_s: kv_bytes(problem) as f64 / (ms_median * 1e6),
+            kv_gb_s: kv_bytes as f64 / (ms_median * 1e6),
             of_copy: None,
             budget,
             speed_up: None,

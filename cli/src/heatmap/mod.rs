@@ -78,12 +78,19 @@ pub(crate) struct Picture<'a> {
 pub(crate) fn run(args: &HeatmapArgs) -> Result<()> {
     let output = OutputFile::new(&args.output)?;
     let mut archive = Archive::open(&args.input)?;
-    let loaded = load::load(&mut archive, &args.contract, args.layout, None)?;
+    let loaded = load::load(&mut archive, &args.contract, args.layout, None, None)?;
     let problem = AttentionProblem { weights: true, ..loaded.problem };
-    let [batch, heads, queries, keys] = problem.shape(Operand::Weights);
+    let [batch, heads, longest_q, longest_k] = problem.shape(Operand::Weights);
     if args.batch >= batch {
         return Err(Failure::input(format!("--batch {}: the file has {batch} batch entries", args.batch)));
     }
+    // Those of the entry alone, where entries have numbers of their own.
+    let own = |list: &Option<Vec<u32>>, longest: usize| match list {
+        Some(list) => (list[args.batch + 1] - list[args.batch]) as usize,
+        None => longest,
+    };
+    let queries = own(&loaded.data.cu_seqlens_q, longest_q);
+    let keys = own(&loaded.data.cu_seqlens_k, longest_k);
     if queries == 0 || keys == 0 {
         return Err(archive.fail(format!("no weights to show: {queries} queries and {keys} keys")));
     }
@@ -104,14 +111,16 @@ pub(crate) fn run(args: &HeatmapArgs) -> Result<()> {
     memory::allows("the weights in f64", weights.saturating_mul(16))?;
     let computed = backend::compute(args.path, &args.adapter, &problem, &loaded.data.inputs())?;
     let all = computed.outputs.weights.unwrap_or_default();
-    let entry = heads * queries * keys;
+    let of_entry = &all[args.batch * heads * longest_q * longest_k..];
+    let rows = (0..heads).flat_map(|h| (0..queries).map(move |i| (h * longest_q + i) * longest_k));
+    let weights: Vec<f32> = rows.flat_map(|row| &of_entry[row..row + keys]).copied().collect();
     let options = match options::describe(&problem).as_str() {
         "plain" => String::new(),
         options => format!(", {options}"),
     };
     let count = |n: usize, one: &str, many: &str| format!("{n} {}", if n == 1 { one } else { many });
     let picture = Picture {
-        weights: &all[args.batch * entry..][..entry],
+        weights: &weights,
         heads,
         queries,
         keys,

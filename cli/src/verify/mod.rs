@@ -1,6 +1,7 @@
 //! `verify`: random problems on every kernel, held to the oracle. What a user runs to trust a
 //! driver.
 
+mod kept;
 mod random;
 mod tally;
 
@@ -17,7 +18,8 @@ use crate::prng::Prng;
 use crate::shapes::Shape;
 use tally::Tally;
 
-/// Random problems over every kernel, element type and option, each held to the f64 oracle.
+/// Random problems over every kernel, element type and option, each held to the f64 oracle. Every second one
+/// has its keys in a cache (a ring, pages) or a ragged batch.
 ///
 /// Exit code 1 when a result is further from the oracle than the contract allows. The same seed
 /// gives the same problems everywhere.

@@ -1,8 +1,9 @@
-//! Random problems: sizes at tile edges, every option, uneven strides, poison wherever no kernel
-//! may read.
+//! Random problems: sizes at tile edges, every option, uneven strides, every second one in a cache or a ragged
+//! batch, poison wherever no kernel may read.
 
 use wgpu_attention::{Align, AttentionProblem, Bias, Dtype, Layout, Operand, Similarity, Tensor, Window};
 
+use super::kept;
 use crate::data::Data;
 use crate::prng::Prng;
 
@@ -23,6 +24,8 @@ pub(crate) fn case(prng: &mut Prng, dtype: Dtype) -> (AttentionProblem, Data) {
     let mut data = Data::random(&problem, prng);
     vary(prng, &problem, &mut data);
     poison(&problem, &mut data);
+    let (problem, data) = if prng.one_in(2) { kept::moved(prng, problem, data) } else { (problem, data) };
+    debug_assert!(problem.validate().is_ok());
     (problem, data)
 }
 
@@ -85,15 +88,16 @@ fn broadcast(prng: &mut Prng, full: [usize; 4]) -> Layout {
 }
 
 fn layouts(prng: &mut Prng, p: &mut AttentionProblem) {
-    p.q = layout(prng, p.shape(Operand::Q));
-    p.k = layout(prng, p.shape(Operand::K));
-    p.v = layout(prng, p.shape(Operand::V));
-    p.o = layout(prng, p.shape(Operand::O));
+    p.q = layout(prng, p.shape(Operand::Q), true);
+    p.k = layout(prng, p.shape(Operand::K), true);
+    p.v = layout(prng, p.shape(Operand::V), true);
+    p.o = layout(prng, p.shape(Operand::O), true);
 }
 
-/// One of the usual orders, now and then with gaps between rows, between elements, or in front.
-fn layout(prng: &mut Prng, [_, h, s, d]: [usize; 4]) -> Layout {
-    let step = if prng.one_in(10) { 2 } else { 1 };
+/// One of the usual orders, now and then with gaps between rows, between elements if they are `apart`, or in
+/// front.
+pub(crate) fn layout(prng: &mut Prng, [_, h, s, d]: [usize; 4], apart: bool) -> Layout {
+    let step = if prng.one_in(10) && apart { 2 } else { 1 };
     let row = d * step + prng.pick(&[0, 0, 0, 1, 4]);
     let (head, token) = if prng.one_in(2) { (row * s, row) } else { (row, row * h) };
     let entry = row * s * h + prng.pick(&[0, 0, 0, 3, 8]);
@@ -158,6 +162,7 @@ pub(crate) fn each_index(layout: &Layout, [b, h, s, d]: [usize; 4], mut each: im
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::options::describe;
 
     #[test]
     fn cases_are_valid_and_the_same_again() {
@@ -166,6 +171,11 @@ mod tests {
             assert!(data.inputs().check(&p).is_ok(), "seed {seed}: {:?}", data.inputs().check(&p));
             let (again, _) = case(&mut Prng::new(seed), Dtype::FLOATS[seed as usize % 3]);
             assert_eq!(p, again);
+            // What is read is no poison: the cache has every key that it must have.
+            if p.bias.is_none() {
+                let o = wgpu_attention::reference::oracle(&p, &data.inputs()).unwrap().o;
+                assert!(o.iter().all(|x| x.is_finite()), "seed {seed}: {}", describe(&p));
+            }
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use wgpu_attention::{AttentionProblem, Dtype, Similarity};
+use wgpu_attention::{AttentionProblem, Cache, Dtype, Similarity};
 
 use crate::output::Table;
 
@@ -70,6 +70,12 @@ impl Tally {
             (p.sinks, "sinks"),
             (p.heads_q != p.heads_kv, "grouped heads"),
             (p.weights, "weights"),
+            (matches!(p.cache, Cache::Ring { .. }), "ring"),
+            (matches!(p.cache, Cache::Paged { .. }), "pages"),
+            (matches!(p.cache, Cache::Ragged { .. }), "ragged keys"),
+            (p.total_q.is_some(), "ragged queries"),
+            (p.stored_kv() != p.dtype && p.stored_kv().is_float(), "k and v of another type"),
+            (!p.stored_kv().is_float(), "k and v quantised"),
         ] {
             *self.options.entry(name).or_default() += usize::from(present);
         }
