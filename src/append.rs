@@ -454,6 +454,21 @@ impl Append {
         Ok((step, params, (p.batch * of.heads * p.seq_q) as u64))
     }
 
+    /// The step that counts the new tokens.
+    fn advance_step(&self) -> AppendStep {
+        AppendStep {
+            from: None,
+            to: None,
+            is_query: false,
+            width: 0,
+            keys: Keys::Contiguous,
+            ragged: self.problem.total_q.is_some(),
+            norm: None,
+            rope: None,
+            status: false,
+        }
+    }
+
     fn params_of(&self, operand: Operand, caps: &Caps) -> ParamLayout {
         let Some(layout) = self.layout(operand) else { return ParamLayout::default() };
         let first = self.window(operand, caps).start as usize / self.element_bytes(operand);
@@ -550,17 +565,7 @@ impl Attention {
         }
         let mut steps = Vec::new();
         if append.advance {
-            let step = AppendStep {
-                from: None,
-                to: None,
-                is_query: false,
-                width: 0,
-                keys: Keys::Contiguous,
-                ragged: p.total_q.is_some(),
-                norm: None,
-                rope: None,
-                status: false,
-            };
+            let step = append.advance_step();
             steps.push((step, append.params(), (p.batch as u64).div_ceil(u64::from(step.lanes())), None));
         }
         for of in append.moves() {
@@ -604,5 +609,87 @@ impl Attention {
             });
         }
         Ok(Prepared::new(ready))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+    use crate::shader::compose_append;
+
+    /// Steps over every kind of cache, storage, norm and rotation, aligned or not.
+    fn every_step() -> HashSet<(AppendStep, bool)> {
+        let mut all = HashSet::new();
+        let caches = [
+            Cache::Contiguous,
+            Cache::Ring { capacity: 64 },
+            Cache::Paged { pages: 9, page_size: 16, max_blocks: 4 },
+        ];
+        for (i, shader_f16) in [false, true].into_iter().enumerate() {
+            let caps = Caps { shader_f16, ..Caps::minimal() };
+            for (j, cache) in caches.into_iter().enumerate() {
+                for (k, kv_dtype) in Dtype::ALL.into_iter().enumerate() {
+                    for (l, dtype) in Dtype::FLOATS.into_iter().enumerate() {
+                        let turn = i + j + k + l;
+                        let dim = if turn.is_multiple_of(2) { 64 } else { 30 };
+                        let problem = AttentionProblem {
+                            kv_lens: true,
+                            status: turn.is_multiple_of(3),
+                            ..AttentionProblem::new(2, 4, 2, 3, 64, dim, dim).with_dtype(dtype)
+                        };
+                        let mut problem = problem.with_cache(cache, kv_dtype);
+                        if turn.is_multiple_of(2) {
+                            problem = problem.with_ragged_queries(5);
+                        }
+                        let norms =
+                            [None, Some(QkNorm::Rms { epsilon: 1e-6 }), Some(QkNorm::L2 { epsilon: 1e-6 })];
+                        let append = Append {
+                            norm: norms[turn % 3],
+                            rope: (turn % 4 > 0).then_some(Rope { positions: 64, ..Rope::new(16) }),
+                            q_new: Some(problem.q),
+                            ..Append::new(&problem)
+                        };
+                        append.validate().unwrap();
+                        for of in append.moves() {
+                            all.insert((append.step(&of, &caps).unwrap().0, shader_f16));
+                        }
+                        all.insert((append.advance_step(), shader_f16));
+                    }
+                }
+            }
+        }
+        all
+    }
+
+    #[test]
+    fn every_step_is_valid_wgsl_with_the_bindings_that_it_says() {
+        use naga::valid::{Capabilities, ValidationFlags, Validator};
+        let all = every_step();
+        assert!(all.len() > 100, "{}", all.len());
+        for (step, shader_f16) in all {
+            let wgsl = compose_append(&step);
+            let module = naga::front::wgsl::parse_str(&wgsl)
+                .unwrap_or_else(|e| panic!("{step:?}: {}", e.emit_to_string(&wgsl)));
+            let mut capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
+            capabilities.set(Capabilities::SHADER_FLOAT16, shader_f16);
+            let info = Validator::new(ValidationFlags::all(), capabilities)
+                .validate(&module)
+                .unwrap_or_else(|e| panic!("{step:?}: {}", e.emit_to_string(&wgsl)));
+            let mut found = Vec::new();
+            for (handle, variable) in module.global_variables.iter() {
+                if let naga::AddressSpace::Storage { access } = variable.space {
+                    let number = variable.binding.as_ref().unwrap().binding;
+                    assert!(!info.get_entry_point(0)[handle].is_empty(), "{step:?} does not use {number}");
+                    found.push((number, access.contains(naga::StorageAccess::STORE)));
+                }
+            }
+            let mut said: Vec<_> = step.bindings().map(|(number, _, writes)| (number, writes)).collect();
+            found.sort_unstable();
+            said.sort_unstable();
+            assert_eq!(found, said, "{step:?}");
+            assert!(said.len() <= 8);
+        }
     }
 }
