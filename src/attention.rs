@@ -158,7 +158,7 @@ impl<'a> Operands<'a> {
             Operand::CuSeqlensQ => self.cu_seqlens_q,
             Operand::CuSeqlensK => self.cu_seqlens_k,
             Operand::Status => self.status,
-            Operand::KNew | Operand::VNew | Operand::QNew | Operand::Rope => None,
+            Operand::KNew | Operand::VNew | Operand::QNew | Operand::Rope | Operand::X | Operand::Y => None,
             Operand::Lse => self.lse,
             Operand::Weights => self.weights,
         }

@@ -706,6 +706,9 @@ impl Slot {
                 Operand::VNew => 25,
                 Operand::QNew => 26,
                 Operand::Rope => 27,
+                // A linear map's, whose bindings have numbers of their own.
+                Operand::X => 30,
+                Operand::Y => 31,
             },
             Self::Scores => 11,
             Self::InverseSums => 14,

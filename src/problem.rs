@@ -309,7 +309,9 @@ impl AttentionProblem {
             Operand::CuSeqlensQ | Operand::CuSeqlensK => [1, 1, 1, b + 1],
             Operand::Status => [1, 1, 1, 1],
             // No operands of this call.
-            Operand::KNew | Operand::VNew | Operand::QNew | Operand::Rope => [1, 1, 1, 0],
+            Operand::KNew | Operand::VNew | Operand::QNew | Operand::Rope | Operand::X | Operand::Y => {
+                [1, 1, 1, 0]
+            }
             Operand::Lse => self.total_q.map_or([1, b, h, sq], |total| [1, 1, h, total]),
         }
     }
@@ -336,7 +338,7 @@ impl AttentionProblem {
             Operand::CuSeqlensQ => when(self.total_q.is_some()),
             Operand::CuSeqlensK => when(matches!(self.cache, Cache::Ragged { .. })),
             Operand::Status => when(self.status),
-            Operand::KNew | Operand::VNew | Operand::QNew | Operand::Rope => None,
+            Operand::KNew | Operand::VNew | Operand::QNew | Operand::Rope | Operand::X | Operand::Y => None,
             Operand::Lse => when(self.lse),
             Operand::Weights => when(self.weights),
         }
