@@ -158,14 +158,10 @@ impl<'a> Operands<'a> {
             Operand::CuSeqlensQ => self.cu_seqlens_q,
             Operand::CuSeqlensK => self.cu_seqlens_k,
             Operand::Status => self.status,
-            Operand::KNew
-            | Operand::VNew
-            | Operand::QNew
-            | Operand::Rope
-            | Operand::QGain
-            | Operand::KGain => None,
             Operand::Lse => self.lse,
             Operand::Weights => self.weights,
+            // Those of other calls.
+            _ => None,
         }
     }
 }

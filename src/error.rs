@@ -16,9 +16,11 @@ pub enum Operand {
     V,
     /// The output, `[batch, heads_q, seq_q, head_dim_v]`.
     O,
-    /// The bilinear matrix, `[query_dim, head_dim]` or one of those per query head.
+    /// The bilinear matrix, `[query_dim, head_dim]` or one of those per query head; or a linear map's weights,
+    /// `[outputs, inputs]`.
     W,
-    /// The additive bias, broadcastable to `[batch, heads_q, seq_q, seq_kv]`.
+    /// The additive bias, broadcastable to `[batch, heads_q, seq_q, seq_kv]`; or a linear map's, to
+    /// `[rows, outputs]`.
     Bias,
     /// The boolean mask (one byte an element, non-zero keeps), broadcastable like the bias.
     Mask,
@@ -42,6 +44,10 @@ pub enum Operand {
     VNew,
     /// Queries before their rotation, `[batch, heads_q, seq_q, query_dim]`.
     QNew,
+    /// What a linear map takes, `[rows, inputs]`.
+    X,
+    /// What a linear map gives, `[rows, outputs]`.
+    Y,
     /// Cosines and sines of rotary positions, `[positions, width / 2, 2]`.
     Rope,
     /// Gains of the queries' norm, `[query_dim]`.
@@ -96,6 +102,8 @@ impl std::fmt::Display for Operand {
             Self::KNew => "k_new",
             Self::VNew => "v_new",
             Self::QNew => "q_new",
+            Self::X => "x",
+            Self::Y => "y",
             Self::Rope => "rope",
             Self::QGain => "q_gain",
             Self::KGain => "k_gain",

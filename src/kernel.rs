@@ -708,6 +708,9 @@ impl Slot {
                 Operand::Rope => 27,
                 Operand::QGain => 29,
                 Operand::KGain => 30,
+                // A linear map's, whose bindings have numbers of their own.
+                Operand::X => 31,
+                Operand::Y => 32,
             },
             Self::Scores => 11,
             Self::InverseSums => 14,

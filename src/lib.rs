@@ -23,6 +23,7 @@
 //! - [`Attention`] holds a device's pipelines and scratch. [`Attention::encode`] records into your
 //!   encoder and never submits; [`Attention::run`] goes from slices to vectors.
 //! - [`Attention::merge_states`] makes one result of partial results over disjoint keys.
+//! - [`Attention::encode_linear`] is the projections around attention: linear maps of any layout.
 //! - [`Append`] writes new keys and values into a [`Cache`] on the GPU; [`Prepared`] work is encoded again
 //!   and again. [`PageAllocator`] and [`Sequence`] keep the books of a paged cache, on the host. The page
 //!   [`generation`] puts these together: prefill, append, decode.
@@ -62,6 +63,7 @@ mod fused_matrix;
 mod host;
 mod kernel;
 mod layout;
+mod linear;
 mod mask;
 mod mask_map;
 mod merge;
@@ -95,6 +97,7 @@ pub use error::{Error, Operand, Result};
 pub use host::{Inputs, Outputs};
 pub use kernel::Family;
 pub use layout::Layout;
+pub use linear::{LinearInputs, LinearKernel, LinearOperands, LinearProblem};
 pub use mask::{Align, Window};
 pub use merge::{MergeOperands, MergeProblem, Partials};
 pub use pages::{PageAllocator, PageCopy, Sequence};

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use crate::append::AppendStep;
 use crate::error::{Error, Result};
 use crate::kernel::Blueprint;
+use crate::linear::kernel::{Linear, LinearParams};
 use crate::merge::kernel::{MergeParams, MergeStates};
 use crate::params::Params;
 use crate::scope::scoped;
@@ -20,6 +21,8 @@ pub(crate) enum Recipe {
     Append(AppendStep),
     /// The kernel that merges partial results.
     MergeStates(MergeStates),
+    /// A kernel of a linear map.
+    Linear(Linear),
 }
 
 impl Recipe {
@@ -28,6 +31,7 @@ impl Recipe {
             Self::Attention(blueprint) => blueprint.kernel.name(),
             Self::Append(step) => step.name(),
             Self::MergeStates(kernel) => kernel.name(),
+            Self::Linear(kernel) => kernel.name(),
         }
     }
 
@@ -36,6 +40,7 @@ impl Recipe {
             Self::Attention(blueprint) => compose(blueprint),
             Self::Append(step) => compose_append(step),
             Self::MergeStates(kernel) => kernel.wgsl(),
+            Self::Linear(kernel) => kernel.wgsl(),
         }
     }
 
@@ -44,6 +49,7 @@ impl Recipe {
         match self {
             Self::Attention(_) | Self::Append(_) => size_of::<Params>() as u64,
             Self::MergeStates(_) => size_of::<MergeParams>() as u64,
+            Self::Linear(_) => size_of::<LinearParams>() as u64,
         }
     }
 
@@ -55,6 +61,9 @@ impl Recipe {
             }
             Self::Append(step) => step.bindings().map(|(number, _, writes)| (number, writes)).collect(),
             Self::MergeStates(kernel) => kernel.storage().iter().map(|b| (b.number, b.writes)).collect(),
+            Self::Linear(kernel) => {
+                kernel.storage().into_iter().map(|(number, _, writes)| (number, writes)).collect()
+            }
         }
     }
 }
@@ -294,6 +303,13 @@ fn module(device: &wgpu::Device, recipe: Recipe, runtime_checks: bool) -> wgpu::
     // the rows end first. A part's index is its layout's plus less than `parts` times the step, and
     // `MergeProblem::validate` bounds that sum by u32::MAX; `merge::encode::check` proves that each buffer
     // holds what the bind group spans. No number on the GPU addresses anything.
+    //
+    // Linear maps: rows, outputs and inputs are clamped or guarded where a tile goes beyond them (the parts
+    // `linear_x`, `linear_w_by_*`, `linear_bias` and `linear_end`, and where the kernels call them), quads are
+    // read and written as such only where width, offset and strides are multiples of four, and
+    // `LinearProblem::validate` bounds the last index of each operand by u32::MAX; `linear::encode::check`
+    // proves that each buffer holds what the bind group spans. A tile's rows and outputs stay below 2^32:
+    // both sizes are at most 2^28.
     //
     // Launches: `count` gives a dispatch at most as many workgroups as the plan says of all splits, and `merge`
     // reads the shares of those splits alone.

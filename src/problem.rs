@@ -308,14 +308,9 @@ impl AttentionProblem {
             },
             Operand::CuSeqlensQ | Operand::CuSeqlensK => [1, 1, 1, b + 1],
             Operand::Status => [1, 1, 1, 1],
-            // No operands of this call.
-            Operand::KNew
-            | Operand::VNew
-            | Operand::QNew
-            | Operand::Rope
-            | Operand::QGain
-            | Operand::KGain => [1, 1, 1, 0],
             Operand::Lse => self.total_q.map_or([1, b, h, sq], |total| [1, 1, h, total]),
+            // Those of other calls.
+            _ => [1, 1, 1, 0],
         }
     }
 
@@ -341,14 +336,9 @@ impl AttentionProblem {
             Operand::CuSeqlensQ => when(self.total_q.is_some()),
             Operand::CuSeqlensK => when(matches!(self.cache, Cache::Ragged { .. })),
             Operand::Status => when(self.status),
-            Operand::KNew
-            | Operand::VNew
-            | Operand::QNew
-            | Operand::Rope
-            | Operand::QGain
-            | Operand::KGain => None,
             Operand::Lse => when(self.lse),
             Operand::Weights => when(self.weights),
+            _ => None,
         }
     }
 

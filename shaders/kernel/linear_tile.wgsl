@@ -1,0 +1,76 @@
+// A linear map through workgroup memory: y = x W^T + b, (rows, inputs) @ (inputs, outputs).
+//
+// A workgroup of SIDE_X x SIDE_Y threads owns SIDE_Y ROWS rows and 4 SIDE_X outputs; a thread owns ROWS rows,
+// SIDE_Y apart, and a quad of outputs: ROWS + 4 vectors are read for each 16 ROWS products. STEP quads of
+// inputs are staged at a time, two barriers a step. Sums run in two levels, so that the rounding error of
+// long sums does not grow with them.
+
+// A vector more than a row of a tile has: rows begin in different banks.
+const SKEW = STEP + 1u;
+// Steps between two additions to the outer sums.
+const LEVEL = 4u;
+
+var<workgroup> wg_x: array<vec4<f32>, SIDE_Y * ROWS * SKEW>;
+
+@compute @workgroup_size(SIDE_X, SIDE_Y)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_id) local: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let tiles_n = div_ceil(params.outputs, 4u * SIDE_X);
+    let tile = linear_group(group, groups);
+    if tile >= params.groups {
+        return;
+    }
+    let first_row = tile / tiles_n * SIDE_Y * ROWS;
+    let first_quad = tile % tiles_n * SIDE_X;
+
+    //$ for r in 0..ROWS
+    var total_$r = vec4<f32>();
+    var sum_$r = vec4<f32>();
+    //$ end
+    var steps = 0u;
+    for (var k = 0u; k < params.inputs; k += 4u * STEP) {
+        for (var at = lane; at < SIDE_Y * ROWS * STEP; at += SIDE_X * SIDE_Y) {
+            // Past the edges the last row is read again; beyond the inputs lie zeros.
+            let e = at % STEP;
+            var x = vec4<f32>();
+            if k + 4u * e < params.inputs {
+                x = x4(min(first_row + at / STEP, params.rows - 1u), k + 4u * e);
+            }
+            wg_x[at / STEP * SKEW + e] = x;
+        }
+        for (var at = lane; at < 4u * SIDE_X * STEP; at += SIDE_X * SIDE_Y) {
+            stage_w(at, first_quad, k);
+        }
+        workgroupBarrier();
+        //$ for e in 0..STEP
+        {
+            let w = staged_w(local.x, $eu);
+            //$ for r in 0..ROWS
+            {
+                let x = wg_x[(local.y + $ru * SIDE_Y) * SKEW + $eu];
+                sum_$r = fma(vec4<f32>(x.x), w[0], sum_$r);
+                sum_$r = fma(vec4<f32>(x.y), w[1], sum_$r);
+                sum_$r = fma(vec4<f32>(x.z), w[2], sum_$r);
+                sum_$r = fma(vec4<f32>(x.w), w[3], sum_$r);
+            }
+            //$ end
+        }
+        //$ end
+        workgroupBarrier();
+        steps += 1u;
+        if steps % LEVEL == 0u {
+            //$ for r in 0..ROWS
+            total_$r += sum_$r;
+            sum_$r = vec4<f32>();
+            //$ end
+        }
+    }
+
+    //$ for r in 0..ROWS
+    end_quad(first_row + local.y + $ru * SIDE_Y, first_quad + local.x, total_$r + sum_$r);
+    //$ end
+}

@@ -1,0 +1,166 @@
+//! From a linear map and buffers to one dispatch: everything that can fail happens before it is recorded.
+
+use std::sync::PoisonError;
+
+use super::kernel::{Linear, LinearParams};
+use super::{LinearProblem, OPERANDS};
+use crate::attention::{Attention, Shared};
+use crate::encode::{Bound, Groups, Prepared, Ready, bind_group, check_buffer};
+use crate::error::{Error, Operand, Result};
+use crate::pipeline::Recipe;
+use crate::plan::{Window, fold};
+use crate::scope::scoped;
+
+/// The buffers of one linear map, laid out as the [`LinearProblem`] says. All need `STORAGE` usage.
+///
+/// y needs a buffer that none of the others is in. Linear maps that follow each other may write into
+/// different places of one.
+#[derive(Clone, Copy, Debug)]
+pub struct LinearOperands<'a> {
+    /// What is mapped.
+    pub x: &'a wgpu::Buffer,
+    /// The weights.
+    pub w: &'a wgpu::Buffer,
+    /// What is added, if the problem says so.
+    pub bias: Option<&'a wgpu::Buffer>,
+    /// The output.
+    pub y: &'a wgpu::Buffer,
+}
+
+impl<'a> LinearOperands<'a> {
+    /// Those that every problem has.
+    pub fn new(x: &'a wgpu::Buffer, w: &'a wgpu::Buffer, y: &'a wgpu::Buffer) -> Self {
+        Self { x, w, bias: None, y }
+    }
+
+    fn get(&self, operand: Operand) -> Option<&'a wgpu::Buffer> {
+        match operand {
+            Operand::X => Some(self.x),
+            Operand::W => Some(self.w),
+            Operand::Bias => self.bias,
+            Operand::Y => Some(self.y),
+            _ => None,
+        }
+    }
+}
+
+impl Attention {
+    /// Records a linear map, in a compute pass of its own. Submits nothing.
+    ///
+    /// ```no_run
+    /// use wgpu_attention::{Attention, Dtype, Layout, LinearOperands, LinearProblem};
+    /// # fn f(attention: &Attention, encoder: &mut wgpu::CommandEncoder, b: &[wgpu::Buffer; 5])
+    /// # -> wgpu_attention::Result<()> {
+    /// # let [x, w_q, w_k, b_k, qk] = b;
+    /// // Queries and keys of 128 tokens, side by side in rows of 1280.
+    /// let to_q = LinearProblem { y: Layout::rows(1280), ..LinearProblem::new(128, 1024, 1024) };
+    /// let to_k = LinearProblem { y: Layout::rows(1280).at(1024), ..LinearProblem::new(128, 1024, 256) };
+    /// attention.encode_linear(encoder, &to_q, &LinearOperands::new(x, w_q, qk))?;
+    /// let operands = LinearOperands { bias: Some(b_k), ..LinearOperands::new(x, w_k, qk) };
+    /// attention.encode_linear(encoder, &to_k.with_bias(Dtype::F32), &operands)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// Those of [`LinearProblem::validate`]; [`Error::KernelUnfit`] for a forced kernel that the device cannot
+    /// run; [`Error::MissingOperand`], [`Error::UnexpectedOperand`], [`Error::BufferUsage`],
+    /// [`Error::OutOfBounds`] and [`Error::Aliased`]; [`Error::LimitExceeded`] where the device cannot bind as
+    /// much; [`Error::OutOfMemory`], [`Error::Driver`] and [`Error::DeviceLost`]. Then nothing has been
+    /// recorded.
+    pub fn encode_linear(
+        &self,
+        encoder: &mut wgpu::CommandEncoder,
+        problem: &LinearProblem,
+        operands: &LinearOperands<'_>,
+    ) -> Result<()> {
+        self.prepare_linear(problem, operands)?.encode(encoder);
+        Ok(())
+    }
+
+    /// All of [`Attention::encode_linear`] but the recording: for maps that are made again and again on the
+    /// same buffers, or [before](Prepared::then) the attention that reads them, or in a pass of the caller's.
+    ///
+    /// # Errors
+    /// Those of [`Attention::encode_linear`].
+    pub fn prepare_linear(&self, problem: &LinearProblem, operands: &LinearOperands<'_>) -> Result<Prepared> {
+        prepare(self.shared(), problem, operands)
+    }
+}
+
+fn prepare(shared: &Shared, problem: &LinearProblem, operands: &LinearOperands<'_>) -> Result<Prepared> {
+    let (device, caps) = (&shared.device, &shared.caps);
+    problem.validate()?;
+    let kernel = Linear::new(problem, caps);
+    if let Some(why) = kernel.unfit(caps) {
+        return Err(Error::KernelUnfit { kernel: kernel.name().into(), why });
+    }
+    let window = |operand: Operand| match problem.layout(operand) {
+        Some((layout, dtype)) => Window::of(layout, problem.shape(operand), dtype.bytes(), caps),
+        None => Window { start: 0, end: 0 },
+    };
+    check(problem, operands, window, caps.max_storage_binding)?;
+    if problem.rows == 0 {
+        return Ok(Prepared::default());
+    }
+    check_aliases(operands)?;
+    let count = kernel.groups(problem);
+    let groups = fold(count, caps.max_dispatch);
+    within("workgroups along z", groups[2].into(), caps.max_dispatch.into())?;
+
+    let recipe = Recipe::Linear(kernel);
+    let pipeline = shared.pipelines.get(device, recipe, shared.options.runtime_checks)?;
+    let first = |operand| {
+        let bytes = problem.layout(operand).map_or(1, |(_, dtype)| dtype.bytes() as u64);
+        (window(operand).start / bytes) as usize
+    };
+    let params = LinearParams::new(problem, count as u32, first);
+    let mut scratch = shared.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+    let made = scoped(device, "the bind group of a linear map", || {
+        let block = scratch.params(device, bytemuck::bytes_of(&params).to_vec());
+        let whole = Window { start: 0, end: size_of::<LinearParams>() as u64 };
+        let mut bound = vec![Bound { number: 0, buffer: block, window: whole }];
+        bound.extend(kernel.storage().into_iter().filter_map(|(number, operand, _)| {
+            let buffer = operands.get(operand)?.clone();
+            Some(Bound { number, buffer, window: window(operand) })
+        }));
+        bind_group(device, kernel.name(), &pipeline, &bound)
+    });
+    let bind_group = made.inspect_err(|_| scratch.clear())?;
+    Ok(Prepared::new(vec![Ready { pipeline, bind_group, params_at: 0, groups: Groups::Known(groups) }]))
+}
+
+fn within(what: &str, need: u64, got: u64) -> Result<()> {
+    if need > got { Err(Error::LimitExceeded { what: what.into(), need, got }) } else { Ok(()) }
+}
+
+/// Every rule about a buffer by itself, and that the device can bind as much of it.
+fn check(
+    problem: &LinearProblem,
+    operands: &LinearOperands<'_>,
+    window: impl Fn(Operand) -> Window,
+    most: u64,
+) -> Result<()> {
+    for operand in OPERANDS {
+        let buffer = match (problem.layout(operand), operands.get(operand)) {
+            (Some(_), Some(buffer)) => buffer,
+            (None, None) => continue,
+            (Some(_), None) => return Err(Error::MissingOperand { operand }),
+            (None, Some(_)) => return Err(Error::UnexpectedOperand { operand }),
+        };
+        let window = window(operand);
+        check_buffer(operand, buffer, window.end)?;
+        within(&format!("{operand}: bytes of one storage binding"), window.end - window.start, most)?;
+    }
+    Ok(())
+}
+
+/// wgpu forbids one buffer to be read and written in one dispatch.
+fn check_aliases(operands: &LinearOperands<'_>) -> Result<()> {
+    for with in [Operand::X, Operand::W, Operand::Bias] {
+        if operands.get(with) == Some(operands.y) {
+            return Err(Error::Aliased { operand: Operand::Y, with });
+        }
+    }
+    Ok(())
+}

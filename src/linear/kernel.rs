@@ -1,0 +1,433 @@
+//! The kernels of linear maps: what is compiled into one, its WGSL, its bindings and its uniform block.
+
+use super::{LinearKernel, LinearProblem, OPERANDS};
+use crate::caps::Caps;
+use crate::dtype::Dtype;
+use crate::error::Operand;
+use crate::kernel::Io;
+use crate::layout::Layout;
+use crate::params::ParamLayout;
+use crate::shader::{load_part, store_part};
+use crate::unroll::unroll;
+
+macro_rules! part {
+    ($name:literal) => {
+        include_str!(concat!("../../shaders/", $name, ".wgsl"))
+    };
+}
+
+/// Threads of the tile kernel along the outputs (a quad each) and along the rows, and quads of inputs that
+/// are staged at a time: 128 threads, and 10 KiB of workgroup memory, so that several workgroups share a
+/// multiprocessor whose threads can have 128 registers or more.
+const SIDE_X: u32 = 16;
+const SIDE_Y: u32 = 8;
+const STEP: u32 = 4;
+
+/// Threads of the direct kernel: a vector of most processors.
+const LANES: u32 = 8;
+
+/// A kernel's own sizes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Sizes {
+    /// Rows of a thread.
+    Tile { rows: u32 },
+    /// Rows and quads of outputs of a workgroup, and threads that share a quad.
+    Few { rows: u32, quads: u32, lanes: u32 },
+    /// Rows and quads of outputs of a thread; which of the two differ from thread to thread.
+    Direct { rows: u32, quads: u32, over_rows: bool },
+}
+
+/// Everything that is compiled into one pipeline of a linear map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Linear {
+    sizes: Sizes,
+    x: Io,
+    w: Io,
+    /// W's vectors lie along the outputs, else along the inputs.
+    by_outputs: bool,
+    bias: Option<Io>,
+    y: Io,
+    /// The inputs are whole quads.
+    whole: bool,
+}
+
+impl Linear {
+    /// What serves a problem, which has been validated.
+    pub(crate) fn new(problem: &LinearProblem, caps: &Caps) -> Self {
+        Self::of(problem, problem.kernel.unwrap_or_else(|| problem.kernel_on(caps)), caps)
+    }
+
+    /// A problem by a kernel, whether it fits the device or not.
+    pub(crate) fn of(problem: &LinearProblem, kernel: LinearKernel, caps: &Caps) -> Self {
+        let p = problem;
+        let io = |dtype, vec4| Io { dtype, vec4, native: dtype == Dtype::F16 && caps.shader_f16 };
+        // The other way round than it is described.
+        let [.., to_output, to_input] = p.w.strides;
+        let transposed = Layout { offset: p.w.offset, strides: [0, 0, to_input, to_output] };
+        let by_outputs = to_output == 1 && to_input != 1 && p.outputs > 1;
+        let matrix =
+            |layout: Layout| Layout { strides: [0, 0, layout.strides[2], layout.strides[3]], ..layout };
+        let w_vec4 = if by_outputs { transposed.is_vec4(p.outputs) } else { matrix(p.w).is_vec4(p.inputs) };
+        let x = io(p.dtype, matrix(p.x).is_vec4(p.inputs));
+        let w = io(p.weight_dtype, w_vec4);
+        let rows = p.rows.clamp(1, 1 << 16) as u32;
+        let sizes = match kernel {
+            // No more rows than there are.
+            LinearKernel::Tile => Sizes::Tile { rows: rows.div_ceil(SIDE_Y).next_power_of_two().min(8) },
+            // 64 threads, and the wider the vectors of neighbours the better the reads of W.
+            LinearKernel::Few => {
+                let (quads, lanes) = if by_outputs { (8, 16) } else { (2, 32) };
+                Sizes::Few { rows: rows.next_power_of_two().min(super::FEW_ROWS as u32), quads, lanes }
+            }
+            LinearKernel::Direct => direct(rows, x.vec4 && w.vec4),
+        };
+        Self {
+            sizes,
+            x,
+            w,
+            by_outputs,
+            // Read once for each element of y: any way will do.
+            bias: p.bias.map(|bias| io(bias.dtype, false)),
+            y: io(p.out_dtype, matrix(p.y).is_vec4(p.outputs)),
+            whole: p.inputs.is_multiple_of(4),
+        }
+    }
+
+    pub(crate) fn kernel(&self) -> LinearKernel {
+        match self.sizes {
+            Sizes::Tile { .. } => LinearKernel::Tile,
+            Sizes::Few { .. } => LinearKernel::Few,
+            Sizes::Direct { .. } => LinearKernel::Direct,
+        }
+    }
+
+    pub(crate) fn name(&self) -> &'static str {
+        match self.sizes {
+            Sizes::Tile { .. } => "linear_tile",
+            Sizes::Few { .. } => "linear_few",
+            Sizes::Direct { .. } => "linear_direct",
+        }
+    }
+
+    /// Rows and quads of outputs of a workgroup.
+    fn tile(&self) -> [u32; 2] {
+        match self.sizes {
+            Sizes::Tile { rows } => [SIDE_Y * rows, SIDE_X],
+            Sizes::Few { rows, quads, .. } => [rows, quads],
+            Sizes::Direct { rows, quads, over_rows: true } => [LANES * rows, quads],
+            Sizes::Direct { rows, quads, over_rows: false } => [rows, LANES * quads],
+        }
+    }
+
+    /// Workgroups that own a tile. Fits a u32: y's elements are no more than that, all of them in different
+    /// places, and each tile has one.
+    pub(crate) fn groups(&self, problem: &LinearProblem) -> u64 {
+        let [rows, quads] = self.tile();
+        let outputs = (problem.outputs as u64).div_ceil(4 * u64::from(quads));
+        (problem.rows as u64).div_ceil(rows.into()) * outputs
+    }
+
+    /// Why the device cannot run this; `None` where it can.
+    pub(crate) fn unfit(&self, caps: &Caps) -> Option<String> {
+        let (size, bytes) = match self.sizes {
+            Sizes::Tile { rows } => {
+                let w = if self.by_outputs { 4 * SIDE_X * STEP } else { 4 * SIDE_X * (STEP + 1) };
+                ([SIDE_X, SIDE_Y], 16 * (SIDE_Y * rows * (STEP + 1) + w))
+            }
+            Sizes::Few { rows, quads, lanes } => ([quads * lanes, 1], 16 * rows * quads * lanes),
+            Sizes::Direct { .. } => ([LANES, 1], 0),
+        };
+        let storage = self.storage().len() as u32;
+        for (what, need, got) in [
+            ("threads a workgroup", size[0] * size[1], caps.max_invocations),
+            ("threads along x", size[0], caps.max_workgroup_size[0]),
+            ("threads along y", size[1], caps.max_workgroup_size[1]),
+            ("bytes of workgroup memory", bytes, caps.max_workgroup_bytes),
+            ("storage buffers", storage, caps.max_storage_buffers),
+        ] {
+            if need > got {
+                return Some(format!("it needs {need} {what}, the device has {got}"));
+            }
+        }
+        None
+    }
+
+    /// Its operands with their bindings' numbers, in order of those, and whether it writes them.
+    pub(crate) fn storage(&self) -> Vec<(u32, Operand, bool)> {
+        let all = OPERANDS.into_iter().filter(|&operand| operand != Operand::Bias || self.bias.is_some());
+        all.map(|operand| (number(operand), operand, operand == Operand::Y)).collect()
+    }
+
+    pub(crate) fn wgsl(&self) -> String {
+        let mut out = String::new();
+        let ios = [Some(self.x), Some(self.w), self.bias, Some(self.y)];
+        if ios.iter().flatten().any(|io| io.native) {
+            out.push_str("enable f16;\n");
+        }
+        out.push_str(&format!("// {}, composed from shaders/\n", self.name()));
+        for (name, value) in self.constants() {
+            out.push_str(&format!("const {name}: u32 = {value}u;\n"));
+        }
+        out.push_str(&format!("const BY_OUTPUTS: bool = {};\n", self.by_outputs));
+        out.push_str(&format!("const WHOLE: bool = {};\n", self.whole));
+        let mut add = |text: &str| {
+            out.push('\n');
+            out.push_str(text);
+        };
+        add(part!("linear_params"));
+        add(part!("common"));
+        if ios.iter().flatten().any(|io| io.dtype != Dtype::F32 && !io.native) {
+            add(part!("io/convert"));
+        }
+        let named = |text: &str, operand: Operand, io: Io, width: &str| {
+            text.replace("OPERAND", &operand.to_string())
+                .replace("BINDING", &number(operand).to_string())
+                .replace("DTYPE", &io.dtype.to_string())
+                .replace("WIDTH", width)
+        };
+        let by_element = part!("io/load4_by_element");
+        add(&named(load_part(self.x), Operand::X, self.x, "inputs"));
+        if !self.x.vec4 {
+            add(&named(by_element, Operand::X, self.x, "inputs"));
+        }
+        add(part!("io/linear_x"));
+        let along = if self.by_outputs { "outputs" } else { "inputs" };
+        add(&named(load_part(self.w), Operand::W, self.w, along));
+        if !self.w.vec4 {
+            let text = if self.by_outputs { &by_element.replace("stride_d", "stride_s") } else { by_element };
+            add(&named(text, Operand::W, self.w, along));
+        }
+        add(if self.by_outputs { part!("io/linear_w_by_outputs") } else { part!("io/linear_w_by_inputs") });
+        match self.bias {
+            Some(io) => {
+                add(&named(load_part(io), Operand::Bias, io, "outputs"));
+                add(part!("io/linear_bias"));
+            }
+            None => add(part!("io/linear_bias_none")),
+        }
+        add(&named(&store_part(self.y), Operand::Y, self.y, "outputs"));
+        add(part!("io/linear_end"));
+        let text = match self.sizes {
+            Sizes::Tile { .. } => {
+                let by_outputs = self.by_outputs;
+                add(if by_outputs {
+                    part!("io/linear_stage_by_outputs")
+                } else {
+                    part!("io/linear_stage_by_inputs")
+                });
+                part!("kernel/linear_tile")
+            }
+            Sizes::Few { .. } => part!("kernel/linear_few"),
+            Sizes::Direct { .. } => part!("kernel/linear_direct"),
+        };
+        out
+    }
+
+    fn constants(&self) -> Vec<(&'static str, u32)> {
+        match self.sizes {
+            Sizes::Tile { rows } => {
+                vec![("SIDE_X", SIDE_X), ("SIDE_Y", SIDE_Y), ("STEP", STEP), ("ROWS", rows)]
+            }
+            Sizes::Few { rows, quads, lanes } => vec![("ROWS", rows), ("QUADS", quads), ("LANES", lanes)],
+            Sizes::Direct { rows, quads, over_rows } => {
+                let [tile_rows, tile_quads] = self.tile();
+                vec![
+                    ("LANES", LANES),
+                    ("ROWS", rows),
+                    ("QUADS", quads),
+                    ("TILE_ROWS", tile_rows),
+                    ("TILE_QUADS", tile_quads),
+                    ("LANE_ROWS", if over_rows { rows } else { 0 }),
+                    ("LANE_QUADS", if over_rows { 0 } else { quads }),
+                ]
+            }
+        }
+    }
+}
+
+/// The direct kernel's sizes. Each row or quad that differs from thread to thread is gathered, lane by lane,
+/// which costs as much as some 100 products; the more of the other kind use it the better, until the text
+/// leaves a processor's instruction cache (some 500 products) or its compiler's patience. Found by trial on
+/// lavapipe 26.1.
+fn direct(rows: u32, vec4: bool) -> Sizes {
+    match rows {
+        // Elements that are loaded one by one are text as well.
+        1..=16 if !vec4 => {
+            Sizes::Direct { rows: rows.next_power_of_two().min(8), quads: 1, over_rows: false }
+        }
+        1..=16 => Sizes::Direct { rows: rows.next_power_of_two(), quads: 2, over_rows: false },
+        _ if !vec4 => Sizes::Direct { rows: 4, quads: 4, over_rows: true },
+        _ => Sizes::Direct { rows: 4, quads: 8, over_rows: true },
+    }
+}
+
+/// A binding's number, always the same.
+fn number(operand: Operand) -> u32 {
+    match operand {
+        Operand::X => 1,
+        Operand::W => 2,
+        Operand::Bias => 3,
+        _ => 4,
+    }
+}
+
+/// Runtime parameters; see the WGSL twin for what each means.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+pub(crate) struct LinearParams {
+    rows: u32,
+    inputs: u32,
+    outputs: u32,
+    groups: u32,
+    heads_q: u32,
+    head_first: u32,
+    row_first: u32,
+    x: ParamLayout,
+    w: ParamLayout,
+    bias: ParamLayout,
+    y: ParamLayout,
+}
+
+impl LinearParams {
+    /// `first` gives the element that the binding of an operand begins with.
+    pub(crate) fn new(problem: &LinearProblem, groups: u32, first: impl Fn(Operand) -> usize) -> Self {
+        let layout = |operand| {
+            let of = problem.layout(operand);
+            of.map_or(ParamLayout::default(), |(layout, _)| {
+                ParamLayout::new(layout, problem.shape(operand), first(operand))
+            })
+        };
+        Self {
+            rows: problem.rows as u32,
+            inputs: problem.inputs as u32,
+            outputs: problem.outputs as u32,
+            groups,
+            x: layout(Operand::X),
+            w: layout(Operand::W),
+            bias: layout(Operand::Bias),
+            y: layout(Operand::Y),
+            ..Self::default()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every kernel that there is: families x types x alignments x orders of W x bias, with and without the
+    /// shader's own f16.
+    fn every_kernel() -> Vec<(Linear, bool)> {
+        let mut all = Vec::new();
+        for shader_f16 in [false, true] {
+            let caps = Caps { shader_f16, ..Caps::minimal() };
+            for kernel in LinearKernel::ALL {
+                for (dtype, weight_dtype, out_dtype) in [
+                    (Dtype::F32, Dtype::F32, Dtype::F32),
+                    (Dtype::F16, Dtype::F16, Dtype::F16),
+                    (Dtype::Bf16, Dtype::Bf16, Dtype::Bf16),
+                    (Dtype::F32, Dtype::F16, Dtype::Bf16),
+                    (Dtype::Bf16, Dtype::F32, Dtype::F16),
+                    (Dtype::F16, Dtype::Bf16, Dtype::F32),
+                ] {
+                    for (rows, inputs, outputs) in [(1, 8, 8), (6, 8, 7), (40, 7, 8), (100, 64, 36)] {
+                        let p = LinearProblem::new(rows, inputs, outputs);
+                        let p = LinearProblem { dtype, weight_dtype, out_dtype, kernel: Some(kernel), ..p };
+                        for p in [p, p.with_transposed_weights().with_bias(weight_dtype)] {
+                            p.validate().unwrap();
+                            let linear = Linear::new(&p, &caps);
+                            assert_eq!((linear.kernel(), linear.unfit(&caps)), (kernel, None));
+                            assert_eq!(linear.name(), kernel.to_string());
+                            all.push((linear, shader_f16));
+                        }
+                    }
+                }
+            }
+        }
+        all
+    }
+
+    #[test]
+    fn every_kernel_is_valid_wgsl_with_the_bindings_that_it_says() {
+        use naga::valid::{Capabilities, ValidationFlags, Validator};
+        for (kernel, shader_f16) in every_kernel() {
+            let wgsl = kernel.wgsl();
+            let module = naga::front::wgsl::parse_str(&wgsl)
+                .unwrap_or_else(|e| panic!("{kernel:?}: {}", e.emit_to_string(&wgsl)));
+            let mut capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
+            capabilities.set(Capabilities::SHADER_FLOAT16, shader_f16);
+            Validator::new(ValidationFlags::all(), capabilities)
+                .validate(&module)
+                .unwrap_or_else(|e| panic!("{kernel:?}: {}", e.emit_to_string(&wgsl)));
+            let (mut found, mut bytes) = (Vec::new(), 0);
+            for (_, variable) in module.global_variables.iter() {
+                match variable.space {
+                    naga::AddressSpace::Storage { access } => {
+                        let writes = access.contains(naga::StorageAccess::STORE);
+                        found.push((variable.binding.as_ref().unwrap().binding, writes));
+                    }
+                    naga::AddressSpace::WorkGroup => {
+                        bytes += module.types[variable.ty].inner.size(module.to_ctx());
+                    }
+                    _ => {}
+                }
+            }
+            found.sort_unstable();
+            let said: Vec<_> = kernel.storage().iter().map(|&(number, _, writes)| (number, writes)).collect();
+            assert_eq!(found, said, "{kernel:?}");
+            // What it says of its workgroup memory is what it has.
+            let exact = Caps { max_workgroup_bytes: bytes, ..Caps::minimal() };
+            assert_eq!(kernel.unfit(&exact), None);
+            let less = Caps { max_workgroup_bytes: bytes.saturating_sub(1), ..exact };
+            assert_eq!(kernel.unfit(&less).is_some(), bytes > 0, "{kernel:?}");
+        }
+    }
+
+    #[test]
+    fn w_is_read_as_it_lies() {
+        let of = |p: LinearProblem| {
+            let linear = Linear::new(&p, &Caps::minimal());
+            (linear.by_outputs, linear.w.vec4)
+        };
+        let p = LinearProblem::new(4, 8, 12);
+        assert_eq!(of(p), (false, true));
+        assert_eq!(of(p.with_transposed_weights()), (true, true));
+        assert_eq!(of(LinearProblem { w: p.w.at(2), ..p }), (false, false));
+        assert_eq!(of(LinearProblem { outputs: 11, ..p }), (false, true));
+        assert_eq!(of(LinearProblem { outputs: 11, ..p }.with_transposed_weights()), (true, false));
+        assert_eq!(of(LinearProblem { inputs: 7, ..p }.with_transposed_weights()), (true, true));
+        assert_eq!(
+            of(LinearProblem { w: Layout { offset: 0, strides: [0, 0, 32, 2] }, ..p }),
+            (false, false)
+        );
+    }
+
+    #[test]
+    fn wgsl_twin_has_the_same_members_in_the_same_places() {
+        let module = naga::front::wgsl::parse_str(part!("linear_params")).unwrap();
+        let (_, ty) = module.types.iter().find(|(_, ty)| ty.name.as_deref() == Some("Params")).unwrap();
+        let naga::TypeInner::Struct { members, span } = &ty.inner else { panic!("not a struct") };
+        assert_eq!(*span as usize, size_of::<LinearParams>());
+        // Each word of a block says its own number: what a WGSL member reads is where it lies.
+        let words: Vec<u32> = (0..size_of::<LinearParams>() as u32 / 4).collect();
+        let p: LinearParams = *bytemuck::from_bytes(bytemuck::cast_slice(&words));
+        let mut twin: Vec<(String, u32)> = [
+            ("rows", p.rows),
+            ("inputs", p.inputs),
+            ("outputs", p.outputs),
+            ("groups", p.groups),
+            ("heads_q", p.heads_q),
+            ("head_first", p.head_first),
+            ("row_first", p.row_first),
+        ]
+        .map(|(name, at)| (name.to_string(), at))
+        .to_vec();
+        for (name, l) in [("x", p.x), ("w", p.w), ("bias", p.bias), ("y", p.y)] {
+            let fields = [("offset", l.offset), ("stride_b", l.stride_b), ("stride_h", l.stride_h)];
+            let last = [("stride_s", l.stride_s), ("stride_d", l.stride_d)];
+            twin.extend(fields.into_iter().chain(last).map(|(field, at)| (format!("{name}_{field}"), at)));
+        }
+        let wgsl: Vec<_> = members.iter().map(|m| (m.name.clone().unwrap(), m.offset / 4)).collect();
+        assert_eq!(twin, wgsl);
+    }
+}

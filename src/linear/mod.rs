@@ -1,0 +1,292 @@
+//! Linear maps: the projections around attention. Here is what one is; `kernel` has the shaders, `encode`
+//! the way to them, and `oracle` what both are held to.
+
+mod encode;
+pub(crate) mod kernel;
+pub(crate) mod oracle;
+
+pub use encode::LinearOperands;
+pub use oracle::LinearInputs;
+
+use crate::caps::Caps;
+use crate::dtype::Dtype;
+use crate::error::{Error, Operand, Result};
+use crate::layout::Layout;
+use crate::problem::{Bias, MAX_SEQ};
+
+/// Most inputs. A thread takes them four at a time, and lavapipe cuts it off after 65535 iterations, nested
+/// loops together.
+pub(crate) const MOST_INPUTS: usize = 1 << 17;
+
+/// Most rows that the kernel for few of them takes on.
+const FEW_ROWS: usize = 8;
+
+/// How a linear map is computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum LinearKernel {
+    /// By tiles through workgroup memory: for GPUs.
+    Tile,
+    /// With the inputs split over the threads: for few rows on a GPU, where reading W is all the work.
+    Few,
+    /// Straight from storage, without workgroup memory: for adapters on a CPU.
+    Direct,
+}
+
+impl LinearKernel {
+    /// Every kernel.
+    pub const ALL: [Self; 3] = [Self::Tile, Self::Few, Self::Direct];
+}
+
+impl std::fmt::Display for LinearKernel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Self::Tile => "linear_tile",
+            Self::Few => "linear_few",
+            Self::Direct => "linear_direct",
+        })
+    }
+}
+
+impl Layout {
+    /// A matrix whose rows are contiguous and begin `stride` elements apart, for [`LinearProblem`].
+    pub const fn rows(stride: usize) -> Self {
+        Self { offset: 0, strides: [0, 0, stride, 1] }
+    }
+
+    /// A matrix whose columns are contiguous and begin `stride` elements apart: the transposed of
+    /// [`Layout::rows`].
+    pub const fn columns(stride: usize) -> Self {
+        Self { offset: 0, strides: [0, 0, 1, stride] }
+    }
+}
+
+/// One linear map `y = x W^T + b`: sizes, element types and layouts, but no data.
+///
+/// x is `[rows, inputs]`, W `[outputs, inputs]` (as PyTorch stores it) and y `[rows, outputs]`. All are
+/// matrices: the last two strides of their [`Layout`]s, any at all. So the transposed W is another layout,
+/// and a projection may write into its slice of wider rows:
+///
+/// ```
+/// use wgpu_attention::{AttentionProblem, Layout, LinearProblem};
+///
+/// // 128 tokens of width 1024; 16 query heads and 4 key-value heads of width 64.
+/// let (tokens, width, heads_q, heads_kv, dim) = (128, 1024, 16, 4, 64);
+/// // q, k and v of a token lie side by side.
+/// let packed = (heads_q + 2 * heads_kv) * dim;
+/// let slice = |outputs, offset| LinearProblem {
+///     y: Layout::rows(packed).at(offset),
+///     ..LinearProblem::new(tokens, width, outputs)
+/// };
+/// let to_q = slice(heads_q * dim, 0);
+/// let to_k = slice(heads_kv * dim, heads_q * dim);
+/// assert!(to_q.validate().and(to_k.validate()).is_ok());
+///
+/// // What they write is what attention reads.
+/// let heads = |offset| Layout { offset, strides: [tokens * packed, dim, packed, 1] };
+/// let attention = AttentionProblem {
+///     q: heads(0),
+///     k: heads(heads_q * dim),
+///     v: heads((heads_q + heads_kv) * dim),
+///     ..AttentionProblem::new(1, heads_q, heads_kv, tokens, tokens, dim, dim)
+/// };
+/// assert!(attention.validate().is_ok());
+/// ```
+///
+/// Sums are f32 whatever the storage, in two levels, so that errors grow with neither chains of additions nor
+/// the inputs: an f32 y is held to `8 * 2^-24 * (sum |x| |w| + |b|)` for up to 2^17 inputs, also where all
+/// products have one sign. A NaN or infinity in a row of x reaches that row of y and no other, one in a row
+/// of W that column.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct LinearProblem {
+    /// Rows of x and y: tokens.
+    pub rows: usize,
+    /// Width of x.
+    pub inputs: usize,
+    /// Width of y.
+    pub outputs: usize,
+    /// Storage of x.
+    pub dtype: Dtype,
+    /// Storage of W.
+    pub weight_dtype: Dtype,
+    /// Storage of y.
+    pub out_dtype: Dtype,
+    /// Where x's elements lie.
+    pub x: Layout,
+    /// Where W's elements lie: [`Layout::rows`]`(inputs)` for `[outputs, inputs]`,
+    /// [`Layout::columns`]`(outputs)` for `[inputs, outputs]`.
+    pub w: Layout,
+    /// Where y's elements lie. No stride of 0.
+    pub y: Layout,
+    /// What is added, `[rows, outputs]`: a row stride of 0 makes it a bias ([`LinearProblem::with_bias`]),
+    /// another one a residual.
+    pub bias: Option<Bias>,
+    /// Forces a kernel; `None` takes [the device's](Self::kernel_on).
+    pub kernel: Option<LinearKernel>,
+}
+
+impl LinearProblem {
+    /// A contiguous f32 `x [rows, inputs]` by a contiguous `W [outputs, inputs]`, without a bias.
+    pub const fn new(rows: usize, inputs: usize, outputs: usize) -> Self {
+        Self {
+            rows,
+            inputs,
+            outputs,
+            dtype: Dtype::F32,
+            weight_dtype: Dtype::F32,
+            out_dtype: Dtype::F32,
+            x: Layout::rows(inputs),
+            w: Layout::rows(inputs),
+            y: Layout::rows(outputs),
+            bias: None,
+            kernel: None,
+        }
+    }
+
+    /// The same with x, W and y of one element type.
+    #[must_use]
+    pub const fn with_dtype(mut self, dtype: Dtype) -> Self {
+        (self.dtype, self.weight_dtype, self.out_dtype) = (dtype, dtype, dtype);
+        self
+    }
+
+    /// The same with a bias `[outputs]`, added to every row.
+    #[must_use]
+    pub const fn with_bias(mut self, dtype: Dtype) -> Self {
+        self.bias = Some(Bias { dtype, layout: Layout::rows(0) });
+        self
+    }
+
+    /// The same with W stored as a contiguous `[inputs, outputs]`.
+    #[must_use]
+    pub const fn with_transposed_weights(mut self) -> Self {
+        self.w = Layout::columns(self.outputs);
+        self
+    }
+
+    /// The kernel that serves this on a device, where none is forced.
+    ///
+    /// A GPU shares what it reads between threads, through workgroup memory; where rows are too few for
+    /// tiles, it splits the inputs instead, so that there are threads enough to read W with. On a processor
+    /// both cost more than they save.
+    pub fn kernel_on(&self, caps: &Caps) -> LinearKernel {
+        let wanted = match self.rows {
+            _ if caps.on_cpu() => LinearKernel::Direct,
+            0..=FEW_ROWS => LinearKernel::Few,
+            _ => LinearKernel::Tile,
+        };
+        // Without the threads or the memory for it, what needs neither.
+        let wanted = kernel::Linear::of(self, wanted, caps);
+        if wanted.unfit(caps).is_none() { wanted.kernel() } else { LinearKernel::Direct }
+    }
+
+    /// An operand's matrix, as the last two of four dimensions.
+    pub(crate) fn shape(&self, operand: Operand) -> [usize; 4] {
+        match operand {
+            Operand::X => [1, 1, self.rows, self.inputs],
+            Operand::W => [1, 1, self.outputs, self.inputs],
+            Operand::Bias | Operand::Y => [1, 1, self.rows, self.outputs],
+            _ => [0; 4],
+        }
+    }
+
+    /// An operand's layout and element type; `None` for those that this problem does not have.
+    pub(crate) fn layout(&self, operand: Operand) -> Option<(Layout, Dtype)> {
+        match operand {
+            Operand::X => Some((self.x, self.dtype)),
+            Operand::W => Some((self.w, self.weight_dtype)),
+            Operand::Bias => self.bias.map(|bias| (bias.layout, bias.dtype)),
+            Operand::Y => Some((self.y, self.out_dtype)),
+            _ => None,
+        }
+    }
+
+    /// One past the largest index of an operand's elements; 0 where there are none.
+    pub(crate) fn extent(&self, operand: Operand) -> u128 {
+        self.layout(operand).map_or(0, |(layout, _)| layout.extent(self.shape(operand)))
+    }
+
+    /// Checks all of this by itself.
+    ///
+    /// # Errors
+    /// [`Error::ZeroSize`] (no rows are fine), [`Error::TooLarge`], [`Error::DtypeUnfit`] for quantised
+    /// types, and [`Error::OutputOverlaps`].
+    pub fn validate(&self) -> Result<()> {
+        for (what, size) in [("inputs", self.inputs), ("outputs", self.outputs)] {
+            if size == 0 {
+                return Err(Error::ZeroSize { what });
+            }
+        }
+        let too_large = |what: String, got, max| Err(Error::TooLarge { what, got, max });
+        for (what, size, max) in [
+            ("rows", self.rows, MAX_SEQ),
+            ("inputs", self.inputs, MOST_INPUTS),
+            ("outputs", self.outputs, MAX_SEQ),
+        ] {
+            if size > max {
+                return too_large(what.into(), size as u128, max as u64);
+            }
+        }
+        for operand in OPERANDS {
+            let Some((_, dtype)) = self.layout(operand) else { continue };
+            if !dtype.is_float() {
+                return Err(Error::DtypeUnfit { operand, got: dtype, need: "f32, f16, bf16" });
+            }
+            // The kernels index elements by u32.
+            let extent = self.extent(operand);
+            if extent > u128::from(u32::MAX) {
+                let what = format!("{operand}'s last element index");
+                return too_large(what, extent, u32::MAX.into());
+            }
+        }
+        let (operand, shape) = (Operand::Y, self.shape(Operand::Y));
+        if !self.y.is_injective(shape) {
+            return Err(Error::OutputOverlaps { operand, shape, strides: self.y.strides });
+        }
+        Ok(())
+    }
+
+    /// Multiplications and additions.
+    pub fn flops(&self) -> f64 {
+        2.0 * self.rows as f64 * self.inputs as f64 * self.outputs as f64
+    }
+}
+
+/// The operands, inputs first.
+pub(crate) const OPERANDS: [Operand; 4] = [Operand::X, Operand::W, Operand::Bias, Operand::Y];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_device_its_kernel() {
+        let gpu = Caps::minimal();
+        let cpu = Caps { device_type: wgpu::DeviceType::Cpu, ..Caps::minimal() };
+        let small = Caps { max_invocations: 32, ..Caps::minimal() };
+        for (caps, rows, want) in [
+            (&gpu, 1, LinearKernel::Few),
+            (&gpu, 8, LinearKernel::Few),
+            (&gpu, 9, LinearKernel::Tile),
+            (&gpu, 4096, LinearKernel::Tile),
+            (&cpu, 1, LinearKernel::Direct),
+            (&cpu, 4096, LinearKernel::Direct),
+            (&small, 1, LinearKernel::Direct),
+            (&small, 64, LinearKernel::Direct),
+        ] {
+            assert_eq!(LinearProblem::new(rows, 512, 512).kernel_on(caps), want, "{rows}");
+        }
+    }
+
+    #[test]
+    fn extents() {
+        let p = LinearProblem::new(3, 5, 7).with_bias(Dtype::F32);
+        let extents = |p: &LinearProblem| OPERANDS.map(|operand| p.extent(operand));
+        assert_eq!(extents(&p), [15, 35, 7, 21]);
+        assert_eq!(extents(&p.with_transposed_weights()), [15, 35, 7, 21]);
+        let slice = LinearProblem { y: Layout::rows(20).at(4), ..p };
+        assert_eq!(slice.extent(Operand::Y), 4 + 2 * 20 + 7);
+        assert_eq!(extents(&LinearProblem { rows: 0, ..p }), [0, 35, 0, 0]);
+        assert_eq!(p.extent(Operand::Q), 0);
+    }
+}
