@@ -1,6 +1,6 @@
 //! [`Append`]: new rows of k and v into a cache, on the GPU, at positions that only the GPU knows.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::PoisonError;
 
 use crate::attention::Attention;
 use crate::cache::Cache;
@@ -9,6 +9,7 @@ use crate::dtype::Dtype;
 use crate::encode::{Bound, Groups, Prepared, Ready, bind_group, check_buffer};
 use crate::error::{Error, Operand, Result};
 use crate::kernel::{Io, Keys, Slot};
+use crate::layer::{Layer, LayerOperands};
 use crate::layout::Layout;
 use crate::params::{ParamLayout, Params};
 use crate::pipeline::Recipe;
@@ -222,13 +223,29 @@ pub(crate) struct Norm {
     pub(crate) gain: Option<Operand>,
 }
 
+impl Turn {
+    fn of(rope: Rope) -> Self {
+        Self { width: rope.width as u32, interleaved: rope.pairing == Pairing::Interleaved }
+    }
+}
+
+impl Norm {
+    fn of(norm: QkNorm, gain: Operand) -> Self {
+        let rms = matches!(norm, QkNorm::Rms { .. });
+        Self { rms, gain: rms.then_some(gain) }
+    }
+}
+
 /// One dispatch of an append, as it is compiled: it moves one tensor, or advances the lengths (then it has
 /// neither `from` nor `to`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct AppendStep {
     pub(crate) from: Option<Io>,
     pub(crate) to: Option<Io>,
+    /// Rows do not go to a cache, but to those of another tensor.
     pub(crate) is_query: bool,
+    /// Row t of an entry stands at position t; otherwise `kv_lens` says where.
+    pub(crate) in_place: bool,
     pub(crate) width: u32,
     pub(crate) keys: Keys,
     pub(crate) ragged: bool,
@@ -255,6 +272,21 @@ impl AppendStep {
         if self.from.is_some() { 32 } else { 64 }
     }
 
+    /// Whether a device can run it.
+    fn fits(&self, caps: &Caps) -> Result<()> {
+        let bytes = if self.norm.is_some() { 8 } else { 4 } * u64::from(self.width);
+        for (what, need, got) in [
+            ("bytes of workgroup memory", bytes, u64::from(caps.max_workgroup_bytes)),
+            ("storage buffers", self.bindings().count() as u64, u64::from(caps.max_storage_buffers)),
+        ] {
+            if need > got {
+                let why = format!("it needs {need} {what}, the device has {got}");
+                return Err(Error::KernelUnfit { kernel: self.name().into(), why });
+            }
+        }
+        Ok(())
+    }
+
     /// Number, content and whether it is written, of every storage binding.
     pub(crate) fn bindings(&self) -> impl Iterator<Item = (u32, Holds, bool)> {
         let moves = self.from.is_some();
@@ -263,7 +295,7 @@ impl AppendStep {
         [
             (moves, (number(Operand::Q), Holds::From), false),
             (moves, (number(Operand::K), Holds::To), true),
-            (true, own(Operand::KvLens), !moves),
+            (!self.in_place, own(Operand::KvLens), !moves),
             (matches!(self.keys, Keys::Paged(_)), own(Operand::BlockTable), false),
             (self.ragged, own(Operand::CuSeqlensQ), false),
             (self.status, own(Operand::Status), true),
@@ -415,6 +447,7 @@ impl Append {
             from: Some(Io { dtype: p.dtype, vec4: false, native: native(p.dtype) }),
             to: Some(Io { dtype: stored, vec4, native: native(stored) }),
             is_query,
+            in_place: false,
             width: width as u32,
             keys: match p.cache {
                 Cache::Ring { capacity } if !is_query => Keys::Ring(capacity as u32),
@@ -422,27 +455,14 @@ impl Append {
                 _ => Keys::Contiguous,
             },
             ragged: p.total_q.is_some(),
-            norm: self.norm.filter(|_| of.turns).map(|norm| {
-                let gain = if is_query { Operand::QGain } else { Operand::KGain };
-                let rms = matches!(norm, QkNorm::Rms { .. });
-                Norm { rms, gain: rms.then_some(gain) }
-            }),
-            rope: self.rope.filter(|_| of.turns).map(|rope| Turn {
-                width: rope.width as u32,
-                interleaved: rope.pairing == Pairing::Interleaved,
-            }),
+            norm: self
+                .norm
+                .filter(|_| of.turns)
+                .map(|norm| Norm::of(norm, if is_query { Operand::QGain } else { Operand::KGain })),
+            rope: self.rope.filter(|_| of.turns).map(Turn::of),
             status: p.status && !is_query,
         };
-        let bytes = if step.norm.is_some() { 8 } else { 4 } * width as u64;
-        for (what, need, got) in [
-            ("bytes of workgroup memory", bytes, u64::from(caps.max_workgroup_bytes)),
-            ("storage buffers", step.bindings().count() as u64, u64::from(caps.max_storage_buffers)),
-        ] {
-            if need > got {
-                let why = format!("it needs {need} {what}, the device has {got}");
-                return Err(Error::KernelUnfit { kernel: "append".into(), why });
-            }
-        }
+        step.fits(caps)?;
         let params = Params {
             heads_q: of.heads as u32,
             head_dim: width as u32,
@@ -460,6 +480,7 @@ impl Append {
             from: None,
             to: None,
             is_query: false,
+            in_place: false,
             width: 0,
             keys: Keys::Contiguous,
             ragged: self.problem.total_q.is_some(),
@@ -572,43 +593,152 @@ impl Attention {
             let (step, params, groups) = append.step(&of, caps)?;
             steps.push((step, params, groups, Some((of.from, of.to))));
         }
-        let shared = &self.shared;
         let mut ready = Vec::new();
         for (step, params, groups, tensors) in steps {
-            let pipeline =
-                shared.pipelines.get(&shared.device, Recipe::Append(step), shared.options.runtime_checks)?;
-            let mut scratch = shared.scratch.lock().unwrap_or_else(PoisonError::into_inner);
-            let bind_group = scoped(&shared.device, "bind groups of an append", || {
-                let block = scratch.params(&shared.device, bytemuck::bytes_of(&params).to_vec());
-                let whole = Window { start: 0, end: size_of::<Params>() as u64 };
-                let mut bound = vec![Bound { number: 0, buffer: block, window: whole }];
-                for (number, holds, _) in step.bindings() {
-                    let operand = match (holds, tensors) {
-                        (Holds::From, Some((from, _))) => from,
-                        (Holds::To, Some((_, to))) => to,
-                        (Holds::Operand(operand), _) => operand,
-                        (_, None) => unreachable!("a step that moves nothing binds no tensor"),
-                    };
-                    let window = append.window(operand, caps);
-                    bound.push(match operands.get(operand).filter(|_| window.end > window.start) {
-                        Some(buffer) => Bound { number, buffer: buffer.clone(), window },
-                        None => {
-                            let window = Window { start: 0, end: 16 };
-                            Bound { number, buffer: scratch.empty(&shared.device), window }
-                        }
-                    });
-                }
-                bind_group(&shared.device, step.name(), &pipeline, &bound)
-            })
-            .inspect_err(|_| scratch.clear())?;
-            ready.push(Ready {
-                pipeline: Arc::clone(&pipeline),
-                bind_group,
-                params_at: 0,
-                groups: Groups::Known(fold(groups, caps.max_dispatch)),
-            });
+            let mut bound = Vec::new();
+            for (number, holds, _) in step.bindings() {
+                let operand = match (holds, tensors) {
+                    (Holds::From, Some((from, _))) => from,
+                    (Holds::To, Some((_, to))) => to,
+                    (Holds::Operand(operand), _) => operand,
+                    (_, None) => unreachable!("a step that moves nothing binds no tensor"),
+                };
+                let Some(buffer) = operands.get(operand) else { continue };
+                bound.push(Bound { number, buffer: buffer.clone(), window: append.window(operand, caps) });
+            }
+            ready.push(self.ready_step(step, &params, groups, bound)?);
         }
         Ok(Prepared::new(ready))
+    }
+}
+
+/// Queries and keys of a layer, normalised and turned on their way from one buffer to another.
+pub(crate) struct Turns<'a> {
+    pub(crate) layer: &'a Layer,
+    pub(crate) operands: &'a LayerOperands<'a>,
+    pub(crate) from: &'a wgpu::Buffer,
+    pub(crate) to: &'a wgpu::Buffer,
+}
+
+impl Attention {
+    /// The two dispatches of [`Turns`].
+    pub(crate) fn prepare_turns(&self, turns: &Turns<'_>) -> Result<Prepared> {
+        let (layer, operands, caps) = (turns.layer, turns.operands, self.caps());
+        let p = &layer.attention;
+        let ([q, k, _], places, [to_k, _]) = (layer.widths(), layer.places(), layer.turned());
+        let mut all = Prepared::default();
+        for (gain, gains, heads, seq, dim, total, list, from, to) in [
+            (
+                Layer::GAINS[0],
+                operands.q_gain,
+                p.heads_q,
+                p.seq_q,
+                p.query_dim(),
+                p.total_q,
+                operands.options.cu_seqlens_q,
+                Layer::heads(0, places.row_q, p.seq_q, p.query_dim()),
+                Layer::heads(0, q, p.seq_q, p.query_dim()),
+            ),
+            (
+                Layer::GAINS[1],
+                operands.k_gain,
+                p.heads_kv,
+                p.seq_kv,
+                p.head_dim,
+                if let Cache::Ragged { total } = p.cache { Some(total) } else { None },
+                operands.options.cu_seqlens_k,
+                Layer::heads(places.k, places.row_kv, p.seq_kv, p.head_dim),
+                Layer::heads(to_k, k, p.seq_kv, p.head_dim),
+            ),
+        ] {
+            let native = p.dtype == Dtype::F16 && caps.shader_f16;
+            let step = AppendStep {
+                from: Some(Io { dtype: p.dtype, vec4: false, native }),
+                to: Some(Io { dtype: p.dtype, vec4: to.is_vec4(dim), native }),
+                is_query: true,
+                in_place: true,
+                width: dim as u32,
+                keys: Keys::Contiguous,
+                ragged: total.is_some(),
+                norm: layer.norm.map(|norm| Norm::of(norm, gain)),
+                rope: layer.rope.map(Turn::of),
+                status: false,
+            };
+            step.fits(caps)?;
+            let shape = match total {
+                Some(total) => [1, heads, total, dim],
+                None => [p.batch, heads, seq, dim],
+            };
+            let window = |layout| Window::of(layout, shape, p.dtype.bytes(), caps);
+            let block =
+                |layout| ParamLayout::new(layout, shape, window(layout).start as usize / p.dtype.bytes());
+            let params = Params {
+                batch: p.batch as u32,
+                heads_q: heads as u32,
+                seq_q: seq as u32,
+                seq_kv: seq as u32,
+                total_q: total.unwrap_or(0) as u32,
+                head_dim: dim as u32,
+                norm_epsilon: layer.norm.map_or(0.0, QkNorm::epsilon),
+                q: block(from),
+                k: block(to),
+                ..Params::default()
+            };
+            let words = |buffer: Option<&wgpu::Buffer>, operand, elements: usize| {
+                let buffer = buffer.ok_or(Error::MissingOperand { operand })?;
+                let end = 4 * elements as u64;
+                check_buffer(operand, buffer, end)?;
+                Ok((buffer.clone(), Window { start: 0, end }))
+            };
+            let mut bound = Vec::new();
+            for (number, holds, _) in step.bindings() {
+                let (buffer, window) = match holds {
+                    Holds::From => (turns.from.clone(), window(from)),
+                    Holds::To => (turns.to.clone(), window(to)),
+                    Holds::Operand(Operand::CuSeqlensQ) => words(list, Operand::CuSeqlensQ, p.batch + 1)?,
+                    Holds::Operand(Operand::Rope) => {
+                        let elements = layer.rope.map_or(0, |rope| rope.positions * rope.width);
+                        words(operands.rope, Operand::Rope, elements)?
+                    }
+                    Holds::Operand(operand) => words(gains, operand, dim)?,
+                };
+                bound.push(Bound { number, buffer, window });
+            }
+            let groups = (p.batch * heads * seq) as u64;
+            all = all.then(Prepared::new(vec![self.ready_step(step, &params, groups, bound)?]));
+        }
+        Ok(all)
+    }
+
+    /// A step, compiled and bound; its uniform block joins the buffers.
+    fn ready_step(
+        &self,
+        step: AppendStep,
+        params: &Params,
+        groups: u64,
+        mut bound: Vec<Bound>,
+    ) -> Result<Ready> {
+        let (shared, caps) = (&self.shared, self.caps());
+        let pipeline =
+            shared.pipelines.get(&shared.device, Recipe::Append(step), shared.options.runtime_checks)?;
+        let mut scratch = shared.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        let bind_group = scoped(&shared.device, "bind groups of an append", || {
+            let buffer = scratch.params(&shared.device, bytemuck::bytes_of(params).to_vec());
+            let window = Window { start: 0, end: size_of::<Params>() as u64 };
+            bound.push(Bound { number: 0, buffer, window });
+            // An operand without elements could not be bound.
+            for bound in bound.iter_mut().filter(|bound| bound.window.end == bound.window.start) {
+                *bound = Bound {
+                    number: bound.number,
+                    buffer: scratch.empty(&shared.device),
+                    window: Window { start: 0, end: 16 },
+                };
+            }
+            bind_group(&shared.device, step.name(), &pipeline, &bound)
+        })
+        .inspect_err(|_| scratch.clear())?;
+        let groups = Groups::Known(fold(groups, caps.max_dispatch));
+        Ok(Ready { pipeline, bind_group, params_at: 0, groups })
     }
 }
 

@@ -291,6 +291,22 @@ pub enum Error {
         /// Pages of the cache.
         pages: u32,
     },
+    /// Something about one part of an attention layer.
+    #[error("{part}: {why}")]
+    Layer {
+        /// Which part.
+        part: &'static str,
+        /// What is wrong there.
+        why: String,
+    },
+    /// A checkpoint lacks a tensor, or has another one than the layer needs.
+    #[error("checkpoint: {tensor}: {why}")]
+    Checkpoint {
+        /// The tensor's name.
+        tensor: String,
+        /// What is wrong with it.
+        why: String,
+    },
     /// The device cannot do what every kernel for this problem needs.
     #[error("{what}: {need} needed, the device allows {got}")]
     LimitExceeded {

@@ -679,6 +679,9 @@ pub(crate) enum Slot {
     MaskMap,
     Lengths,
     Launch,
+    LayerProjected,
+    LayerTurned,
+    LayerAttended,
 }
 
 impl Slot {
@@ -720,6 +723,9 @@ impl Slot {
             Self::MaskMap => 18,
             Self::Lengths => 23,
             Self::Launch => 28,
+            Self::LayerProjected => 33,
+            Self::LayerTurned => 34,
+            Self::LayerAttended => 35,
         }
     }
 }

@@ -62,6 +62,7 @@ mod fused;
 mod fused_matrix;
 mod host;
 mod kernel;
+mod layer;
 mod layout;
 mod linear;
 mod mask;
@@ -96,6 +97,9 @@ pub use encode::Prepared;
 pub use error::{Error, Operand, Result};
 pub use host::{Inputs, Outputs};
 pub use kernel::Family;
+#[cfg(feature = "safetensors")]
+pub use layer::Naming;
+pub use layer::{HostWeights, Layer, LayerInputs, LayerOperands, LayerOptions};
 pub use layout::Layout;
 pub use linear::{LinearInputs, LinearKernel, LinearOperands, LinearProblem};
 pub use mask::{Align, Window};

@@ -311,6 +311,9 @@ fn module(device: &wgpu::Device, recipe: Recipe, runtime_checks: bool) -> wgpu::
     // proves that each buffer holds what the bind group spans. A tile's rows and outputs stay below 2^32:
     // both sizes are at most 2^28.
     //
+    // A layer's queries and keys are turned where they stand: row t at position t, below the longest sequence,
+    // which the table of angles has (`Layer::validate`).
+    //
     // Launches: `count` gives a dispatch at most as many workgroups as the plan says of all splits, and `merge`
     // reads the shares of those splits alone.
     //

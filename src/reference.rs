@@ -5,6 +5,7 @@ use crate::cache::{Cache, KvRows};
 use crate::dtype::Dtype;
 use crate::error::{Operand, Result};
 use crate::host::Inputs;
+pub use crate::layer::oracle::{LayerReference, layer, layer_naive};
 pub use crate::linear::oracle::{LinearReference, linear};
 use crate::mask::Align;
 pub use crate::merge::oracle::{Merged, merge_states};

@@ -266,7 +266,11 @@ pub(crate) fn compose_append(step: &AppendStep) -> String {
     if [from, to].iter().any(|io| matches!(io.dtype, Dtype::F16 | Dtype::Bf16) && !io.native) {
         add(part!("io/convert"));
     }
-    add(&list(Operand::KvLens));
+    if s.in_place {
+        add(part!("io/positions_rows"));
+    } else {
+        add(&list(Operand::KvLens));
+    }
     add(&row(Operand::Q, s.ragged));
     add(&load(from, Operand::Q));
     match s.norm {

@@ -220,6 +220,7 @@ impl Linear {
             Sizes::Few { .. } => part!("kernel/linear_few"),
             Sizes::Direct { .. } => part!("kernel/linear_direct"),
         };
+        add(&unroll(text, &self.constants()));
         out
     }
 

@@ -126,6 +126,8 @@ impl Plan {
             Slot::Projected => 4 * rows * self.projected_stride(),
             Slot::Carried => rows * self.carried_bytes(),
             Slot::Params | Slot::Operand(_) => 0,
+            // A layer's own.
+            Slot::LayerProjected | Slot::LayerTurned | Slot::LayerAttended => 0,
         }
     }
 

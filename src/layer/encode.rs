@@ -1,0 +1,221 @@
+//! From a layer and buffers to recorded dispatches.
+
+use std::sync::PoisonError;
+
+use super::{Layer, Projection};
+use crate::append::{QkNorm, Turns};
+use crate::attention::{Attention, Operands};
+use crate::encode::Prepared;
+use crate::error::{Error, Operand, Result};
+use crate::kernel::Slot;
+use crate::linear::LinearOperands;
+use crate::scope::scoped;
+
+/// The buffers of a layer. All need `STORAGE` usage; weights and biases lie as the [`Layer`] says.
+#[derive(Clone, Copy, Debug)]
+pub struct LayerOperands<'a> {
+    /// The sequence.
+    pub x: &'a wgpu::Buffer,
+    /// The other sequence, of cross-attention.
+    pub context: Option<&'a wgpu::Buffer>,
+    /// Weights of q, or of q, k and v where they are packed.
+    pub w_q: &'a wgpu::Buffer,
+    /// Weights of k.
+    pub w_k: Option<&'a wgpu::Buffer>,
+    /// Weights of v.
+    pub w_v: Option<&'a wgpu::Buffer>,
+    /// Weights of the output.
+    pub w_o: &'a wgpu::Buffer,
+    /// Bias of q, or of q, k and v where they are packed.
+    pub b_q: Option<&'a wgpu::Buffer>,
+    /// Bias of k.
+    pub b_k: Option<&'a wgpu::Buffer>,
+    /// Bias of v.
+    pub b_v: Option<&'a wgpu::Buffer>,
+    /// Bias of the output.
+    pub b_o: Option<&'a wgpu::Buffer>,
+    /// Gains of the queries' norm, f32.
+    pub q_gain: Option<&'a wgpu::Buffer>,
+    /// Gains of the keys' norm, f32.
+    pub k_gain: Option<&'a wgpu::Buffer>,
+    /// Cosines and sines, f32.
+    pub rope: Option<&'a wgpu::Buffer>,
+    /// The output.
+    pub y: &'a wgpu::Buffer,
+    /// What attention's options want.
+    pub options: LayerOptions<'a>,
+}
+
+/// The buffers of attention's options, as [`Operands`] has them.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct LayerOptions<'a> {
+    /// The bilinear matrix.
+    pub w: Option<&'a wgpu::Buffer>,
+    /// The additive bias.
+    pub bias: Option<&'a wgpu::Buffer>,
+    /// The boolean mask.
+    pub mask: Option<&'a wgpu::Buffer>,
+    /// ALiBi slopes.
+    pub alibi_slopes: Option<&'a wgpu::Buffer>,
+    /// Sink logits.
+    pub sinks: Option<&'a wgpu::Buffer>,
+    /// Valid keys.
+    pub kv_lens: Option<&'a wgpu::Buffer>,
+    /// Where each entry's ragged queries begin, and the last end.
+    pub cu_seqlens_q: Option<&'a wgpu::Buffer>,
+    /// Where each entry's ragged keys begin, and the last end.
+    pub cu_seqlens_k: Option<&'a wgpu::Buffer>,
+    /// The word that reports.
+    pub status: Option<&'a wgpu::Buffer>,
+}
+
+impl<'a> LayerOperands<'a> {
+    /// Packed weights of q, k and v, and those of the output; fill in the rest with `..`.
+    pub fn new(
+        x: &'a wgpu::Buffer,
+        w_q: &'a wgpu::Buffer,
+        w_o: &'a wgpu::Buffer,
+        y: &'a wgpu::Buffer,
+    ) -> Self {
+        Self {
+            x,
+            context: None,
+            w_q,
+            w_k: None,
+            w_v: None,
+            w_o,
+            b_q: None,
+            b_k: None,
+            b_v: None,
+            b_o: None,
+            q_gain: None,
+            k_gain: None,
+            rope: None,
+            y,
+            options: LayerOptions::default(),
+        }
+    }
+
+    /// Sequence, weights and bias of a projection.
+    fn of(&self, layer: &Layer, of: Projection) -> Result<[Option<&'a wgpu::Buffer>; 3]> {
+        let packed = layer.packed;
+        let context = if layer.context_width.is_some() { self.context } else { Some(self.x) };
+        let all = match of {
+            Projection::Q | Projection::Qkv => [Some(self.x), Some(self.w_q), self.b_q],
+            Projection::Kv => [context, Some(self.w_q), self.b_q],
+            Projection::K => [context, self.w_k, self.b_k],
+            Projection::V => [context, self.w_v, self.b_v],
+            Projection::O => [Some(self.x), Some(self.w_o), self.b_o],
+        };
+        for (operand, there) in [(Operand::X, all[0]), (Operand::W, all[1])] {
+            if there.is_none() {
+                return Err(Error::MissingOperand { operand }.of_layer(of.name()));
+            }
+        }
+        if packed && [self.w_k, self.w_v, self.b_k, self.b_v].iter().any(Option::is_some) {
+            return Err(Error::UnexpectedOperand { operand: Operand::W }.of_layer(of.name()));
+        }
+        Ok(all)
+    }
+}
+
+impl Attention {
+    /// Records a layer, in a compute pass of its own. Submits nothing.
+    ///
+    /// # Errors
+    /// Those of [`Attention::prepare_layer`]; then nothing has been recorded.
+    pub fn encode_layer(
+        &self,
+        encoder: &mut wgpu::CommandEncoder,
+        layer: &Layer,
+        operands: &LayerOperands<'_>,
+    ) -> Result<()> {
+        self.prepare_layer(layer, operands)?.encode(encoder);
+        Ok(())
+    }
+
+    /// All of [`Attention::encode_layer`] but the recording. What lies between the projections is scratch memory
+    /// of this object, which what was prepared keeps.
+    ///
+    /// # Errors
+    /// Those of [`Layer::validate`], [`Attention::plan`], [`Attention::prepare_linear`] (as [`Error::Layer`], which
+    /// names the projection) and [`Attention::prepare`].
+    pub fn prepare_layer(&self, layer: &Layer, operands: &LayerOperands<'_>) -> Result<Prepared> {
+        layer.validate()?;
+        let p = layer.attention();
+        if layer.tokens() == 0 || p.rows() == 0 {
+            return Ok(Prepared::default());
+        }
+        if (layer.context_width.is_some(), operands.context.is_some()) == (false, true) {
+            return Err(Error::UnexpectedOperand { operand: Operand::X }.of_layer(Projection::Kv.name()));
+        }
+        let gains = matches!(layer.norm, Some(QkNorm::Rms { .. }));
+        for (operand, wanted, buffer) in [
+            (Operand::Rope, layer.rope.is_some(), operands.rope),
+            (Operand::QGain, gains, operands.q_gain),
+            (Operand::KGain, gains, operands.k_gain),
+        ] {
+            match (wanted, buffer.is_some()) {
+                (true, false) => return Err(Error::MissingOperand { operand }),
+                (false, true) => return Err(Error::UnexpectedOperand { operand }),
+                _ => {}
+            }
+        }
+        let plan = self.plan(&p)?;
+        let bytes = p.dtype.bytes();
+        let attended = layer.tokens() * p.heads_q * p.head_dim_v;
+        let [projected, turned, attended] = [
+            (Slot::LayerProjected, layer.places().len),
+            (Slot::LayerTurned, if layer.turns() { layer.turned()[1] } else { 0 }),
+            (Slot::LayerAttended, attended),
+        ]
+        .map(|(slot, elements)| self.layer_scratch(slot, elements as u64 * bytes as u64));
+        let [projected, turned, attended] = [projected?, turned?, attended?];
+
+        let mut all = Prepared::default();
+        for (of, problem) in layer.projections() {
+            let [x, w, bias] = operands.of(layer, of)?;
+            let (Some(x), Some(w)) = (x, w) else { unreachable!("looked for above") };
+            let linear = LinearOperands { bias, ..LinearOperands::new(x, w, &projected) };
+            all = all.then(self.prepare_linear(&problem, &linear).map_err(|e| e.of_layer(of.name()))?);
+        }
+        if layer.turns() {
+            all = all.then(self.prepare_turns(&Turns { layer, operands, from: &projected, to: &turned })?);
+        }
+        let options = &operands.options;
+        let qk = if layer.turns() { &turned } else { &projected };
+        let attend = Operands {
+            w: options.w,
+            bias: options.bias,
+            mask: options.mask,
+            alibi_slopes: options.alibi_slopes,
+            sinks: options.sinks,
+            kv_lens: options.kv_lens,
+            cu_seqlens_q: options.cu_seqlens_q,
+            cu_seqlens_k: options.cu_seqlens_k,
+            status: options.status,
+            ..Operands::new(qk, qk, &projected, &attended)
+        };
+        all = all.then(self.prepare(&plan, &attend)?);
+        let [_, w, bias] = operands.of(layer, Projection::O)?;
+        let Some(w) = w else { unreachable!("looked for above") };
+        let linear = LinearOperands { bias, ..LinearOperands::new(&attended, w, operands.y) };
+        let last = self.prepare_linear(&layer.projection_o(), &linear);
+        Ok(all.then(last.map_err(|e| e.of_layer(Projection::O.name()))?))
+    }
+
+    /// A scratch buffer between the parts of a layer.
+    fn layer_scratch(&self, slot: Slot, bytes: u64) -> Result<wgpu::Buffer> {
+        let caps = self.caps();
+        let got = caps.max_storage_binding.min(caps.max_buffer);
+        if bytes > got {
+            let what = "scratch: bytes between a layer's parts in one storage binding".into();
+            return Err(Error::LimitExceeded { what, need: bytes, got });
+        }
+        let shared = &self.shared;
+        let mut scratch = shared.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        let bytes = bytes.next_multiple_of(16).max(16);
+        scoped(&shared.device, "scratch memory of a layer", || scratch.buffer(&shared.device, slot, bytes))
+            .inspect_err(|_| scratch.clear())
+    }
+}

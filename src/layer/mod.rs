@@ -1,0 +1,343 @@
+//! The attention layer: from a sequence to its attended output. Here is what one is; `encode` has the way to
+//! the GPU, `oracle` what it is held to, and `weights` how checkpoints are read.
+
+mod encode;
+pub(crate) mod oracle;
+#[cfg(feature = "safetensors")]
+mod weights;
+
+pub use encode::{LayerOperands, LayerOptions};
+pub use oracle::{HostWeights, LayerInputs};
+#[cfg(feature = "safetensors")]
+pub use weights::Naming;
+
+use crate::append::QkNorm;
+use crate::cache::Cache;
+use crate::dtype::Dtype;
+use crate::error::{Error, Operand, Result};
+use crate::layout::Layout;
+use crate::linear::LinearProblem;
+use crate::problem::AttentionProblem;
+use crate::rope::Rope;
+
+/// One attention layer as models have it: projections of a sequence to queries, keys and values, attention of
+/// several heads side by side, and a projection of what they found (Vaswani 2017, "multi-head attention").
+///
+/// ```text
+/// q = norm(x Wq + bq)   k = norm(c Wk + bk)   v = c Wv + bv     c = x, or the context of cross-attention
+/// q, k turned by their positions (RoPE)
+/// y = attention(q, k, v) Wo + bo
+/// ```
+///
+/// Heads are strides: each projection writes where attention reads, and nothing is transposed. What lies
+/// between the projections is stored in [`AttentionProblem::dtype`], the type of x.
+///
+/// ```
+/// use wgpu_attention::{Align, AttentionProblem, Layer, Rope};
+/// // A decoder's layer over 128 tokens of width 576: 9 query heads over 3, width 64.
+/// let attention = AttentionProblem {
+///     causal: Some(Align::TopLeft),
+///     ..AttentionProblem::new(1, 9, 3, 128, 128, 64, 64)
+/// };
+/// let layer = Layer { rope: Some(Rope { positions: 128, ..Rope::new(64) }), ..Layer::new(&attention, 576) };
+/// assert!(layer.validate().is_ok());
+/// ```
+#[derive(Clone, Debug, PartialEq)]
+pub struct Layer {
+    /// What is computed between the projections: sizes, heads, masks and every other option. The layer makes
+    /// its layouts; keys are contiguous, or ragged; it gives neither lse nor weights.
+    pub attention: AttentionProblem,
+    /// Width of x's rows.
+    pub width: usize,
+    /// Width of the context's rows where keys and values come from another sequence than queries
+    /// (cross-attention).
+    pub context_width: Option<usize>,
+    /// Width of y's rows.
+    pub out_width: usize,
+    /// Where x's rows lie: `[tokens, width]`, the entries of a batch one after the other.
+    pub x: Layout,
+    /// Where the context's rows lie.
+    pub context: Layout,
+    /// Where y's rows lie: `[tokens, out_width]`.
+    pub y: Layout,
+    /// Storage of all weights and biases.
+    pub weight_dtype: Dtype,
+    /// Weights are `[in, out]`, not `[out, in]` as PyTorch stores them.
+    pub transposed: bool,
+    /// The weights of q, k and v are one matrix, in this order along its outputs, and so are their biases.
+    pub packed: bool,
+    /// q, k and v have biases.
+    pub bias: bool,
+    /// y has one.
+    pub bias_o: bool,
+    /// Normalises queries and keys, head by head (QK-norm).
+    pub norm: Option<QkNorm>,
+    /// Turns queries and keys by their positions in the sequence.
+    pub rope: Option<Rope>,
+}
+
+/// A matrix of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Projection {
+    Q,
+    K,
+    V,
+    /// q, k and v at once.
+    Qkv,
+    /// k and v of a context at once.
+    Kv,
+    O,
+}
+
+impl Projection {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Q => "the projection of q",
+            Self::K => "the projection of k",
+            Self::V => "the projection of v",
+            Self::Qkv => "the projection of q, k and v",
+            Self::Kv => "the projection of k and v",
+            Self::O => "the projection of the output",
+        }
+    }
+}
+
+/// Where projected rows lie: one row of the sequence after the other, and in each q, k and v of all heads; those
+/// of a context have rows of their own, behind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Places {
+    /// Elements in all.
+    pub(crate) len: usize,
+    /// Row strides of queries and of keys.
+    pub(crate) row_q: usize,
+    pub(crate) row_kv: usize,
+    pub(crate) k: usize,
+    pub(crate) v: usize,
+}
+
+impl Layer {
+    /// A self-attention layer over contiguous rows of `width`, with f32 weights and no biases.
+    pub fn new(attention: &AttentionProblem, width: usize) -> Self {
+        Self {
+            attention: attention.clone(),
+            width,
+            context_width: None,
+            out_width: width,
+            x: Layout::rows(width),
+            context: Layout::rows(width),
+            y: Layout::rows(width),
+            weight_dtype: Dtype::F32,
+            transposed: false,
+            packed: false,
+            bias: false,
+            bias_o: false,
+            norm: None,
+            rope: None,
+        }
+    }
+
+    /// The same layer as cross-attention to a context of contiguous rows of `width`.
+    #[must_use]
+    pub fn with_context(self, width: usize) -> Self {
+        Self { context_width: Some(width), context: Layout::rows(width), ..self }
+    }
+
+    /// Rows of x and y.
+    pub fn tokens(&self) -> usize {
+        let p = &self.attention;
+        p.total_q.unwrap_or(p.batch.saturating_mul(p.seq_q))
+    }
+
+    /// Rows that keys and values are made of: those of x, or of the context.
+    pub fn tokens_kv(&self) -> usize {
+        let p = &self.attention;
+        match p.cache {
+            Cache::Ragged { total } => total,
+            _ => p.batch.saturating_mul(p.seq_kv),
+        }
+    }
+
+    /// Widths of q, k and v of all heads.
+    pub(crate) fn widths(&self) -> [usize; 3] {
+        let p = &self.attention;
+        [p.heads_q * p.query_dim(), p.heads_kv * p.head_dim, p.heads_kv * p.head_dim_v]
+    }
+
+    /// Where q, k and v of all tokens lie.
+    pub(crate) fn places(&self) -> Places {
+        let [q, k, v] = self.widths();
+        if self.context_width.is_none() {
+            let row = q + k + v;
+            return Places { len: self.tokens() * row, row_q: row, row_kv: row, k: q, v: q + k };
+        }
+        // At a multiple of four, so that vectors stay whole.
+        let first = (self.tokens() * q).next_multiple_of(4);
+        let len = first + self.tokens_kv() * (k + v);
+        Places { len, row_q: q, row_kv: k + v, k: first, v: first + k }
+    }
+
+    /// Where q and k lie once they are normalised and turned: k behind q, and all elements.
+    pub(crate) fn turned(&self) -> [usize; 2] {
+        let [q, k, _] = self.widths();
+        let first = (self.tokens() * q).next_multiple_of(4);
+        [first, first + self.tokens_kv() * k]
+    }
+
+    pub(crate) fn turns(&self) -> bool {
+        self.norm.is_some() || self.rope.is_some()
+    }
+
+    /// `[batch, heads, seq, dim]` in rows of `row` elements.
+    pub(crate) fn heads(offset: usize, row: usize, seq: usize, dim: usize) -> Layout {
+        Layout { offset, strides: [seq * row, dim, row, 1] }
+    }
+
+    /// The attention call over what was projected.
+    pub(crate) fn attention(&self) -> AttentionProblem {
+        let p = &self.attention;
+        let ([q, k, _], places) = (self.widths(), self.places());
+        let v = Self::heads(places.v, places.row_kv, p.seq_kv, p.head_dim_v);
+        let (q, k) = if self.turns() {
+            let [first, _] = self.turned();
+            (Self::heads(0, q, p.seq_q, p.query_dim()), Self::heads(first, k, p.seq_kv, p.head_dim))
+        } else {
+            (
+                Self::heads(0, places.row_q, p.seq_q, p.query_dim()),
+                Self::heads(places.k, places.row_kv, p.seq_kv, p.head_dim),
+            )
+        };
+        let o = Self::heads(0, p.heads_q * p.head_dim_v, p.seq_q, p.head_dim_v);
+        AttentionProblem { q, k, v, o, out_dtype: p.dtype, kv_dtype: None, ..p.clone() }
+    }
+
+    /// The linear maps before attention; of a packed matrix as few as there may be.
+    pub(crate) fn projections(&self) -> Vec<(Projection, LinearProblem)> {
+        use Projection::*;
+        let ([q, k, v], places) = (self.widths(), self.places());
+        match (self.packed, self.context_width) {
+            (true, None) => vec![(Qkv, self.linear(Qkv, q + k + v, 0, 0, places.row_q))],
+            (true, Some(_)) => vec![
+                (Q, self.linear(Q, q, 0, 0, places.row_q)),
+                (Kv, self.linear(Kv, k + v, q, places.k, places.row_kv)),
+            ],
+            (false, _) => vec![
+                (Q, self.linear(Q, q, 0, 0, places.row_q)),
+                (K, self.linear(K, k, 0, places.k, places.row_kv)),
+                (V, self.linear(V, v, 0, places.v, places.row_kv)),
+            ],
+        }
+    }
+
+    /// A linear map to `outputs`, whose weights begin at output `first` of their matrix, and whose results go
+    /// to `to` in rows of `row`.
+    fn linear(&self, of: Projection, outputs: usize, first: usize, to: usize, row: usize) -> LinearProblem {
+        let from_context = matches!(of, Projection::K | Projection::V | Projection::Kv);
+        let (rows, inputs, x) = match (from_context, self.context_width) {
+            (true, Some(width)) => (self.tokens_kv(), width, self.context),
+            _ => (self.tokens(), self.width, self.x),
+        };
+        let total = if self.packed { self.widths().iter().sum() } else { outputs };
+        let w = if self.transposed {
+            Layout::columns(total).at(first)
+        } else {
+            Layout::rows(inputs).at(first * inputs)
+        };
+        let problem = LinearProblem {
+            dtype: self.attention.dtype,
+            weight_dtype: self.weight_dtype,
+            out_dtype: self.attention.dtype,
+            x,
+            w,
+            y: Layout::rows(row).at(to),
+            ..LinearProblem::new(rows, inputs, outputs)
+        };
+        match self.bias {
+            true => {
+                let mut biased = problem.with_bias(self.weight_dtype);
+                if let Some(bias) = &mut biased.bias {
+                    bias.layout = bias.layout.at(first);
+                }
+                biased
+            }
+            false => problem,
+        }
+    }
+
+    /// The linear map after attention.
+    pub(crate) fn projection_o(&self) -> LinearProblem {
+        let inputs = self.attention.heads_q * self.attention.head_dim_v;
+        let problem = LinearProblem {
+            dtype: self.attention.dtype,
+            weight_dtype: self.weight_dtype,
+            out_dtype: self.attention.out_dtype,
+            y: self.y,
+            w: if self.transposed { Layout::columns(self.out_width) } else { Layout::rows(inputs) },
+            ..LinearProblem::new(self.tokens(), inputs, self.out_width)
+        };
+        if self.bias_o { problem.with_bias(self.weight_dtype) } else { problem }
+    }
+
+    /// Checks every rule that does not depend on data or device.
+    ///
+    /// # Errors
+    /// Those of [`AttentionProblem::validate`]; [`Error::Layer`] for what no layer has, and around what is wrong
+    /// with one of its linear maps.
+    pub fn validate(&self) -> Result<()> {
+        let p = &self.attention;
+        let fail = |why: &str| Err(Error::Layer { part: "the layer", why: why.into() });
+        let ragged_k = matches!(p.cache, Cache::Ragged { .. });
+        if !ragged_k && p.cache != Cache::Contiguous {
+            return fail("it makes its keys itself: they are contiguous or ragged");
+        }
+        if p.kv_dtype.is_some_and(|kv| kv != p.dtype) {
+            return fail("its keys and values have the type of x");
+        }
+        if p.lse || p.weights {
+            return fail("it gives neither lse nor weights");
+        }
+        if self.context_width.is_none() {
+            if self.tokens() != self.tokens_kv() || p.seq_q != p.seq_kv {
+                return fail("without a context there is a key for each query");
+            }
+            if p.total_q.is_some() != ragged_k {
+                return fail("without a context queries and keys are both ragged, or neither");
+            }
+        }
+        if let Some(rope) = self.rope {
+            let widest = p.head_dim.min(p.query_dim());
+            if rope.width == 0 || rope.width % 2 == 1 || rope.width > widest {
+                return fail(&format!(
+                    "rope turns {} elements of {widest}: an even number up to all",
+                    rope.width
+                ));
+            }
+            if rope.positions < p.seq_q.max(p.seq_kv) {
+                let longest = p.seq_q.max(p.seq_kv);
+                return fail(&format!(
+                    "rope's table has {} positions, the sequence {longest}",
+                    rope.positions
+                ));
+            }
+        }
+        for (what, size) in [("batch", p.batch), ("seq_q", p.seq_q), ("seq_kv", p.seq_kv)] {
+            if size > crate::problem::MAX_SEQ {
+                let max = crate::problem::MAX_SEQ as u64;
+                return Err(Error::TooLarge { what: what.into(), got: size as u128, max });
+            }
+        }
+        for (of, problem) in self.projections().into_iter().chain([(Projection::O, self.projection_o())]) {
+            problem.validate().map_err(|error| error.of_layer(of.name()))?;
+        }
+        self.attention().validate()
+    }
+
+    /// The operand of [`Error`] that a layer's own operand is.
+    pub(crate) const GAINS: [Operand; 2] = [Operand::QGain, Operand::KGain];
+}
+
+impl Error {
+    /// The same error, as one about a part of a layer.
+    pub(crate) fn of_layer(self, part: &'static str) -> Self {
+        Self::Layer { part, why: self.to_string() }
+    }
+}

@@ -1,0 +1,387 @@
+//! The attention layer against its parts in f64: every way in which weights lie, every option, real layers.
+
+mod common;
+
+use std::path::Path as FilePath;
+
+use common::gpu::{self, Gpu, Kind, USAGE, download, upload};
+use common::npy::Npy;
+use common::rng::Rng;
+use wgpu_attention::reference::{layer as oracle, layer_naive, max_error};
+use wgpu_attention::{
+    Align, AttentionProblem, Cache, Dtype, Error, HostWeights, Layer, LayerInputs, LayerOperands,
+    LayerOptions, Layout, Pairing, QkNorm, Rope, Tensor, Window,
+};
+
+fn gpus() -> Vec<&'static Gpu> {
+    [(Kind::Full, false), (Kind::Minimal, true)]
+        .iter()
+        .filter_map(|&(kind, checks)| gpu::get(kind, checks))
+        .collect()
+}
+
+/// A layer with all that it reads.
+struct Case {
+    name: String,
+    layer: Layer,
+    x: Tensor,
+    context: Option<Tensor>,
+    weights: HostWeights,
+    table: Option<Vec<f32>>,
+    mask: Option<Vec<u8>>,
+    slopes: Option<Vec<f32>>,
+    sinks: Option<Vec<f32>>,
+    lens: Option<Vec<u32>>,
+    list_q: Option<Vec<u32>>,
+    list_k: Option<Vec<u32>>,
+}
+
+impl Case {
+    fn inputs(&self) -> LayerInputs<'_> {
+        LayerInputs {
+            context: self.context.as_ref().map(Tensor::as_ref),
+            rope: self.table.as_deref(),
+            mask: self.mask.as_deref(),
+            alibi_slopes: self.slopes.as_deref(),
+            sinks: self.sinks.as_deref(),
+            kv_lens: self.lens.as_deref(),
+            cu_seqlens_q: self.list_q.as_deref(),
+            cu_seqlens_k: self.list_k.as_deref(),
+            ..LayerInputs::new(self.x.as_ref(), &self.weights)
+        }
+    }
+
+    /// Random weights and data for a layer. Lists of ragged entries are given.
+    fn new(name: &str, layer: Layer, lists: Option<[Vec<u32>; 2]>, seed: u64) -> Self {
+        let mut rng = Rng::new(seed);
+        let p = &layer.attention;
+        let normals =
+            |rng: &mut Rng, n: usize, by: f32| (0..n).map(|_| by * rng.normal()).collect::<Vec<f32>>();
+        let matrix = |rng: &mut Rng, outputs: usize, inputs: usize| {
+            Tensor::from_f32(
+                layer.weight_dtype,
+                &normals(rng, outputs * inputs, 1.2 / (inputs as f32).sqrt()),
+            )
+        };
+        let bias = |rng: &mut Rng, there: bool, n: usize| {
+            there.then(|| Tensor::from_f32(layer.weight_dtype, &normals(rng, n, 0.3)))
+        };
+        let (q, k, v) = (p.heads_q * p.head_dim, p.heads_kv * p.head_dim, p.heads_kv * p.head_dim_v);
+        let width_kv = layer.context_width.unwrap_or(layer.width);
+        let o = matrix(&mut rng, layer.out_width, p.heads_q * p.head_dim_v);
+        let mut weights = if layer.packed {
+            HostWeights::new(matrix(&mut rng, q + k + v, layer.width), o)
+        } else {
+            HostWeights {
+                w_k: Some(matrix(&mut rng, k, width_kv)),
+                w_v: Some(matrix(&mut rng, v, width_kv)),
+                ..HostWeights::new(matrix(&mut rng, q, layer.width), o)
+            }
+        };
+        weights.b_q = bias(&mut rng, layer.bias, if layer.packed { q + k + v } else { q });
+        weights.b_k = bias(&mut rng, layer.bias && !layer.packed, k);
+        weights.b_v = bias(&mut rng, layer.bias && !layer.packed, v);
+        weights.b_o = bias(&mut rng, layer.bias_o, layer.out_width);
+        if matches!(layer.norm, Some(QkNorm::Rms { .. })) {
+            weights.q_gain = Some(normals(&mut rng, p.head_dim, 1.0));
+            weights.k_gain = Some(normals(&mut rng, p.head_dim, 1.0));
+        }
+        let rows = |rng: &mut Rng, tokens: usize, width: usize| {
+            Tensor::from_f32(p.dtype, &normals(rng, tokens * width, 1.0))
+        };
+        let x = rows(&mut rng, layer.tokens(), layer.width);
+        let context = layer.context_width.map(|width| rows(&mut rng, layer.tokens_kv(), width));
+        let [list_q, list_k] = lists.map_or([None, None], |[q, k]| [Some(q), Some(k)]);
+        Self {
+            name: name.into(),
+            x,
+            context,
+            weights,
+            table: layer.rope.map(|rope| rope.table(10_000.0)),
+            mask: p.mask.map(|_| (0..p.seq_q * p.seq_kv).map(|_| u8::from(rng.chance(0.8))).collect()),
+            slopes: p.alibi.then(|| (0..p.heads_q).map(|h| 0.5_f32.powi(h as i32 + 1)).collect()),
+            sinks: p.sinks.then(|| normals(&mut rng, p.heads_q, 1.0)),
+            lens: p.kv_lens.then(|| (0..p.batch).map(|b| (p.seq_kv - b * 3) as u32).collect()),
+            list_q: list_q.filter(|_| p.total_q.is_some()),
+            list_k: list_k.filter(|_| matches!(p.cache, Cache::Ragged { .. })),
+            layer,
+        }
+    }
+
+    /// The layer on a device, from buffers to y.
+    fn run(&self, gpu: &Gpu) -> Result<Tensor, Error> {
+        let device = gpu.attention.device();
+        let up = |tensor: &Tensor| upload(device, "x", tensor.as_ref().bytes(), USAGE);
+        let floats = |x: &Option<Vec<f32>>| x.as_ref().map(|x| up(&Tensor::F32(x.clone())));
+        let words =
+            |x: &Option<Vec<u32>>| x.as_ref().map(|x| upload(device, "x", bytemuck::cast_slice(x), USAGE));
+        let maybe = |x: &Option<Tensor>| x.as_ref().map(up);
+        let w = &self.weights;
+        let (x, context, rope) = (up(&self.x), maybe(&self.context), floats(&self.table));
+        let (w_q, w_k, w_v, w_o) = (up(&w.w_q), maybe(&w.w_k), maybe(&w.w_v), up(&w.w_o));
+        let (b_q, b_k, b_v, b_o) = (maybe(&w.b_q), maybe(&w.b_k), maybe(&w.b_v), maybe(&w.b_o));
+        let (q_gain, k_gain) = (floats(&w.q_gain), floats(&w.k_gain));
+        let (alibi_slopes, sinks, kv_lens) = (floats(&self.slopes), floats(&self.sinks), words(&self.lens));
+        let (cu_seqlens_q, cu_seqlens_k) = (words(&self.list_q), words(&self.list_k));
+        let mask = self.mask.as_ref().map(|mask| upload(device, "mask", mask, USAGE));
+        let dtype = self.layer.attention.out_dtype;
+        let elements = self.layer.tokens() * self.layer.out_width;
+        let y = up(&Tensor::from_f32(dtype, &vec![f32::NAN; elements.next_multiple_of(2)]));
+        let operands = LayerOperands {
+            context: context.as_ref(),
+            w_k: w_k.as_ref(),
+            w_v: w_v.as_ref(),
+            b_q: b_q.as_ref(),
+            b_k: b_k.as_ref(),
+            b_v: b_v.as_ref(),
+            b_o: b_o.as_ref(),
+            q_gain: q_gain.as_ref(),
+            k_gain: k_gain.as_ref(),
+            rope: rope.as_ref(),
+            options: LayerOptions {
+                mask: mask.as_ref(),
+                alibi_slopes: alibi_slopes.as_ref(),
+                sinks: sinks.as_ref(),
+                kv_lens: kv_lens.as_ref(),
+                cu_seqlens_q: cu_seqlens_q.as_ref(),
+                cu_seqlens_k: cu_seqlens_k.as_ref(),
+                ..LayerOptions::default()
+            },
+            ..LayerOperands::new(&x, &w_q, &w_o, &y)
+        };
+        let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        gpu.attention.encode_layer(&mut encoder, &self.layer, &operands)?;
+        gpu.attention.queue().submit([encoder.finish()]);
+        Ok(Tensor::from_bytes(
+            dtype,
+            &download(device, gpu.attention.queue(), &y)[..elements * dtype.bytes()],
+        ))
+    }
+
+    /// Holds y to the oracle: by the f32 rule scaled by the layer's own magnitude, or by twice what plain code in
+    /// the storage precision is wrong by.
+    fn check(&self, what: &str, y: &Tensor) {
+        let want = oracle(&self.layer, &self.inputs()).unwrap_or_else(|e| panic!("{}: {e}", self.name));
+        let got: Vec<f64> = y.to_f32().into_iter().map(f64::from).collect();
+        assert_eq!(got.len(), want.y.len(), "{}", self.name);
+        let p = &self.layer.attention;
+        if (p.dtype, p.out_dtype) == (Dtype::F32, Dtype::F32) {
+            let by = 8.0 * 2f64.powi(-24) * want.max_score.max(1.0);
+            for (i, (got, y)) in got.iter().zip(&want.y).enumerate() {
+                let budget = by * want.scale[i];
+                assert!(
+                    (got - y).abs() <= budget,
+                    "{what}: y[{i}] is {got}, {y} +- {budget:e} in {}",
+                    self.name
+                );
+            }
+        } else {
+            let naive = layer_naive(&self.layer, &self.inputs()).expect("the oracle took it");
+            let budget = 2.0 * max_error(naive.y.iter().copied(), &want.y) + 1e-5;
+            let error = max_error(got, &want.y);
+            assert!(error <= budget, "{what}: {error:e} of {budget:e} in {}", self.name);
+        }
+    }
+}
+
+fn layers() -> Vec<(String, Layer, Option<[Vec<u32>; 2]>)> {
+    let causal = |problem| AttentionProblem { causal: Some(Align::TopLeft), ..problem };
+    let plain = AttentionProblem::new(2, 4, 2, 19, 19, 16, 16);
+    let uneven = AttentionProblem::new(1, 3, 1, 33, 33, 10, 7);
+    let rope = |width, pairing| Some(Rope { pairing, width, positions: 40 });
+    let mut all = vec![
+        ("plain".to_string(), Layer::new(&plain, 24), None),
+        (
+            "packed, biased".into(),
+            Layer { packed: true, bias: true, bias_o: true, ..Layer::new(&plain, 24) },
+            None,
+        ),
+        (
+            "packed, [in, out], causal, RoPE".into(),
+            Layer {
+                packed: true,
+                transposed: true,
+                bias: true,
+                rope: rope(16, Pairing::HalfSplit),
+                ..Layer::new(&causal(plain.clone()), 20)
+            },
+            None,
+        ),
+        (
+            "uneven widths, QK-norm and interleaved RoPE".into(),
+            Layer {
+                bias_o: true,
+                norm: Some(QkNorm::Rms { epsilon: 1e-6 }),
+                rope: rope(6, Pairing::Interleaved),
+                out_width: 9,
+                y: Layout::rows(9),
+                ..Layer::new(&causal(uneven.clone()), 13)
+            },
+            None,
+        ),
+        (
+            "l2 norm, window, ALiBi, sinks, mask, lengths".into(),
+            Layer {
+                norm: Some(QkNorm::L2 { epsilon: 1e-6 }),
+                ..Layer::new(
+                    &AttentionProblem {
+                        scale: Some(6.0),
+                        window: Some(Window { left: Some(8), right: Some(3) }),
+                        align: Align::TopLeft,
+                        alibi: true,
+                        sinks: true,
+                        kv_lens: true,
+                        mask: Some(Layout::broadcast([1, 1, 19, 19])),
+                        ..plain.clone()
+                    },
+                    24,
+                )
+            },
+            None,
+        ),
+        (
+            "cross-attention".into(),
+            Layer {
+                bias: true,
+                ..Layer::new(&AttentionProblem::new(2, 4, 4, 5, 21, 8, 12), 18).with_context(30)
+            },
+            None,
+        ),
+        (
+            "packed cross-attention, [in, out], soft cap".into(),
+            Layer {
+                packed: true,
+                transposed: true,
+                bias: true,
+                ..Layer::new(
+                    &AttentionProblem { softcap: Some(4.0), ..AttentionProblem::new(3, 2, 1, 7, 11, 9, 9) },
+                    15,
+                )
+                .with_context(15)
+            },
+            None,
+        ),
+    ];
+    // Three entries of 5, 0 and 12 tokens, and as many keys.
+    let list = vec![0_u32, 5, 5, 17];
+    let ragged = AttentionProblem {
+        cache: Cache::Ragged { total: 17 },
+        ..causal(AttentionProblem::new(3, 4, 2, 12, 12, 16, 16)).with_ragged_queries(17)
+    };
+    let layer = Layer { rope: rope(16, Pairing::HalfSplit), packed: true, ..Layer::new(&ragged, 24) };
+    all.push(("ragged".into(), layer, Some([list.clone(), list])));
+    let half = |dtype, weight_dtype| {
+        let attention = causal(plain.clone()).with_dtype(dtype);
+        let layer = Layer { weight_dtype, packed: true, bias: true, ..Layer::new(&attention, 24) };
+        Layer { norm: Some(QkNorm::Rms { epsilon: 1e-6 }), rope: rope(16, Pairing::HalfSplit), ..layer }
+    };
+    all.push(("f16".into(), half(Dtype::F16, Dtype::F16), None));
+    all.push(("bf16".into(), half(Dtype::Bf16, Dtype::Bf16), None));
+    all.push(("f32 over f16 weights".into(), half(Dtype::F32, Dtype::F16), None));
+    all
+}
+
+#[test]
+fn layers_of_every_kind() {
+    for (i, (name, layer, lists)) in layers().into_iter().enumerate() {
+        let case = Case::new(&name, layer, lists, i as u64);
+        for gpu in gpus() {
+            let y = case.run(gpu).unwrap_or_else(|e| panic!("{name}: {e}"));
+            case.check(&format!("{:?}", gpu.kind), &y);
+        }
+    }
+}
+
+fn fixture(dir: &str, key: &str) -> Vec<f64> {
+    let path = FilePath::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(dir);
+    Npy::read(&path.join(format!("layer0_{key}.npy"))).expected()
+}
+
+/// SmolLM2-135M's first layer from before RoPE: its x is q, k and v themselves, and the projections are ones that
+/// take them apart.
+#[test]
+fn smollm2_from_before_rope() {
+    let (tokens, dim, width) = (19, 64, 15 * 64);
+    let parts = [fixture("smollm2", "qpre"), fixture("smollm2", "kpre"), fixture("smollm2", "v")];
+    let mut x = Vec::new();
+    for t in 0..tokens {
+        for part in &parts {
+            for head in part.chunks(tokens * dim) {
+                x.extend(head[t * dim..][..dim].iter().map(|&x| x as f32));
+            }
+        }
+    }
+    let identity = |n: usize| {
+        let mut w = vec![0.0; n * n];
+        (0..n).for_each(|i| w[i * n + i] = 1.0);
+        Tensor::F32(w)
+    };
+    let attention = AttentionProblem {
+        causal: Some(Align::TopLeft),
+        ..AttentionProblem::new(1, 9, 3, tokens, tokens, dim, dim)
+    };
+    let rope = Rope { positions: tokens, ..Rope::new(dim) };
+    let layer = Layer {
+        packed: true,
+        rope: Some(rope),
+        out_width: 9 * dim,
+        y: Layout::rows(9 * dim),
+        ..Layer::new(&attention, width)
+    };
+    let case = Case {
+        x: Tensor::F32(x),
+        weights: HostWeights::new(identity(width), identity(9 * dim)),
+        table: Some(rope.table(1e5)),
+        ..Case::new("SmolLM2", layer, None, 0)
+    };
+    let o = fixture("smollm2", "o");
+    let want: Vec<f64> = (0..tokens)
+        .flat_map(|t| (0..9).map(move |h| (h * tokens + t) * dim))
+        .flat_map(|at| o[at..][..dim].to_vec())
+        .collect();
+    let largest = parts[2].iter().fold(0.0_f64, |m, x| m.max(x.abs()));
+    // Scores reach 69.
+    let budget = 8.0 * 2f64.powi(-24) * 69.0 * largest;
+    for gpu in gpus() {
+        let y = case.run(gpu).expect("served").to_f32();
+        let error = max_error(y.into_iter().map(f64::from), &want);
+        assert!(error <= budget, "{error:e} of {budget:e} on {:?}", gpu.kind);
+    }
+}
+
+#[test]
+fn wrong_layers_are_errors() {
+    let attention = AttentionProblem::new(1, 2, 2, 5, 5, 8, 8);
+    let layer = Layer::new(&attention, 16);
+    assert_eq!(layer.validate(), Ok(()));
+    let said = |layer: Layer| layer.validate().expect_err("refused").to_string();
+    assert!(said(Layer::new(&AttentionProblem { seq_kv: 6, ..attention.clone() }, 16)).contains("context"));
+    assert!(said(Layer::new(&AttentionProblem { lse: true, ..attention.clone() }, 16)).contains("lse"));
+    let rope = Some(Rope { positions: 4, ..Rope::new(8) });
+    assert!(said(Layer { rope, ..layer.clone() }).contains("4 positions"));
+    let ring = attention.clone().with_cache(Cache::Ring { capacity: 5 }, Dtype::F32);
+    assert!(said(Layer::new(&ring, 16)).contains("contiguous"));
+    assert!(said(Layer { width: 0, x: Layout::rows(0), ..layer.clone() }).contains("projection of q"));
+
+    let case = Case::new("a layer", layer.clone(), None, 0);
+    let broken = |change: &dyn Fn(&mut Case)| {
+        let mut case = Case::new("a layer", layer.clone(), None, 0);
+        change(&mut case);
+        oracle(&case.layer, &case.inputs()).expect_err("refused").to_string()
+    };
+    assert!(oracle(&case.layer, &case.inputs()).is_ok());
+    assert!(broken(&|case| case.weights.w_v = None).contains("projection of v"));
+    assert!(broken(&|case| case.x = Tensor::F32(vec![0.0; 79])).contains("79"));
+    assert!(broken(&|case| case.weights.q_gain = Some(vec![1.0; 8])).contains("q_gain"));
+    let Some(gpu) = gpu::get(Kind::Full, true) else { return };
+    let fails = |change: &dyn Fn(&mut Case)| {
+        let mut case = Case::new("a layer", layer.clone(), None, 0);
+        change(&mut case);
+        case.run(gpu).expect_err("refused").to_string()
+    };
+    assert!(case.run(gpu).is_ok());
+    assert!(fails(&|case| case.weights.w_k = None).contains("projection of k"));
+    assert!(fails(&|case| case.weights.w_o = Tensor::F32(vec![0.0; 8])).contains("projection of the output"));
+    assert!(fails(&|case| case.weights.b_q = Some(Tensor::F32(vec![0.0; 16]))).contains("projection of q"));
+    assert!(fails(&|case| case.table = Some(vec![0.0; 64])).contains("rope"));
+}
