@@ -52,7 +52,7 @@ impl Case {
     }
 
     /// Random weights and data for a layer. Lists of ragged entries are given.
-    fn new(name: &str, layer: Layer, lists: Option<[Vec<u32>; 2]>, seed: u64) -> Self {
+    fn new(name: &str, layer: Layer, lists: Lists, seed: u64) -> Self {
         let mut rng = Rng::new(seed);
         let p = &layer.attention;
         let normals =
@@ -184,7 +184,10 @@ impl Case {
     }
 }
 
-fn layers() -> Vec<(String, Layer, Option<[Vec<u32>; 2]>)> {
+/// Offsets of ragged queries and of ragged keys.
+type Lists = Option<[Vec<u32>; 2]>;
+
+fn layers() -> Vec<(String, Layer, Lists)> {
     let causal = |problem| AttentionProblem { causal: Some(Align::TopLeft), ..problem };
     let plain = AttentionProblem::new(2, 4, 2, 19, 19, 16, 16);
     let uneven = AttentionProblem::new(1, 3, 1, 33, 33, 10, 7);
@@ -347,6 +350,53 @@ fn smollm2_from_before_rope() {
         let error = max_error(y.into_iter().map(f64::from), &want);
         assert!(error <= budget, "{error:e} of {budget:e} on {:?}", gpu.kind);
     }
+}
+
+/// The first layer of all-MiniLM-L6-v2 from the hidden states that it reads, its weights read from a checkpoint's
+/// file: y is the projection of the o that an f64 forward pass has found.
+#[cfg(feature = "safetensors")]
+#[test]
+fn minilm_from_a_checkpoint() {
+    use wgpu_attention::Naming;
+
+    let (tokens, heads, dim, width) = (21, 12, 32, 384);
+    let attention = AttentionProblem::new(1, heads, heads, tokens, tokens, dim, dim);
+    let layer = Layer { bias: true, bias_o: true, ..Layer::new(&attention, width) };
+    let dir = FilePath::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/minilm");
+    let bytes = std::fs::read(dir.join("layer0_attention.safetensors")).expect("the fixture is there");
+    let file = safetensors::SafeTensors::deserialize(&bytes).expect("safetensors");
+    let naming = Naming::of(&file).expect("a naming");
+    assert_eq!(naming, Naming::Bert);
+    let weights = HostWeights::from_safetensors(&file, naming, 0, &layer).expect("all of it is there");
+    let x = fixture("minilm", "hidden").into_iter().map(|x| x as f32).collect();
+    let mut case = Case::new("MiniLM, layer 0", layer.clone(), None, 0);
+    (case.x, case.weights) = (Tensor::F32(x), weights.clone());
+
+    let o = fixture("minilm", "o");
+    let w_o: Vec<f64> = weights.w_o.to_f32().into_iter().map(f64::from).collect();
+    let b_o = weights.b_o.expect("it has one").to_f32();
+    let at = |t: usize, i: usize| o[((i / dim) * tokens + t) * dim + i % dim];
+    let want: Vec<f64> = (0..tokens)
+        .flat_map(|t| (0..width).map(move |n| (t, n)))
+        .map(|(t, n)| f64::from(b_o[n]) + (0..width).map(|i| w_o[n * width + i] * at(t, i)).sum::<f64>())
+        .collect();
+    let largest = want.iter().fold(0.0_f64, |m, x| m.max(x.abs()));
+    let reference = oracle(&layer, &case.inputs()).expect("served").y;
+    let error = max_error(reference, &want);
+    assert!(error <= 2e-6 * largest, "the oracle is off by {error:e} of {largest}");
+    for gpu in gpus() {
+        let y = case.run(gpu).expect("served");
+        case.check(&format!("{:?}", gpu.kind), &y);
+    }
+
+    // What a checkpoint may lack.
+    let wrong = |layer: &Layer, number| {
+        HostWeights::from_safetensors(&file, naming, number, layer).expect_err("refused").to_string()
+    };
+    assert!(wrong(&layer, 1).contains("encoder.layer.1.attention.self.query.weight: it is not there"));
+    let wide = Layer::new(&attention, 400);
+    assert!(wrong(&wide, 0).contains("[384, 384], the layer needs [384, 400]"), "{}", wrong(&wide, 0));
+    assert!(wrong(&Layer { packed: true, ..layer }, 0).contains("[out, in]"));
 }
 
 #[test]
