@@ -1,11 +1,13 @@
-//! The linear maps' kernels, in GFLOP/s: `cargo bench --bench linear [rows inputs outputs]...`.
+//! The linear maps' kernels and the CPU path, in GFLOP/s: `cargo bench --bench linear [rows inputs outputs]...`.
 //!
 //! The time is the host's, from submission to the end, the best of several; each dispatch is long enough for
 //! that.
 
 use std::time::Instant;
 
-use wgpu_attention::{Attention, DeviceRequest, Dtype, LinearKernel, LinearOperands, LinearProblem};
+use wgpu_attention::{
+    Attention, DeviceRequest, Dtype, LinearInputs, LinearKernel, LinearOperands, LinearProblem, Tensor, cpu,
+};
 
 const ROUNDS: usize = 7;
 
@@ -30,24 +32,43 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             if std::env::var("LINEAR_TYPE").is_ok_and(|only| only != name) {
                 continue;
             }
+            let numbers =
+                |n: usize| Tensor::from_f32(p.dtype, &(0..n).map(|i| (i as f32).sin()).collect::<Vec<_>>());
+            let (x, w) = (numbers(rows * inputs), numbers(outputs * inputs));
+            let mut y = Tensor::zeros(p.out_dtype, rows * outputs);
+            let mut best = f64::INFINITY;
+            for _ in 0..ROUNDS {
+                let start = Instant::now();
+                cpu::linear_into(&p, &LinearInputs { x: x.as_ref(), w: w.as_ref(), bias: None }, &mut y)?;
+                best = best.min(start.elapsed().as_secs_f64());
+            }
+            report(&p, name, "cpu", best, "");
             for kernel in LinearKernel::ALL {
                 if std::env::var("LINEAR_KERNEL").is_ok_and(|only| only != kernel.to_string()) {
                     continue;
                 }
                 let p = LinearProblem { kernel: Some(kernel), ..p };
                 match measure(&attention, &p) {
-                    Ok((first, best)) => println!(
-                        "{rows:5} x {inputs:5} x {outputs:5} {name:18} {kernel:14} {:8.1} GFLOP/s, \
-                         {:6.2} ms; first {first:.2} s",
-                        p.flops() / best / 1e9,
-                        best * 1e3
-                    ),
+                    Ok((first, best)) => {
+                        report(&p, name, &kernel.to_string(), best, &format!("; first {first:.2} s"));
+                    }
                     Err(error) => println!("{kernel}: {error}"),
                 }
             }
         }
     }
     Ok(())
+}
+
+fn report(p: &LinearProblem, name: &str, kernel: &str, seconds: f64, more: &str) {
+    println!(
+        "{:5} x {:5} x {:5} {name:18} {kernel:14} {:8.1} GFLOP/s, {:6.2} ms{more}",
+        p.rows,
+        p.inputs,
+        p.outputs,
+        p.flops() / seconds / 1e9,
+        seconds * 1e3
+    );
 }
 
 /// Seconds of the first run, which compiles, and of the best.

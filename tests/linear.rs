@@ -98,6 +98,8 @@ impl Map {
     fn check_within(&self, factor: f64) -> Option<Vec<f32>> {
         let mut want = self.oracle();
         want.scale.iter_mut().for_each(|scale| *scale *= factor);
+        #[cfg(feature = "cpu")]
+        self.check_cpu(&want);
         let mut last = None;
         for both in gpus() {
             let [y, checked] = both.map(|gpu| self.run(gpu));
@@ -112,6 +114,23 @@ impl Map {
             last = Some(y);
         }
         last
+    }
+}
+
+#[cfg(feature = "cpu")]
+impl Map {
+    /// The CPU path, into poison and into new memory.
+    fn check_cpu(&self, want: &LinearReference) {
+        let p = &self.problem;
+        let reach = p.y.extent([1, 1, p.rows, p.outputs]) as usize;
+        let mut into = Tensor::from_bytes(p.out_dtype, &poison(p.out_dtype).repeat(reach + GUARD));
+        wgpu_attention::cpu::linear_into(p, &self.inputs(), &mut into).expect("a valid map");
+        let y = logical(into.as_ref().bytes(), &[*p]).remove(0);
+        near(p, &y, want).unwrap_or_else(|what| panic!("on the CPU: {what}"));
+        let new = wgpu_attention::cpu::linear(p, &self.inputs()).expect("a valid map");
+        assert_eq!(new.as_ref().len(), reach);
+        let at = |(row, n)| new.as_ref().get(p.y.index([0, 0, row, n]));
+        assert_eq!(bits(&y), bits(&places([p.rows, p.outputs]).map(at).collect::<Vec<_>>()));
     }
 }
 
@@ -175,7 +194,11 @@ fn target(device: &wgpu::Device, p: &LinearProblem) -> wgpu::Buffer {
 /// # Panics
 /// When something else was written, too, or an element was not.
 fn read(gpu: &Gpu, y: &wgpu::Buffer, problems: &[LinearProblem]) -> Vec<Vec<f32>> {
-    let bytes = download(gpu.attention.device(), gpu.attention.queue(), y);
+    logical(&download(gpu.attention.device(), gpu.attention.queue(), y), problems)
+}
+
+/// The same from a tensor's bytes.
+fn logical(bytes: &[u8], problems: &[LinearProblem]) -> Vec<Vec<f32>> {
     let dtype = problems[0].out_dtype;
     let mut written = vec![false; bytes.len() / dtype.bytes()];
     for p in problems {
@@ -188,7 +211,7 @@ fn read(gpu: &Gpu, y: &wgpu::Buffer, problems: &[LinearProblem]) -> Vec<Vec<f32>
             _ => {}
         }
     }
-    let all = Tensor::from_bytes(dtype, &bytes).to_f32();
+    let all = Tensor::from_bytes(dtype, bytes).to_f32();
     let one = |p: &LinearProblem| {
         let y = p.y;
         places([p.rows, p.outputs]).map(|(row, n)| all[y.index([0, 0, row, n])]).collect()
@@ -431,6 +454,12 @@ fn no_rows_write_nothing() {
         assert!(gpu.attention.prepare_linear(&problem, &operands).expect("legal").is_empty());
     }
     let empty: &[f32] = &[];
+    #[cfg(feature = "cpu")]
+    {
+        let inputs = LinearInputs::new(empty, &[0.0_f32; 16][..]);
+        let y = wgpu_attention::cpu::linear(&LinearProblem::new(0, 4, 4), &inputs).expect("legal");
+        assert_eq!(y.as_ref().len(), 0);
+    }
     let y =
         linear(&LinearProblem::new(0, 4, 4), &LinearInputs::new(empty, &[0.0_f32; 16][..])).expect("legal");
     assert_eq!(y, LinearReference { y: vec![], scale: vec![] });
@@ -470,7 +499,10 @@ fn invalid_problems() {
         ),
     ] {
         assert_eq!(p.validate(), Err(error.clone()), "{p:?}");
-        assert_eq!(linear(&p, &LinearInputs::new(&[0.0_f32][..], &[0.0_f32][..])).err(), Some(error));
+        let inputs = LinearInputs::new(&[0.0_f32][..], &[0.0_f32][..]);
+        assert_eq!(linear(&p, &inputs).err(), Some(error.clone()));
+        #[cfg(feature = "cpu")]
+        assert_eq!(wgpu_attention::cpu::linear(&p, &inputs).err(), Some(error));
     }
     // Strides that would overflow are no panic.
     let worst = Layout { offset: usize::MAX, strides: [usize::MAX; 4] };

@@ -3,11 +3,8 @@
 // A thread owns ROWS rows and QUADS quads of outputs, whose sums live in variables of their own, hence the
 // unrolled text (src/unroll.rs). The LANES threads of a workgroup, a vector of the processor, own different
 // rows and the same outputs (or the other way round, where rows are few): what is the same is read at
-// workgroup-uniform addresses, which such an adapter turns into broadcasts. Sums run in two levels, so that
-// the rounding error of long sums does not grow with them.
-
-// Inputs between two additions to the outer sums.
-const LEVEL = 64u;
+// workgroup-uniform addresses, which such an adapter turns into broadcasts. Sums run in levels
+// (LEVEL inputs, FAR_LEVELS of those, and all), so that the rounding error of long sums does not grow with them.
 
 @compute @workgroup_size(LANES)
 fn main(
@@ -31,6 +28,9 @@ fn main(
     let row_$r = min(first_row + $ru, params.rows - 1u);
     //$ for q in 0..QUADS
     var total_$r_$q = vec4<f32>();
+    //$ for once in 0..FAR
+    var far_$r_$q = vec4<f32>();
+    //$ end
     //$ end
     //$ end
     for (var level = 0u; level < params.inputs; level += LEVEL) {
@@ -61,10 +61,23 @@ fn main(
         total_$r_$q += sum_$r_$q;
         //$ end
         //$ end
+        //$ for once in 0..FAR
+        if (level / LEVEL + 1u) % FAR_LEVELS == 0u {
+            //$ for r in 0..ROWS
+            //$ for q in 0..QUADS
+            far_$r_$q += total_$r_$q;
+            total_$r_$q = vec4<f32>();
+            //$ end
+            //$ end
+        }
+        //$ end
     }
 
     //$ for r in 0..ROWS
     //$ for q in 0..QUADS
+    //$ for once in 0..FAR
+    total_$r_$q += far_$r_$q;
+    //$ end
     end_quad(first_row + $ru, first_quad + $qu, total_$r_$q);
     //$ end
     //$ end

@@ -1,11 +1,8 @@
 // A linear map of few rows (decoding): y = x W^T + b, where reading W is all the work.
 //
 // A workgroup owns ROWS rows and QUADS quads of outputs. LANES threads share a quad, each a LANES-th of the
-// inputs; those that are neighbours read neighbours of W, whichever way it lies. Their sums, in two levels,
-// meet in workgroup memory.
-
-// Quads of inputs between two additions to a thread's outer sums.
-const LEVEL = 16u;
+// inputs; those that are neighbours read neighbours of W, whichever way it lies. Their sums, in two levels of
+// LEVEL quads, meet in workgroup memory.
 
 var<workgroup> wg_sums: array<vec4<f32>, ROWS * QUADS * LANES>;
 

@@ -2,13 +2,11 @@
 //
 // A workgroup of SIDE_X x SIDE_Y threads owns SIDE_Y ROWS rows and 4 SIDE_X outputs; a thread owns ROWS rows,
 // SIDE_Y apart, and a quad of outputs: ROWS + 4 vectors are read for each 16 ROWS products. STEP quads of
-// inputs are staged at a time, two barriers a step. Sums run in two levels, so that the rounding error of
-// long sums does not grow with them.
+// inputs are staged at a time, two barriers a step. Sums run in levels (LEVEL steps, FAR_LEVELS of those, and
+// all), so that the rounding error of long sums does not grow with them.
 
 // A vector more than a row of a tile has: rows begin in different banks.
 const SKEW = STEP + 1u;
-// Steps between two additions to the outer sums.
-const LEVEL = 4u;
 
 var<workgroup> wg_x: array<vec4<f32>, SIDE_Y * ROWS * SKEW>;
 
@@ -30,6 +28,9 @@ fn main(
     //$ for r in 0..ROWS
     var total_$r = vec4<f32>();
     var sum_$r = vec4<f32>();
+    //$ for once in 0..FAR
+    var far_$r = vec4<f32>();
+    //$ end
     //$ end
     var steps = 0u;
     for (var k = 0u; k < params.inputs; k += 4u * STEP) {
@@ -68,9 +69,20 @@ fn main(
             sum_$r = vec4<f32>();
             //$ end
         }
+        //$ for once in 0..FAR
+        if steps % (LEVEL * FAR_LEVELS) == 0u {
+            //$ for r in 0..ROWS
+            far_$r += total_$r;
+            total_$r = vec4<f32>();
+            //$ end
+        }
+        //$ end
     }
 
     //$ for r in 0..ROWS
+    //$ for once in 0..FAR
+    total_$r += far_$r;
+    //$ end
     end_quad(first_row + local.y + $ru * SIDE_Y, first_quad + local.x, total_$r + sum_$r);
     //$ end
 }

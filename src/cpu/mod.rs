@@ -6,6 +6,8 @@
 //! rows lie across vector lanes. Query heads that share a key-value head share tiles when the
 //! rows are few, and few rows with many keys split the keys over the cores (Flash-Decoding).
 //!
+//! [`linear()`] is the projections around it.
+//!
 //! Every option, element type and layout of [`AttentionProblem`] is served. Sums are f32.
 //!
 //! ```
@@ -20,6 +22,7 @@
 mod few;
 mod kernel;
 mod lanes;
+mod linear;
 mod load;
 mod math;
 mod output;
@@ -37,6 +40,7 @@ use crate::error::{Operand, Result};
 use crate::host::{Inputs, Outputs};
 use crate::problem::AttentionProblem;
 use lanes::Context;
+pub use linear::{linear, linear_into};
 use output::{RowsOut, TileOut};
 use pulp::Arch as Isa;
 

@@ -7,7 +7,7 @@ use super::{Isa, compute};
 use crate::{Align, AttentionProblem, Inputs, Layout, Outputs, Similarity, reference};
 
 /// The instruction sets that this machine has.
-fn isas() -> Vec<Isa> {
+pub(super) fn isas() -> Vec<Isa> {
     let mut isas = vec![Isa::Scalar, Isa::new()];
     #[cfg(target_arch = "x86_64")]
     isas.extend(pulp::x86::V3::try_new().map(Isa::V3));

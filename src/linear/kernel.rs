@@ -26,6 +26,11 @@ const STEP: u32 = 4;
 /// Threads of the direct kernel: a vector of most processors.
 const LANES: u32 = 8;
 
+/// Inputs of a chain of products, and inputs of which the outer sums take care before the third level does:
+/// the error of a sum grows with the square root of its terms, or with their number where all are alike.
+const LEVEL: u32 = 64;
+const FAR: u32 = 1024;
+
 /// A kernel's own sizes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Sizes {
@@ -49,6 +54,8 @@ pub(crate) struct Linear {
     y: Io,
     /// The inputs are whole quads.
     whole: bool,
+    /// There are so many inputs that sums need a third level.
+    far: bool,
 }
 
 impl Linear {
@@ -90,6 +97,7 @@ impl Linear {
             bias: p.bias.map(|bias| io(bias.dtype, false)),
             y: io(p.out_dtype, matrix(p.y).is_vec4(p.outputs)),
             whole: p.inputs.is_multiple_of(4),
+            far: p.inputs > FAR as usize,
         }
     }
 
@@ -225,14 +233,21 @@ impl Linear {
     }
 
     fn constants(&self) -> Vec<(&'static str, u32)> {
+        // A level is some steps of a thread.
+        let levels = |step: u32| {
+            [("LEVEL", (LEVEL / step).max(1)), ("FAR_LEVELS", FAR / LEVEL), ("FAR", self.far.into())]
+        };
         match self.sizes {
             Sizes::Tile { rows } => {
-                vec![("SIDE_X", SIDE_X), ("SIDE_Y", SIDE_Y), ("STEP", STEP), ("ROWS", rows)]
+                let own = [("SIDE_X", SIDE_X), ("SIDE_Y", SIDE_Y), ("STEP", STEP), ("ROWS", rows)];
+                [&own[..], &levels(4 * STEP)].concat()
             }
-            Sizes::Few { rows, quads, lanes } => vec![("ROWS", rows), ("QUADS", quads), ("LANES", lanes)],
+            Sizes::Few { rows, quads, lanes } => {
+                [&[("ROWS", rows), ("QUADS", quads), ("LANES", lanes)][..], &levels(4)].concat()
+            }
             Sizes::Direct { rows, quads, over_rows } => {
                 let [tile_rows, tile_quads] = self.tile();
-                vec![
+                let own = [
                     ("LANES", LANES),
                     ("ROWS", rows),
                     ("QUADS", quads),
@@ -240,7 +255,8 @@ impl Linear {
                     ("TILE_QUADS", tile_quads),
                     ("LANE_ROWS", if over_rows { rows } else { 0 }),
                     ("LANE_QUADS", if over_rows { 0 } else { quads }),
-                ]
+                ];
+                [&own[..], &levels(1)].concat()
             }
         }
     }

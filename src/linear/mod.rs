@@ -93,9 +93,8 @@ impl Layout {
 /// assert!(attention.validate().is_ok());
 /// ```
 ///
-/// Sums are f32 whatever the storage, in two levels, so that errors grow with neither chains of additions nor
-/// the inputs: an f32 y is held to `8 * 2^-24 * (sum |x| |w| + |b|)` for up to 2^17 inputs, also where all
-/// products have one sign. A NaN or infinity in a row of x reaches that row of y and no other, one in a row
+/// Sums are f32 whatever the storage, in levels, so that errors do not grow with the inputs: an f32 y is held to
+/// `8 * 2^-24 * (sum |x| |w| + |b|)` for up to 2^17 inputs, also where all products have one sign. A NaN or infinity in a row of x reaches that row of y and no other, one in a row
 /// of W that column.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LinearProblem {
