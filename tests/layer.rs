@@ -288,6 +288,8 @@ fn layers() -> Vec<(String, Layer, Lists)> {
 fn layers_of_every_kind() {
     for (i, (name, layer, lists)) in layers().into_iter().enumerate() {
         let case = Case::new(&name, layer, lists, i as u64);
+        #[cfg(feature = "cpu")]
+        case.check("CPU", &wgpu_attention::cpu::layer(&case.layer, &case.inputs()).expect("served"));
         for gpu in gpus() {
             let y = case.run(gpu).unwrap_or_else(|e| panic!("{name}: {e}"));
             case.check(&format!("{:?}", gpu.kind), &y);
@@ -384,6 +386,8 @@ fn minilm_from_a_checkpoint() {
     let reference = oracle(&layer, &case.inputs()).expect("served").y;
     let error = max_error(reference, &want);
     assert!(error <= 2e-6 * largest, "the oracle is off by {error:e} of {largest}");
+    #[cfg(feature = "cpu")]
+    case.check("CPU", &wgpu_attention::cpu::layer(&layer, &case.inputs()).expect("served"));
     for gpu in gpus() {
         let y = case.run(gpu).expect("served");
         case.check(&format!("{:?}", gpu.kind), &y);

@@ -22,6 +22,7 @@
 mod few;
 mod kernel;
 mod lanes;
+mod layer;
 mod linear;
 mod load;
 mod math;
@@ -40,6 +41,7 @@ use crate::error::{Operand, Result};
 use crate::host::{Inputs, Outputs};
 use crate::problem::AttentionProblem;
 use lanes::Context;
+pub use layer::layer;
 pub use linear::{linear, linear_into};
 use output::{RowsOut, TileOut};
 use pulp::Arch as Isa;
