@@ -456,29 +456,40 @@ impl<T: Element> WithSimd for Few<'_, '_, T> {
         let sums = sums.get(rows * outputs);
         sums.fill(0.0);
         if step(p.w, p.inputs) == 1 {
-            // Inputs across the lanes, in two chains.
-            let level = 2 * LEVEL * S::F32_LANES;
+            // Inputs across the lanes, some rows of W at a time.
+            let level = LEVEL * S::F32_LANES;
             for input in (0..p.inputs).step_by(level) {
                 let count = level.min(p.inputs - input);
-                for output in 0..outputs {
-                    let w = map.w(piece.first_output + output, 1, input, count, buffer);
-                    let w = &w.data[..count];
-                    let x = |row: usize| &x[row * p.inputs + input..][..count];
-                    let mut row = 0;
-                    macro_rules! blocks_of {
-                        ($rows:literal) => {
-                            while rows - row >= $rows {
-                                let x: [&[f32]; $rows] = core::array::from_fn(|r| x(row + r));
-                                let dots = dots::<S, $rows>(simd, w, x);
-                                for r in 0..$rows {
-                                    sums[(row + r) * outputs + output] += dots[r];
-                                }
-                                row += $rows;
+                let w = map.w(piece.first_output, outputs, input, count, buffer);
+                let x = &x[input..];
+                let mut output = 0;
+                macro_rules! blocks_of {
+                    ($outputs:literal, $rows:literal, $row:ident) => {
+                        while rows - $row >= $rows {
+                            let w = core::array::from_fn(|o| &w.data[(output + o) * w.stride..][..count]);
+                            let x = core::array::from_fn(|r| &x[($row + r) * p.inputs..][..count]);
+                            let dots = dots::<S, $outputs, $rows>(simd, w, x);
+                            for (r, dots) in dots.iter().enumerate() {
+                                let sums = &mut sums[($row + r) * outputs + output..];
+                                sums.iter_mut().zip(dots).for_each(|(sum, dot)| *sum += dot);
                             }
-                        };
+                            $row += $rows;
+                        }
+                    };
+                }
+                while outputs - output >= 4 {
+                    let mut row = 0;
+                    if S::REGISTER_COUNT >= 32 {
+                        blocks_of!(4, 4, row);
                     }
-                    blocks_of!(4);
-                    blocks_of!(1);
+                    blocks_of!(4, 2, row);
+                    blocks_of!(4, 1, row);
+                    output += 4;
+                }
+                while output < outputs {
+                    let mut row = 0;
+                    blocks_of!(1, 1, row);
+                    output += 1;
                 }
             }
         } else {
@@ -517,28 +528,27 @@ impl<T: Element> WithSimd for Few<'_, '_, T> {
     }
 }
 
-/// The products of a row of W with rows of x.
+/// The products of rows of W with rows of x.
 #[inline(always)]
-fn dots<S: Simd, const N: usize>(simd: S, w: &[f32], x: [&[f32]; N]) -> [f32; N] {
-    let zero = simd.splat_f32s(0.0);
-    let (mut even, mut odd) = ([zero; N], [zero; N]);
-    let (body, tail) = S::as_simd_f32s(w);
+fn dots<S: Simd, const O: usize, const R: usize>(simd: S, w: [&[f32]; O], x: [&[f32]; R]) -> [[f32; O]; R] {
+    let w = w.map(|w| S::as_simd_f32s(w));
     let x = x.map(|x| S::as_simd_f32s(x));
-    let mut at = 0;
-    while body.len() - at >= 2 {
-        for n in 0..N {
-            even[n] = simd.mul_add_e_f32s(body[at], x[n].0[at], even[n]);
-            odd[n] = simd.mul_add_e_f32s(body[at + 1], x[n].0[at + 1], odd[n]);
+    let mut sum = [[simd.splat_f32s(0.0); O]; R];
+    // All have one length; told so, the compiler checks no index.
+    let vectors = w[0].0.len();
+    let (w_body, x_body) = (w.map(|w| &w.0[..vectors]), x.map(|x| &x.0[..vectors]));
+    for at in 0..vectors {
+        for r in 0..R {
+            for o in 0..O {
+                sum[r][o] = simd.mul_add_e_f32s(w_body[o][at], x_body[r][at], sum[r][o]);
+            }
         }
-        at += 2;
     }
-    let tail = simd.partial_load_f32s(tail);
-    core::array::from_fn(|n| {
-        if at < body.len() {
-            even[n] = simd.mul_add_e_f32s(body[at], x[n].0[at], even[n]);
-        }
-        odd[n] = simd.mul_add_e_f32s(tail, simd.partial_load_f32s(x[n].1), odd[n]);
-        simd.reduce_sum_f32s(simd.add_f32s(even[n], odd[n]))
+    core::array::from_fn(|r| {
+        core::array::from_fn(|o| {
+            let (w, x) = (simd.partial_load_f32s(w[o].1), simd.partial_load_f32s(x[r].1));
+            simd.reduce_sum_f32s(simd.mul_add_e_f32s(w, x, sum[r][o]))
+        })
     })
 }
 
