@@ -18,6 +18,7 @@ struct Params {
     // Scratch rows.
     score_stride: u32,
     projected_stride: u32,
+    key_term_group: u32, // query heads that share the terms of a key
     // The value kernel's part of the keys: [key_first, key_end); the last part has no end.
     key_first: u32,
     key_end: u32,

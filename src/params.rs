@@ -20,6 +20,7 @@ pub(crate) struct Params {
     pub(crate) row_count: u32,
     pub(crate) score_stride: u32,
     pub(crate) projected_stride: u32,
+    pub(crate) key_term_group: u32,
     pub(crate) key_first: u32,
     pub(crate) key_end: u32,
     pub(crate) splits: u32,

@@ -31,6 +31,21 @@ pub enum Similarity {
         /// One W for each query head, `[heads_q, query_dim, head_dim]`, or one for all.
         per_head: bool,
     },
+    /// `q . k / (max(|q|, 1e-8) max(|k|, 1e-8))`, the cosine of their angle (content addressing of the Neural
+    /// Turing Machine, Graves 2014, eq. 6), times the scale if that is given: its key strength beta. A vector of
+    /// zeros is compared as 0.
+    Cosine,
+}
+
+/// Norms below this one count as this one ([`Similarity::Cosine`]).
+pub(crate) const LEAST_NORM: f64 = 1e-8;
+
+/// What a kernel has made of each key before scores are computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum KeyTerms {
+    None,
+    /// One over the key's norm.
+    InverseNorms,
 }
 
 /// The additive bias: `[batch, heads_q, seq_q, seq_kv]` with stride 0 where it is broadcast.
@@ -232,8 +247,41 @@ impl AttentionProblem {
     pub fn effective_scale(&self) -> f64 {
         self.scale.map(f64::from).unwrap_or(match self.similarity {
             Similarity::ScaledDot => 1.0 / (self.head_dim as f64).sqrt(),
-            Similarity::Dot | Similarity::Bilinear { .. } => 1.0,
+            Similarity::Dot | Similarity::Bilinear { .. } | Similarity::Cosine => 1.0,
         })
+    }
+
+    /// Whether kernels read queries that another kernel has made of q: multiplied by a matrix, or normalised.
+    pub(crate) fn projects(&self) -> bool {
+        matches!(self.similarity, Similarity::Bilinear { .. } | Similarity::Cosine)
+    }
+
+    /// What another kernel has made of k for them.
+    pub(crate) fn key_terms(&self) -> KeyTerms {
+        match self.similarity {
+            Similarity::Cosine => KeyTerms::InverseNorms,
+            Similarity::Dot | Similarity::ScaledDot | Similarity::Bilinear { .. } => KeyTerms::None,
+        }
+    }
+
+    /// Numbers of a key's terms.
+    pub(crate) fn key_term_width(&self) -> usize {
+        match self.key_terms() {
+            KeyTerms::None => 0,
+            KeyTerms::InverseNorms => 1,
+        }
+    }
+
+    /// Query heads that share the terms of a key.
+    pub(crate) fn key_term_group(&self) -> usize {
+        self.group_size()
+    }
+
+    /// Heads of keys, at most, whose terms a chunk of `heads` query heads reads. Chunks are whole groups, or
+    /// less than one, which may begin in one and end in the next.
+    pub(crate) fn key_term_heads(&self, heads: u64) -> u64 {
+        let group = self.key_term_group() as u64;
+        if heads.is_multiple_of(group) { heads / group } else { heads.min(2) }
     }
 
     /// Alignment of the positions that ALiBi measures distances between.

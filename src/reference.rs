@@ -7,7 +7,7 @@ use crate::error::{Operand, Result};
 use crate::host::Inputs;
 use crate::mask::Align;
 pub use crate::merge::oracle::{Merged, merge_states};
-use crate::problem::{AttentionProblem, Similarity};
+use crate::problem::{AttentionProblem, LEAST_NORM, Similarity};
 
 /// What [`oracle`] and [`naive`] give, in logical order and f64.
 #[derive(Clone, Debug, PartialEq)]
@@ -176,8 +176,13 @@ fn scores(
                 return None;
             }
             let at = keys.index([b, p.kv_head(h), j]);
-            let k = |d| f64::from(inputs.k.element(at, keys.step(), p.head_dim, d));
-            let dot: f64 = q.iter().enumerate().map(|(d, q)| q * k(d)).sum();
+            let mut k: Vec<f64> = (0..p.head_dim)
+                .map(|d| f64::from(inputs.k.element(at, keys.step(), p.head_dim, d)))
+                .collect();
+            if p.similarity == Similarity::Cosine {
+                normalize(&mut k, round);
+            }
+            let dot: f64 = q.iter().zip(&k).map(|(q, k)| q * k).sum();
             let mut s = round(round(dot) * scale);
             if let Some(cap) = p.softcap.map(f64::from) {
                 s = round(cap * (s / cap).tanh());
@@ -198,7 +203,7 @@ fn scores(
         .collect()
 }
 
-/// q, or `qT W` for the bilinear similarity.
+/// q, or `qT W` for the bilinear similarity, or q with length 1 for the cosine.
 fn projected_query(
     p: &AttentionProblem,
     inputs: &Inputs<'_>,
@@ -214,8 +219,20 @@ fn projected_query(
                 .map(|d| round((0..query_dim).map(|c| q(c) * f64::from(w[c * p.head_dim + d])).sum()))
                 .collect()
         }
-        _ => (0..p.head_dim).map(q).collect(),
+        _ => {
+            let mut q: Vec<f64> = (0..p.head_dim).map(q).collect();
+            if p.similarity == Similarity::Cosine {
+                normalize(&mut q, round);
+            }
+            q
+        }
     }
+}
+
+/// Divides a vector by its norm, or by the least that a norm counts as.
+fn normalize(x: &mut [f64], round: &dyn Fn(f64) -> f64) {
+    let norm = round(x.iter().map(|x| x * x).sum::<f64>().sqrt()).max(LEAST_NORM);
+    x.iter_mut().for_each(|x| *x = round(*x / norm));
 }
 
 fn max_finite(p: &AttentionProblem, inputs: &Inputs<'_>) -> f64 {

@@ -6,6 +6,7 @@ use crate::dtype::Dtype;
 use crate::error::Operand;
 use crate::fused::FusedRow;
 use crate::kernel::{Blueprint, Io, Kernel, Keys, Slot};
+use crate::problem::KeyTerms;
 use crate::quant;
 use crate::unroll::unroll;
 
@@ -76,12 +77,17 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         add(part!("kernel/bundle"));
         return out;
     }
-    if b.kernel != Kernel::MaskMap {
+    if b.kernel != Kernel::MaskMap && !b.kernel.is_of_keys() {
         add(if b.ragged_q { part!("io/queries_ragged") } else { part!("io/queries") });
     }
-    if b.kernel == Kernel::Project {
+    if b.kernel.is_of_queries() {
         add(part!("io/query_plain"));
-        add(part!("kernel/project"));
+        if b.kernel == Kernel::NormalizeQ {
+            add(part!("norm"));
+            add(part!("kernel/normalize_q"));
+        } else {
+            add(part!("kernel/project"));
+        }
         return out;
     }
     if b.kernel == Kernel::MaskMap {
@@ -111,6 +117,12 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         add(part!("kernel/lengths"));
         return out;
     }
+    if b.kernel.is_of_keys() {
+        add(part!("key_terms"));
+        add(part!("norm"));
+        add(part!("kernel/key_norms"));
+        return out;
+    }
     if b.kernel == Kernel::Count {
         add(part!("kernel/count"));
         return out;
@@ -138,6 +150,13 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
             add(part!("io/mask_none"));
         }
         add(if b.alibi { part!("io/alibi") } else { part!("io/alibi_none") });
+        match b.key_terms {
+            KeyTerms::None => add(part!("io/compared_dot")),
+            KeyTerms::InverseNorms => {
+                add(part!("key_terms"));
+                add(&part!("io/compared_cosine").replace("BINDING", &Slot::KeyTerms.number().to_string()));
+            }
+        }
         add(part!("score"));
         if b.mapped {
             add(part!("mask_map"));
@@ -193,7 +212,13 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         add(if subgroup { part!("exchange/subgroup") } else { part!("exchange/workgroup") });
     }
     add(match b.kernel {
-        Kernel::Project | Kernel::Lengths | Kernel::Bundle | Kernel::MaskMap | Kernel::Count => {
+        Kernel::Project
+        | Kernel::NormalizeQ
+        | Kernel::KeyNorms
+        | Kernel::Lengths
+        | Kernel::Bundle
+        | Kernel::MaskMap
+        | Kernel::Count => {
             unreachable!("composed above")
         }
         Kernel::ScoresTile => part!("kernel/scores_tile"),
@@ -342,8 +367,11 @@ fn lists(add: &mut impl FnMut(&str), b: &Blueprint) {
 fn constants(b: &Blueprint) -> Vec<(&'static str, u32)> {
     let t = &b.tiles;
     let values = [("VALUES_ROWS", t.values_rows), ("VALUES_STEP", t.values_step)];
+    let plain = !b.softcap && b.bias.is_none() && !b.alibi && !b.mask && b.key_terms == KeyTerms::None;
     let own: &[(&str, u32)] = match b.kernel {
         Kernel::Project
+        | Kernel::NormalizeQ
+        | Kernel::KeyNorms
         | Kernel::Lengths
         | Kernel::Bundle
         | Kernel::MaskMap
@@ -384,7 +412,7 @@ fn constants(b: &Blueprint) -> Vec<(&'static str, u32)> {
             ("QUADS", t.row.width.div_ceil(4)),
             ("QUADS_V", t.row.width_v.div_ceil(4)),
             ("MAPPED", b.mapped.into()),
-            ("PLAIN", (!b.softcap && b.bias.is_none() && !b.alibi && !b.mask).into()),
+            ("PLAIN", plain.into()),
         ],
     };
     let mut all = own.to_vec();

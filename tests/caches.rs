@@ -45,6 +45,7 @@ fn axes() -> Vec<Axes> {
             ..base
         },
         Axes { seq_q: 40, causal: Some(Align::TopLeft), align: Align::TopLeft, weights: true, ..base },
+        Axes { similarity: Sim::Cosine, scale: Some(1.0), seq_q: 3, head_dim: 22, ..base },
     ]
 }
 

@@ -208,6 +208,8 @@ fn options() -> Vec<Choice> {
         ("no scale", |p| p.scale = Some(0.0)),
         ("bilinear", |p| set_bilinear(p, 11, false)),
         ("bilinear per head", |p| set_bilinear(p, 70, true)),
+        ("cosine", |p| p.similarity = Similarity::Cosine),
+        ("cosine scaled", |p| (p.similarity, p.scale) = (Similarity::Cosine, Some(9.0))),
         ("softcap", |p| p.softcap = Some(1.5)),
         ("wide softcap", |p| p.softcap = Some(50.0)),
         ("softcap far away", |p| p.softcap = Some(10_000.0)),

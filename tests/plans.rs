@@ -10,8 +10,8 @@ use common::kept::Move;
 use common::rng::Rng;
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 use wgpu_attention::{
-    Align, AttentionProblem, Cache, Caps, Dtype, Error, Family, Layout, MatrixUnits, Operand, Path, Plan,
-    PlanOptions, Shader, Similarity, Window,
+    Align, AttentionProblem, Cache, Caps, Dispatch, Dtype, Error, Family, Layout, MatrixUnits, Operand, Path,
+    Plan, PlanOptions, Shader, Similarity, Window,
 };
 
 /// Devices that exist, as capabilities.
@@ -217,6 +217,8 @@ fn every_composed_shader_is_valid_and_declares_what_the_plan_says() {
     }
     for name in [
         "project",
+        "normalize_q",
+        "key_norms",
         "scores_tile",
         "scores_direct",
         "softmax_row",
@@ -377,8 +379,11 @@ fn any_budget_is_kept() {
                     let kernels = plan.kernels();
                     // What is read from everywhere is made once.
                     let once = kernels.iter().filter(|name| ["bundle", "mask_map"].contains(name)).count();
-                    let all = once + (kernels.len() - once) * plan.chunks();
-                    let dispatches = plan.dispatches().count();
+                    // And what is made of the keys, once for a head.
+                    let of_keys = kernels.iter().filter(|name| ["key_norms"].contains(name)).count();
+                    let all = once + (kernels.len() - once - of_keys) * plan.chunks();
+                    let not_of_keys = |dispatch: &Dispatch| !["key_norms"].contains(&dispatch.kernel);
+                    let dispatches = plan.dispatches().filter(not_of_keys).count();
                     // Without keys there is nothing to score, and weights are empty.
                     assert!(dispatches <= all);
                     assert!(problem.seq_kv == 0 || dispatches == all);
@@ -413,7 +418,8 @@ fn huge_problems_do_not_overflow() {
             problem.lse = size() % 2 == 0;
             problem.dtype = Dtype::FLOATS[size() % 3];
             if size() % 3 == 0 {
-                problem.similarity = Similarity::Bilinear { query_dim: size(), per_head: size() % 2 == 0 };
+                let bilinear = Similarity::Bilinear { query_dim: size(), per_head: size() % 2 == 0 };
+                problem.similarity = [bilinear, Similarity::Cosine][size() % 2];
                 problem.q = Layout::bhsd(problem.heads_q, problem.seq_q, problem.query_dim());
             }
             if size() % 3 == 0 {

@@ -40,6 +40,8 @@ pub(super) struct Scratch {
     pub(super) v: Vec<f32>,
     /// q as it multiplies k, by rows: `[lanes][head_dim]`.
     pub(super) q_rows: Vec<f32>,
+    /// One over the norms of a block's keys.
+    pub(super) inverse_norms: Vec<f32>,
     /// One row of q as it is stored.
     pub(super) row: Vec<f32>,
 }

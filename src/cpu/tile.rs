@@ -13,6 +13,7 @@ use std::ops::Range;
 use pulp::{Simd, WithSimd};
 
 use super::Isa;
+use super::cosine;
 use super::few::{self, is_few};
 use super::kernel;
 use super::lanes::{Context, Lane, Tile};
@@ -100,13 +101,15 @@ impl TileRun<'_> {
         let rows = |operand| KvRows::new(p, context.inputs, operand);
         let k = Source { tensor: context.inputs.k, rows: rows(Operand::K), dim: p.head_dim };
         let v = Source { tensor: context.inputs.v, rows: rows(Operand::V), dim: dims };
-        let plain = p.softcap.is_none() && p.bias.is_none() && p.mask.is_none() && !p.alibi;
+        let cosine = p.similarity == Similarity::Cosine;
+        let plain = p.softcap.is_none() && p.bias.is_none() && p.mask.is_none() && !p.alibi && !cosine;
 
         let lanes = tile.lanes.len();
         let few = is_few::<S>(lanes, p.head_dim, dims);
 
-        let Scratch { q, q_rows, scores, extra, acc, far, lost, k: k_buffer, v: v_buffer, .. } =
-            &mut *self.scratch;
+        let Scratch {
+            q, q_rows, inverse_norms, scores, extra, acc, far, lost, k: k_buffer, v: v_buffer, ..
+        } = &mut *self.scratch;
         let q = q.get(p.head_dim * width);
         if few {
             q_rows.clear();
@@ -152,6 +155,10 @@ impl TileRun<'_> {
                 few::scores(simd, keys, q_rows, p.head_dim, scores, width);
             } else {
                 kernel::scores(simd, keys.data, keys.stride, q, scores, &mut new_max);
+            }
+            if cosine {
+                cosine::inverse_norms(keys, p.head_dim, count, inverse_norms);
+                cosine::divide(simd, scores, inverse_norms);
             }
             let edge = start < tile.full.start || start + count > tile.full.end;
             if few || edge || !plain || careful {
@@ -225,7 +232,7 @@ impl TileRun<'_> {
         }
     }
 
-    /// q, scaled and transposed into the lanes; for the bilinear similarity `W^T q`.
+    /// q, scaled and transposed into the lanes; for the bilinear similarity `W^T q`, for the cosine at length 1.
     #[inline(always)]
     fn load_q<S: Simd, const NV: usize>(&mut self, simd: S) {
         let (context, tile, p) = (self.context, self.tile, self.context.problem);
@@ -237,6 +244,9 @@ impl TileRun<'_> {
             for (lane, Lane { head, query, .. }) in tile.lanes.iter().enumerate() {
                 let at = p.q.index([tile.batch, *head, *query, 0]);
                 read(&context.inputs.q, at, p.q.strides[3], row);
+                if p.similarity == Similarity::Cosine {
+                    cosine::normalize(row);
+                }
                 to[lane..].iter_mut().step_by(width).zip(row.iter()).for_each(|(to, &x)| *to = x);
             }
         };

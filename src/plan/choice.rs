@@ -4,7 +4,7 @@ use crate::caps::Caps;
 use crate::error::{Operand, Result};
 use crate::kernel::{Blueprint, Family, Kernel, Tiles, looks_after_lengths};
 use crate::plan::Path;
-use crate::problem::AttentionProblem;
+use crate::problem::{AttentionProblem, KeyTerms, Similarity};
 
 /// Elements of k or v that the row kernel's masked index reaches: 2^26 quads.
 const MOST_ROW_ELEMENTS: u128 = 1 << 28;
@@ -66,6 +66,10 @@ pub(super) fn stages(
             return Err(format!("it indexes k and v up to {MOST_ROW_ELEMENTS} elements, not {longest}"));
         }
     }
+    match problem.key_terms() {
+        KeyTerms::None => {}
+        KeyTerms::InverseNorms => stages.insert(0, new(Kernel::KeyNorms)),
+    }
     if stages.iter().any(|stage| stage.wants_bundle(caps)) {
         for stage in stages.iter_mut().filter(|stage| stage.wants_bundle(caps)) {
             *stage = stage.bundled();
@@ -75,8 +79,10 @@ pub(super) fn stages(
     if looks_after_lengths(problem) {
         stages.insert(0, new(Kernel::Lengths));
     }
-    if problem.layout(Operand::W).is_some() {
-        stages.insert(0, new(Kernel::Project));
+    match problem.similarity {
+        Similarity::Dot | Similarity::ScaledDot => {}
+        Similarity::Bilinear { .. } => stages.insert(0, new(Kernel::Project)),
+        Similarity::Cosine => stages.insert(0, new(Kernel::NormalizeQ)),
     }
     if problem.weights {
         stages.push(new(Kernel::Weights));

@@ -19,6 +19,8 @@ pub enum Sim {
         extra: isize,
         per_head: bool,
     },
+    /// A given scale is one of the spread that scores then have. Some vectors are zeros.
+    Cosine,
 }
 
 /// Along which dimensions a bias or mask has elements of its own.
@@ -326,8 +328,12 @@ impl Axes {
                 Sim::Dot => Similarity::Dot,
                 Sim::ScaledDot => Similarity::ScaledDot,
                 Sim::Bilinear { per_head, .. } => Similarity::Bilinear { query_dim: dq, per_head },
+                Sim::Cosine => Similarity::Cosine,
             },
-            scale: self.scale,
+            scale: self.scale.map(|scale| match self.similarity {
+                Sim::Cosine => scale * self.spread * (d as f32).sqrt(),
+                _ => scale,
+            }),
             softcap: self.softcap,
             alibi: self.alibi,
             causal: self.causal,
@@ -384,10 +390,12 @@ impl Axes {
         let amplitude = (self.spread / (scale * (p.head_dim as f32).sqrt())).sqrt();
         let tail = rng.below(4);
         let (q_shape, k_shape, v_shape) = (p.shape(Operand::Q), p.shape(Operand::K), p.shape(Operand::V));
-        let q = fill(p.dtype, p.q, q_shape, tail, |_| Some(amplitude * rng.normal()));
+        let zeros =
+            |[b, h, i, _]: [usize; 4]| self.similarity == Sim::Cosine && (7 * b + 3 * h + i) % 16 == 5;
+        let mut number = |at| if zeros(at) { 0.0 } else { amplitude * rng.normal() };
+        let q = fill(p.dtype, p.q, q_shape, tail, |at| Some(number(at)));
         // Rows that do not exist stay poison: nothing may come of them.
-        let k =
-            fill(p.dtype, p.k, k_shape, tail, |[b, _, j, _]| exists(b, j).then(|| amplitude * rng.normal()));
+        let k = fill(p.dtype, p.k, k_shape, tail, |at| exists(at[0], at[2]).then(|| number(at)));
         let v = fill(p.dtype, p.v, v_shape, tail, |[b, _, j, _]| exists(b, j).then(|| rng.normal() + 0.25));
         let mut data = Data::new(q, k, v);
         if self.storage == Storage::Packed {
@@ -511,13 +519,14 @@ pub mod values {
     pub const DIM_V_ANY: [[usize; 2]; 7] =
         [[1, 3], [5, 7], [9, 15], [17, 31], [33, 63], [65, 127], [129, 255]];
     pub const HEADS: [(usize, usize); 6] = [(1, 1), (2, 2), (4, 2), (3, 1), (6, 2), (5, 5)];
-    /// The three with a W first.
-    pub const SIMILARITY: [Sim; 5] = [
+    /// The three with a W first, then the two of q and k alone.
+    pub const SIMILARITY: [Sim; 6] = [
         Sim::Bilinear { extra: 0, per_head: true },
         Sim::Bilinear { extra: 3, per_head: false },
         Sim::Bilinear { extra: -4, per_head: true },
         Sim::ScaledDot,
         Sim::Dot,
+        Sim::Cosine,
     ];
     pub const SCALE: [Option<f32>; 4] = [None, Some(0.25), Some(-0.7), Some(1.5)];
     pub const SOFTCAP: [f32; 3] = [0.5, 30.0, 50.0];
