@@ -37,7 +37,11 @@ struct Params {
     // Scores.
     scale: f32,
     softcap: f32,
+    // The additive similarity's width; matrices of a head, 0 where all have one. w is Wq, too.
+    hidden: u32,
     w_head_stride: u32,
+    wk_head_stride: u32,
+    score_v_head_stride: u32,
     // Masks: alignment 0 is none, 1 top-left, 2 bottom-right.
     causal: u32,
     window_align: u32,

@@ -1,4 +1,5 @@
-// From a dot product to a score: what the similarity makes of it, scale, soft cap, bias, ALiBi, masks, in the contract's order.
+// From a dot product to a score: what the similarity makes of it, scale, soft cap, bias, ALiBi, masks, in the
+// contract's order.
 
 // tanh to a few ULP everywhere. The built-in may be off by 1e-5 absolute, which a cap of 50 turns
 // into 5e-4. Below 0.625 an odd polynomial (Cephes tanhf), above it the exponential form.

@@ -108,6 +108,8 @@ pub(crate) enum Kernel {
     Project,
     NormalizeQ,
     KeyNorms,
+    ProjectQ,
+    ProjectK,
     ScoresTile,
     ScoresDirect,
     SoftmaxRow,
@@ -131,6 +133,8 @@ impl Kernel {
             Self::Project => "project",
             Self::NormalizeQ => "normalize_q",
             Self::KeyNorms => "key_norms",
+            Self::ProjectQ => "project_q",
+            Self::ProjectK => "project_k",
             Self::ScoresTile => "scores_tile",
             Self::ScoresDirect => "scores_direct",
             Self::SoftmaxRow => "softmax_row",
@@ -165,12 +169,12 @@ impl Kernel {
 
     /// Whether it makes the queries that scores are computed of.
     pub(crate) fn is_of_queries(self) -> bool {
-        matches!(self, Self::Project | Self::NormalizeQ)
+        matches!(self, Self::Project | Self::NormalizeQ | Self::ProjectQ)
     }
 
     /// Whether it makes the terms of keys.
     pub(crate) fn is_of_keys(self) -> bool {
-        matches!(self, Self::KeyNorms)
+        matches!(self, Self::KeyNorms | Self::ProjectK)
     }
 
     pub(crate) fn is_scores(self) -> bool {
@@ -431,12 +435,14 @@ impl Blueprint {
         let (of_queries, of_keys) = (kernel.is_of_queries(), kernel.is_of_keys());
         let counts = !of_queries && !maps && !merges;
         let looked_after = counts && !lengths && looks_after_lengths(problem);
-        let finds = scores || values || lengths || bundles || of_keys;
+        // Additive scores are of keys that lie in scratch, one after the other.
+        let of_terms = scores && problem.key_terms() == KeyTerms::Projected;
+        let finds = (scores && !of_terms) || values || lengths || bundles || of_keys;
         Self {
             kernel,
             tiles,
             q: io(of_queries || (scores && !problem.projects()), Operand::Q),
-            k: io(scores || of_keys, Operand::K),
+            k: io((scores && !of_terms) || of_keys, Operand::K),
             v: io(values, Operand::V),
             o: io(values || merges, Operand::O),
             bias: io(scores, Operand::Bias),
@@ -522,6 +528,8 @@ impl Blueprint {
             Kernel::Project
             | Kernel::NormalizeQ
             | Kernel::KeyNorms
+            | Kernel::ProjectQ
+            | Kernel::ProjectK
             | Kernel::Weights
             | Kernel::Lengths
             | Kernel::Bundle
@@ -565,9 +573,15 @@ impl Blueprint {
         let group = if self.packed { problem.group_size() as u64 } else { 1 };
         let fused = |tile: u32| heads / group * tiles(rows * group, tile.max(1));
         match self.kernel {
-            Kernel::Project => tiles(heads * rows * (problem.head_dim as u64).div_ceil(4), ELEMENT_LANES),
+            Kernel::Project | Kernel::ProjectQ => {
+                tiles(heads * rows * (problem.compared_dim() as u64).div_ceil(4), ELEMENT_LANES)
+            }
             Kernel::NormalizeQ => tiles(heads * rows, ELEMENT_LANES),
             Kernel::KeyNorms => problem.key_term_heads(heads) * tiles(keys, ELEMENT_LANES),
+            Kernel::ProjectK => {
+                let quads = problem.key_term_width() as u64 / 4;
+                tiles(problem.key_term_heads(heads) * keys * quads, ELEMENT_LANES)
+            }
             Kernel::ScoresTile | Kernel::ScoresDirect => {
                 heads * tiles(rows, t.scores_rows) * tiles(keys, t.scores_keys)
             }
@@ -636,6 +650,9 @@ impl Blueprint {
             (self.bias.is_some(), Operand::Bias),
             (self.mask, Operand::Mask),
             (self.kernel == Kernel::Project, Operand::W),
+            (self.kernel == Kernel::ProjectQ, Operand::Wq),
+            (self.kernel == Kernel::ProjectK, Operand::Wk),
+            (self.key_terms == KeyTerms::Projected, Operand::ScoreV),
         ] {
             if present {
                 all.push(read(Slot::Operand(operand)));
@@ -660,8 +677,8 @@ impl Blueprint {
             }
         }
         match self.kernel {
-            Kernel::Project | Kernel::NormalizeQ => all.push(write(Slot::Projected)),
-            Kernel::KeyNorms => all.push(write(Slot::KeyTerms)),
+            Kernel::Project | Kernel::NormalizeQ | Kernel::ProjectQ => all.push(write(Slot::Projected)),
+            Kernel::KeyNorms | Kernel::ProjectK => all.push(write(Slot::KeyTerms)),
             Kernel::ScoresTile | Kernel::ScoresDirect => all.push(write(Slot::Scores)),
             Kernel::SoftmaxRow => all.extend([write(Slot::Scores), write(Slot::InverseSums)]),
             Kernel::ValuesTile | Kernel::ValuesDirect => {
@@ -730,6 +747,9 @@ impl Slot {
                 Operand::VNew => 25,
                 Operand::QNew => 26,
                 Operand::Rope => 27,
+                Operand::Wq => 30,
+                Operand::Wk => 31,
+                Operand::ScoreV => 32,
             },
             Self::Scores => 11,
             Self::InverseSums => 14,

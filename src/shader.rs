@@ -82,11 +82,16 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
     }
     if b.kernel.is_of_queries() {
         add(part!("io/query_plain"));
-        if b.kernel == Kernel::NormalizeQ {
-            add(part!("norm"));
-            add(part!("kernel/normalize_q"));
-        } else {
-            add(part!("kernel/project"));
+        match b.kernel {
+            Kernel::NormalizeQ => {
+                add(part!("norm"));
+                add(part!("kernel/normalize_q"));
+            }
+            Kernel::ProjectQ => {
+                add(&product(Operand::Q, Operand::Wq, "query_dim"));
+                add(part!("kernel/project_q"));
+            }
+            _ => add(part!("kernel/project")),
         }
         return out;
     }
@@ -119,8 +124,13 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
     }
     if b.kernel.is_of_keys() {
         add(part!("key_terms"));
-        add(part!("norm"));
-        add(part!("kernel/key_norms"));
+        if b.kernel == Kernel::KeyNorms {
+            add(part!("norm"));
+            add(part!("kernel/key_norms"));
+        } else {
+            add(&product(Operand::K, Operand::Wk, "head_dim"));
+            add(part!("kernel/project_k"));
+        }
         return out;
     }
     if b.kernel == Kernel::Count {
@@ -150,12 +160,21 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
             add(part!("io/mask_none"));
         }
         add(if b.alibi { part!("io/alibi") } else { part!("io/alibi_none") });
+        let terms = Slot::KeyTerms.number().to_string();
         match b.key_terms {
-            KeyTerms::None => add(part!("io/compared_dot")),
+            KeyTerms::None | KeyTerms::Projected => add(part!("io/compared_dot")),
             KeyTerms::InverseNorms => {
                 add(part!("key_terms"));
-                add(&part!("io/compared_cosine").replace("BINDING", &Slot::KeyTerms.number().to_string()));
+                add(&part!("io/compared_cosine").replace("BINDING", &terms));
             }
+        }
+        if b.key_terms == KeyTerms::Projected {
+            add(part!("key_terms"));
+            add(&part!("io/key_projected").replace("BINDING", &terms));
+            add(&named(part!("io/pair_additive"), Operand::ScoreV));
+        } else if b.kernel.is_scores() {
+            add(part!("io/pair_product"));
+            add(if b.kernel == Kernel::ScoresTile { part!("io/pair_dot") } else { part!("io/pair_fma") });
         }
         add(part!("score"));
         if b.mapped {
@@ -215,6 +234,8 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         Kernel::Project
         | Kernel::NormalizeQ
         | Kernel::KeyNorms
+        | Kernel::ProjectQ
+        | Kernel::ProjectK
         | Kernel::Lengths
         | Kernel::Bundle
         | Kernel::MaskMap
@@ -372,6 +393,8 @@ fn constants(b: &Blueprint) -> Vec<(&'static str, u32)> {
         Kernel::Project
         | Kernel::NormalizeQ
         | Kernel::KeyNorms
+        | Kernel::ProjectQ
+        | Kernel::ProjectK
         | Kernel::Lengths
         | Kernel::Bundle
         | Kernel::MaskMap
@@ -428,6 +451,11 @@ fn constants(b: &Blueprint) -> Vec<(&'static str, u32)> {
         all.extend(values);
     }
     all
+}
+
+/// Rows of q or k, times a matrix.
+fn product(of: Operand, by: Operand, width: &str) -> String {
+    named(part!("io/product"), by).replace("ROWS", &of.to_string()).replace("WIDTH", width)
 }
 
 fn named(text: &str, operand: Operand) -> String {

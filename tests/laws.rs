@@ -351,6 +351,32 @@ fn cosines_do_not_change_with_the_lengths_of_vectors() {
     });
 }
 
+/// Additive scores that do not depend on the key are one for all of a row's: its weights are uniform.
+#[test]
+fn additive_without_keys_is_uniform() {
+    hold(|subject, rng| {
+        let similarity = Sim::Additive { extra: 2, hidden: 1 + rng.below(20), per_head: rng.chance(0.5) };
+        let mut case = Axes { similarity, ..draw(rng) }.build(rng.next());
+        if !subject.compares(&case) {
+            return;
+        }
+        case.data.wk.as_mut().expect("additive").fill(0.0);
+        let out = run(subject, &case);
+        let expected = Expected::of(&case);
+        let p = &case.problem;
+        let weights = out.weights.as_ref().expect("asked for");
+        let want = vec![1.0 / p.seq_kv as f32; weights.len()];
+        close("Wk = 0", "weights", weights, &want, expected.weights);
+        let v = case.data.v.as_ref().as_ref();
+        let mut mean = Vec::new();
+        for [b, h, _, d] in indices(p.shape(Operand::O)) {
+            let values = (0..p.seq_kv).map(|j| f64::from(v.get(p.v.index([b, p.kv_head(h), j, d]))));
+            mean.push((values.sum::<f64>() / p.seq_kv as f64) as f32);
+        }
+        close("Wk = 0", "o", &out.o_contiguous(p), &mean, expected.o);
+    });
+}
+
 /// Grouped heads are repeated heads.
 #[test]
 fn grouped_heads_equal_repeated_heads() {

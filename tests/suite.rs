@@ -18,6 +18,9 @@ use wgpu_attention::{
 /// Multiplications that the oracle may spend on one case of a table.
 const WORK: usize = 2_000_000;
 
+/// An additive similarity for tests of one.
+const ADDITIVE: Sim = Sim::Additive { extra: 2, hidden: 10, per_head: false };
+
 /// Which GPU subject a row of the table runs on, and through which door.
 fn gpu_subject(turn: usize) -> Option<Subject> {
     let gpus = Subject::gpus();
@@ -47,7 +50,7 @@ fn covering_cases() -> Vec<(Case, Vec<Subject>)> {
             2,
             2,
             2,
-            4,
+            5,
             2,
             3,
             2,
@@ -89,6 +92,7 @@ fn covering_cases() -> Vec<(Case, Vec<Subject>)> {
         let storage = values::STORAGE[run[16]];
         let (bilinear, others) = values::SIMILARITY.split_at(3);
         let (plain, others) = others.split_at(2);
+        let (cosine, additive) = others.split_at(1);
         let axes = Axes {
             dtype: DTYPES[compiled[0]].0,
             out_dtype: DTYPES[compiled[0]].1,
@@ -103,7 +107,8 @@ fn covering_cases() -> Vec<(Case, Vec<Subject>)> {
             similarity: match compiled[7] {
                 0 => bilinear[run[6] % bilinear.len()],
                 1 | 2 => plain[run[6] % plain.len()],
-                own => others[own - 3],
+                3 => cosine[0],
+                _ => additive[run[6] % additive.len()],
             },
             lse: compiled[8] == 0,
             weights: compiled[9] == 0,
@@ -124,8 +129,9 @@ fn covering_cases() -> Vec<(Case, Vec<Subject>)> {
             spread: [1.0, 3.0, 8.0][run[17]],
         };
         let mut subjects = Subject::cpu();
-        subjects.extend(gpu_subject(compiled[12]));
-        (axes.shrunk_to(WORK).build(number as u64), subjects)
+        let case = axes.shrunk_to(WORK).build(number as u64);
+        subjects.extend(gpu_subject(compiled[12]).map(|subject| subject.that_compares(&case)));
+        (case, subjects)
     });
     cases.collect()
 }
@@ -171,7 +177,8 @@ fn seeded_draws() {
             let mut case = values::draw(&mut rng).shrunk_to(WORK).build(seed);
             case.name = format!("draw with WGPU_ATTENTION_SEED={seed:#x}: {}", case.name);
             let mut subjects = Subject::cpu();
-            subjects.extend(gpu_subject(rng.below(1 << 16)));
+            let subject = gpu_subject(rng.below(1 << 16));
+            subjects.extend(subject.map(|subject| subject.that_compares(&case)));
             (case, subjects)
         })
         .collect();
@@ -262,11 +269,16 @@ fn any_scratch_budget_gives_the_same_bits() {
         },
         Axes { batch: 1, heads: (1, 1), seq_q: 257, seq_kv: 31, head_dim_v: 5, ..base },
         Axes { similarity: Sim::Cosine, scale: Some(1.0), lens: Lens::Partial, ..base },
+        Axes { similarity: ADDITIVE, lens: Lens::Partial, ..base },
+        Axes { similarity: Sim::Additive { extra: 1, hidden: 9, per_head: true }, ..base },
     ];
     for (i, axes) in problems.into_iter().enumerate() {
         let case = axes.build(i as u64);
         for subject in Subject::few() {
             let Subject::Gpu { kind, checks, family, .. } = subject else { continue };
+            if !subject.compares(&case) {
+                continue;
+            }
             let case = subject.asked(&case);
             let expected = Expected::of(&case);
             // The fused kernels only have scratch for what queries and keys are made into.
@@ -363,11 +375,17 @@ fn nan_goes_where_it_is_read_and_nowhere_else() {
         },
         Axes { similarity: Sim::Cosine, mask: Some(Spread::Full), ..base },
         Axes { similarity: Sim::Cosine, causal: Some(Align::BottomRight), lens: Lens::Partial, ..base },
+        Axes { similarity: ADDITIVE, mask: Some(Spread::Full), ..base },
+        Axes { similarity: ADDITIVE, causal: Some(Align::BottomRight), lens: Lens::Partial, ..base },
     ];
     let mut cases = Vec::new();
     for (i, axes) in drops.into_iter().enumerate() {
         for (j, operand) in [Operand::Q, Operand::K, Operand::V].into_iter().enumerate() {
             for bad in [f32::NAN, f32::INFINITY] {
+                // An infinite query or key is 1 behind a tanh.
+                if axes.similarity == ADDITIVE && bad == f32::INFINITY && operand != Operand::V {
+                    continue;
+                }
                 let mut case = axes.build((3 * i + j) as u64);
                 let mut rng = Rng::new(i as u64);
                 let p = &case.problem;
@@ -393,7 +411,8 @@ fn nan_goes_where_it_is_read_and_nowhere_else() {
                     tensor.set(layout.index(at), bad);
                     case.name = format!("{bad} at {operand}{at:?}, {}", case.name);
                 }
-                cases.push((case, Subject::few()));
+                let subjects = Subject::few().into_iter().filter(|subject| subject.compares(&case)).collect();
+                cases.push((case, subjects));
             }
         }
     }
@@ -721,6 +740,7 @@ fn stale_scratch_reaches_nothing() {
         Axes { lens: Lens::Partial, similarity: Sim::Bilinear { extra: 0, per_head: false }, ..base },
         Axes { causal: Some(Align::BottomRight), seq_q: 90, seq_kv: 31, ..base },
         Axes { lens: Lens::Partial, similarity: Sim::Cosine, scale: Some(1.0), ..base },
+        Axes { lens: Lens::Partial, similarity: ADDITIVE, ..base },
     ];
     for kind in [Kind::Full, Kind::Minimal] {
         let Some(gpu) = gpu::get(kind, false) else { return };
@@ -729,6 +749,9 @@ fn stale_scratch_reaches_nothing() {
             let case = axes.build(i as u64);
             for family in gpu.families() {
                 let fused = family.path() == Path::Fused;
+                if fused && axes.similarity == ADDITIVE {
+                    continue;
+                }
                 let splits = (fused && i % 2 == 1).then_some(3);
                 let options = PlanOptions { family: Some(family), splits, ..PlanOptions::default() };
                 let (mut poison, mut case) = (poison.clone(), case.clone());

@@ -17,6 +17,7 @@
 //! # Ok::<(), wgpu_attention::Error>(())
 //! ```
 
+mod additive;
 mod cosine;
 mod few;
 mod kernel;

@@ -43,6 +43,9 @@ pub(super) fn stages(
     problem: &AttentionProblem,
     caps: &Caps,
 ) -> Result<Vec<Blueprint>, String> {
+    if tiles.family.path() == Path::Fused && problem.key_terms() == KeyTerms::Projected {
+        return Err("it multiplies queries and keys, and additive scores are no such product".into());
+    }
     let new = |kernel| Blueprint::new(kernel, tiles, problem, caps);
     let mut stages = match tiles.family {
         Family::StagedTile => [Kernel::ScoresTile, Kernel::SoftmaxRow, Kernel::ValuesTile].map(new).to_vec(),
@@ -69,6 +72,7 @@ pub(super) fn stages(
     match problem.key_terms() {
         KeyTerms::None => {}
         KeyTerms::InverseNorms => stages.insert(0, new(Kernel::KeyNorms)),
+        KeyTerms::Projected => stages.insert(0, new(Kernel::ProjectK)),
     }
     if stages.iter().any(|stage| stage.wants_bundle(caps)) {
         for stage in stages.iter_mut().filter(|stage| stage.wants_bundle(caps)) {
@@ -83,6 +87,7 @@ pub(super) fn stages(
         Similarity::Dot | Similarity::ScaledDot => {}
         Similarity::Bilinear { .. } => stages.insert(0, new(Kernel::Project)),
         Similarity::Cosine => stages.insert(0, new(Kernel::NormalizeQ)),
+        Similarity::Additive { .. } => stages.insert(0, new(Kernel::ProjectQ)),
     }
     if problem.weights {
         stages.push(new(Kernel::Weights));

@@ -8,7 +8,7 @@ use crate::kernel::{Slot, bundle_words, key_parts, looks_after_lengths, part_key
 use crate::layout::Layout;
 use crate::mask::Align;
 use crate::params::{ParamLayout, Params};
-use crate::problem::{MAX_SEQ, Similarity};
+use crate::problem::MAX_SEQ;
 
 impl Plan {
     /// Bytes from one uniform block to the next.
@@ -44,7 +44,7 @@ impl Plan {
             let first = self.window(operand).start as usize / p.element_bytes(operand);
             ParamLayout::new(layout, p.shape(operand), first)
         };
-        let per_head = matches!(p.similarity, Similarity::Bilinear { per_head: true, .. });
+        let of_head = |elements: usize| if p.has_own_matrices() { elements as u32 } else { 0 };
         let step = self.tiles.map().map_or(1, |tile| tile.keys);
         let [pages, max_blocks, total_kv] = match p.cache {
             Cache::Paged { pages, max_blocks, .. } => [pages, max_blocks, 0],
@@ -80,7 +80,10 @@ impl Plan {
             max_blocks: max_blocks as u32,
             scale: p.effective_scale() as f32,
             softcap: p.softcap.unwrap_or(1.0),
-            w_head_stride: if per_head { (p.query_dim() * p.head_dim) as u32 } else { 0 },
+            hidden: p.compared_dim() as u32,
+            w_head_stride: of_head(p.query_dim() * p.compared_dim()),
+            wk_head_stride: of_head(p.compared_dim() * p.head_dim),
+            score_v_head_stride: of_head(p.compared_dim()),
             causal: p.causal.map_or(0, align),
             window_align: align(p.align),
             window_left: side(window.left),
@@ -138,12 +141,8 @@ impl Plan {
     }
 
     pub(super) fn projected_stride(&self) -> u64 {
-        match self.problem.similarity {
-            Similarity::Bilinear { .. } | Similarity::Cosine => {
-                (self.problem.head_dim as u64).next_multiple_of(4)
-            }
-            Similarity::Dot | Similarity::ScaledDot => 0,
-        }
+        let width = self.problem.compared_dim() as u64;
+        if self.problem.projects() { width.next_multiple_of(4) } else { 0 }
     }
 
     /// Bytes of the terms of a head's keys. Not none where there are no keys: the buffer has to be bound.
