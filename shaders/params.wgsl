@@ -18,6 +18,7 @@ struct Params {
     // Scratch rows.
     score_stride: u32,
     projected_stride: u32,
+    key_term_group: u32, // query heads that share the terms of a key
     // The value kernel's part of the keys: [key_first, key_end); the last part has no end.
     key_first: u32,
     key_end: u32,
@@ -37,7 +38,11 @@ struct Params {
     scale: f32,
     softcap: f32,
     norm_epsilon: f32,
+    // The additive similarity's width; matrices of a head, 0 where all have one. w is Wq, too.
+    hidden: u32,
     w_head_stride: u32,
+    wk_head_stride: u32,
+    score_v_head_stride: u32,
     // Masks: alignment 0 is none, 1 top-left, 2 bottom-right.
     causal: u32,
     window_align: u32,

@@ -1,4 +1,5 @@
-// From a dot product to a score: scale, soft cap, bias, ALiBi, masks, in the contract's order.
+// From a dot product to a score: what the similarity makes of it, scale, soft cap, bias, ALiBi, masks, in the
+// contract's order.
 
 // tanh to a few ULP everywhere. The built-in may be off by 1e-5 absolute, which a cap of 50 turns
 // into 5e-4. Below 0.625 an odd polynomial (Cephes tanhf), above it the exponential form.
@@ -43,7 +44,7 @@ fn finish_kept(dot: f32, b: u32, h: u32, i: u32, j: u32, len_k: u32, tile: u32) 
     if bitcast<u32>(bias) == NEG_INF_BITS {
         return DROPPED;
     }
-    var s = dot * params.scale;
+    var s = compared(dot, b, h, j) * params.scale;
     if SOFTCAP {
         s = soft_cap(s);
     }

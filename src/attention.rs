@@ -95,6 +95,12 @@ pub struct Operands<'a> {
     pub o: &'a wgpu::Buffer,
     /// The bilinear matrix, f32.
     pub w: Option<&'a wgpu::Buffer>,
+    /// The additive similarity's matrix on queries, f32.
+    pub wq: Option<&'a wgpu::Buffer>,
+    /// The additive similarity's matrix on keys, f32.
+    pub wk: Option<&'a wgpu::Buffer>,
+    /// The additive similarity's weights, f32.
+    pub score_v: Option<&'a wgpu::Buffer>,
     /// The additive bias.
     pub bias: Option<&'a wgpu::Buffer>,
     /// The boolean mask, one byte an element.
@@ -128,6 +134,9 @@ impl<'a> Operands<'a> {
             v,
             o,
             w: None,
+            wq: None,
+            wk: None,
+            score_v: None,
             bias: None,
             mask: None,
             alibi_slopes: None,
@@ -149,6 +158,9 @@ impl<'a> Operands<'a> {
             Operand::V => Some(self.v),
             Operand::O => Some(self.o),
             Operand::W => self.w,
+            Operand::Wq => self.wq,
+            Operand::Wk => self.wk,
+            Operand::ScoreV => self.score_v,
             Operand::Bias => self.bias,
             Operand::Mask => self.mask,
             Operand::AlibiSlopes => self.alibi_slopes,

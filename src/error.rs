@@ -19,6 +19,12 @@ pub enum Operand {
     /// The bilinear matrix, `[query_dim, head_dim]` or one of those per query head; or a linear map's weights,
     /// `[outputs, inputs]`.
     W,
+    /// The additive similarity's matrix on queries, `[hidden, query_dim]` or one of those per query head.
+    Wq,
+    /// The additive similarity's matrix on keys, `[hidden, head_dim]` or one of those per query head.
+    Wk,
+    /// The additive similarity's weights, `[hidden]` or one of those per query head.
+    ScoreV,
     /// The additive bias, broadcastable to `[batch, heads_q, seq_q, seq_kv]`; or a linear map's, to
     /// `[rows, outputs]`.
     Bias,
@@ -62,11 +68,14 @@ pub enum Operand {
 
 impl Operand {
     /// Every operand of an attention call, inputs before outputs.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 19] = [
         Self::Q,
         Self::K,
         Self::V,
         Self::W,
+        Self::Wq,
+        Self::Wk,
+        Self::ScoreV,
         Self::Bias,
         Self::Mask,
         Self::AlibiSlopes,
@@ -90,6 +99,9 @@ impl std::fmt::Display for Operand {
             Self::V => "v",
             Self::O => "o",
             Self::W => "w",
+            Self::Wq => "wq",
+            Self::Wk => "wk",
+            Self::ScoreV => "score_v",
             Self::Bias => "bias",
             Self::Mask => "mask",
             Self::AlibiSlopes => "alibi_slopes",

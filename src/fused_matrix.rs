@@ -3,7 +3,6 @@
 
 use crate::caps::Caps;
 use crate::dtype::Dtype;
-use crate::error::Operand;
 use crate::problem::AttentionProblem;
 use crate::tile::{Tile, check};
 
@@ -171,7 +170,7 @@ pub(crate) fn sizes(problem: &AttentionProblem, caps: &Caps) -> FusedMatrix {
             tile_kv,
             frags: frags(problem.head_dim),
             frags_v: frags(problem.head_dim_v),
-            parts: if problem.layout(Operand::W).is_some() { 2 } else { 1 },
+            parts: if problem.projects() { 2 } else { 1 },
         })
     });
     all.find(|tile| {

@@ -24,6 +24,12 @@ pub struct Inputs<'a> {
     pub v: TensorRef<'a>,
     /// The bilinear matrix.
     pub w: Option<&'a [f32]>,
+    /// The additive similarity's matrix on queries.
+    pub wq: Option<&'a [f32]>,
+    /// The additive similarity's matrix on keys.
+    pub wk: Option<&'a [f32]>,
+    /// The additive similarity's weights.
+    pub score_v: Option<&'a [f32]>,
     /// The additive bias.
     pub bias: Option<TensorRef<'a>>,
     /// The boolean mask, one byte an element; non-zero keeps.
@@ -54,6 +60,9 @@ impl<'a> Inputs<'a> {
             k: k.into(),
             v: v.into(),
             w: None,
+            wq: None,
+            wk: None,
+            score_v: None,
             bias: None,
             mask: None,
             alibi_slopes: None,
@@ -75,6 +84,9 @@ impl<'a> Inputs<'a> {
             Operand::K => Some(tensor(self.k)),
             Operand::V => Some(tensor(self.v)),
             Operand::W => self.w.map(floats),
+            Operand::Wq => self.wq.map(floats),
+            Operand::Wk => self.wk.map(floats),
+            Operand::ScoreV => self.score_v.map(floats),
             Operand::Bias => self.bias.map(tensor),
             Operand::Mask => self.mask.map(|x| (None, x.len(), x)),
             Operand::AlibiSlopes => self.alibi_slopes.map(floats),
@@ -96,7 +108,23 @@ impl<'a> Inputs<'a> {
     pub fn check(&self, problem: &AttentionProblem) -> Result<()> {
         use Operand::*;
         problem.validate()?;
-        let inputs = [Q, K, V, W, Bias, Mask, AlibiSlopes, Sinks, KvLens, BlockTable, CuSeqlensQ, CuSeqlensK];
+        let inputs = [
+            Q,
+            K,
+            V,
+            W,
+            Wq,
+            Wk,
+            ScoreV,
+            Bias,
+            Mask,
+            AlibiSlopes,
+            Sinks,
+            KvLens,
+            BlockTable,
+            CuSeqlensQ,
+            CuSeqlensK,
+        ];
         for operand in inputs {
             let (wanted, got) = (problem.layout(operand).is_some(), self.get(operand));
             let Some((dtype, len, _)) = got else {

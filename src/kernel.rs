@@ -8,7 +8,7 @@ use crate::fused::{self, FusedRow, FusedTile};
 use crate::fused_matrix::{self, FusedMatrix};
 use crate::mask_map::{self, MapTile};
 use crate::plan::Path;
-use crate::problem::AttentionProblem;
+use crate::problem::{AttentionProblem, KeyTerms};
 
 /// A family of kernels: one way to compute attention. Each belongs to a [`Path`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -106,6 +106,10 @@ impl std::str::FromStr for Family {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Kernel {
     Project,
+    NormalizeQ,
+    KeyNorms,
+    ProjectQ,
+    ProjectK,
     ScoresTile,
     ScoresDirect,
     SoftmaxRow,
@@ -127,6 +131,10 @@ impl Kernel {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Project => "project",
+            Self::NormalizeQ => "normalize_q",
+            Self::KeyNorms => "key_norms",
+            Self::ProjectQ => "project_q",
+            Self::ProjectK => "project_k",
             Self::ScoresTile => "scores_tile",
             Self::ScoresDirect => "scores_direct",
             Self::SoftmaxRow => "softmax_row",
@@ -157,6 +165,16 @@ impl Kernel {
     /// Whether what it makes serves every chunk: it is dispatched before the first alone.
     pub(crate) fn is_once(self) -> bool {
         matches!(self, Self::Lengths | Self::Bundle | Self::MaskMap | Self::Count)
+    }
+
+    /// Whether it makes the queries that scores are computed of.
+    pub(crate) fn is_of_queries(self) -> bool {
+        matches!(self, Self::Project | Self::NormalizeQ | Self::ProjectQ)
+    }
+
+    /// Whether it makes the terms of keys.
+    pub(crate) fn is_of_keys(self) -> bool {
+        matches!(self, Self::KeyNorms | Self::ProjectK)
     }
 
     pub(crate) fn is_scores(self) -> bool {
@@ -255,7 +273,7 @@ pub(crate) fn looks_after_lengths(problem: &AttentionProblem) -> bool {
     problem.status || matches!(problem.cache, Cache::Paged { .. })
 }
 
-/// Threads of the element-wise kernels (project, weights, bundle) and of the mask's map.
+/// Threads of the element-wise kernels (project, weights, bundle, ...) and of the mask's map.
 const ELEMENT_LANES: u32 = 64;
 
 /// The one place where tile sizes are chosen.
@@ -366,8 +384,10 @@ pub(crate) struct Blueprint {
     pub(crate) v: Option<Io>,
     pub(crate) o: Option<Io>,
     pub(crate) bias: Option<Io>,
-    /// Scores read queries that [`Kernel::Project`] has multiplied by W.
+    /// Scores read queries that another kernel has made of q.
     pub(crate) projected: bool,
+    /// What they read of keys that another kernel has made of k.
+    pub(crate) key_terms: KeyTerms,
     pub(crate) softcap: bool,
     pub(crate) alibi: bool,
     pub(crate) mask: bool,
@@ -400,7 +420,6 @@ impl Blueprint {
     /// The blueprint of `kernel`, with only what that kernel depends on filled in: problems that
     /// differ elsewhere share the pipeline.
     pub(crate) fn new(kernel: Kernel, tiles: Tiles, problem: &AttentionProblem, caps: &Caps) -> Self {
-        let bilinear = problem.layout(Operand::W).is_some();
         let io = |wanted: bool, operand| {
             let io = Io::of(problem, caps, operand).filter(|_| wanted)?;
             // An adapter on a CPU loads elements one by one: two at a time are half of the loads.
@@ -413,18 +432,22 @@ impl Blueprint {
         let values = kernel.is_values() || kernel.is_fused();
         let lengths = kernel == Kernel::Lengths;
         // It asks how many keys an entry has, or gathers the list.
-        let counts = kernel != Kernel::Project && !maps && !merges;
+        let (of_queries, of_keys) = (kernel.is_of_queries(), kernel.is_of_keys());
+        let counts = !of_queries && !maps && !merges;
         let looked_after = counts && !lengths && looks_after_lengths(problem);
-        let finds = scores || values || lengths || bundles;
+        // Additive scores are of keys that lie in scratch, one after the other.
+        let of_terms = scores && problem.key_terms() == KeyTerms::Projected;
+        let finds = (scores && !of_terms) || values || lengths || bundles || of_keys;
         Self {
             kernel,
             tiles,
-            q: io(kernel == Kernel::Project || (scores && !bilinear), Operand::Q),
-            k: io(scores, Operand::K),
+            q: io(of_queries || (scores && !problem.projects()), Operand::Q),
+            k: io((scores && !of_terms) || of_keys, Operand::K),
             v: io(values, Operand::V),
             o: io(values || merges, Operand::O),
             bias: io(scores, Operand::Bias),
-            projected: scores && bilinear,
+            projected: scores && problem.projects(),
+            key_terms: if scores { problem.key_terms() } else { KeyTerms::None },
             softcap: scores && problem.softcap.is_some(),
             alibi: (scores || bundles) && problem.alibi,
             mask: (scores || maps) && problem.mask.is_some(),
@@ -436,7 +459,7 @@ impl Blueprint {
                 Cache::Paged { page_size, .. } if finds => Keys::Paged(page_size as u32),
                 _ => Keys::Contiguous,
             },
-            ragged_q: !maps && kernel != Kernel::Count && problem.total_q.is_some(),
+            ragged_q: !maps && !of_keys && kernel != Kernel::Count && problem.total_q.is_some(),
             sinks: (softmax || bundles) && problem.sinks,
             lse: softmax && problem.lse,
             status: lengths && problem.status,
@@ -503,6 +526,10 @@ impl Blueprint {
         let t = &self.tiles;
         match self.kernel {
             Kernel::Project
+            | Kernel::NormalizeQ
+            | Kernel::KeyNorms
+            | Kernel::ProjectQ
+            | Kernel::ProjectK
             | Kernel::Weights
             | Kernel::Lengths
             | Kernel::Bundle
@@ -546,7 +573,15 @@ impl Blueprint {
         let group = if self.packed { problem.group_size() as u64 } else { 1 };
         let fused = |tile: u32| heads / group * tiles(rows * group, tile.max(1));
         match self.kernel {
-            Kernel::Project => tiles(heads * rows * (problem.head_dim as u64).div_ceil(4), ELEMENT_LANES),
+            Kernel::Project | Kernel::ProjectQ => {
+                tiles(heads * rows * (problem.compared_dim() as u64).div_ceil(4), ELEMENT_LANES)
+            }
+            Kernel::NormalizeQ => tiles(heads * rows, ELEMENT_LANES),
+            Kernel::KeyNorms => problem.key_term_heads(heads) * tiles(keys, ELEMENT_LANES),
+            Kernel::ProjectK => {
+                let quads = problem.key_term_width() as u64 / 4;
+                tiles(problem.key_term_heads(heads) * keys * quads, ELEMENT_LANES)
+            }
             Kernel::ScoresTile | Kernel::ScoresDirect => {
                 heads * tiles(rows, t.scores_rows) * tiles(keys, t.scores_keys)
             }
@@ -615,6 +650,9 @@ impl Blueprint {
             (self.bias.is_some(), Operand::Bias),
             (self.mask, Operand::Mask),
             (self.kernel == Kernel::Project, Operand::W),
+            (self.kernel == Kernel::ProjectQ, Operand::Wq),
+            (self.kernel == Kernel::ProjectK, Operand::Wk),
+            (self.key_terms == KeyTerms::Projected, Operand::ScoreV),
         ] {
             if present {
                 all.push(read(Slot::Operand(operand)));
@@ -626,6 +664,7 @@ impl Blueprint {
         for (present, binding) in [
             (self.status, write(Slot::Operand(Operand::Status))),
             (self.projected, read(Slot::Projected)),
+            (self.key_terms != KeyTerms::None, read(Slot::KeyTerms)),
             (self.lse, write(Slot::Operand(Operand::Lse))),
             (self.parts || self.split, write(Slot::Carried)),
             (self.bundled, read(Slot::Bundle)),
@@ -638,7 +677,8 @@ impl Blueprint {
             }
         }
         match self.kernel {
-            Kernel::Project => all.push(write(Slot::Projected)),
+            Kernel::Project | Kernel::NormalizeQ | Kernel::ProjectQ => all.push(write(Slot::Projected)),
+            Kernel::KeyNorms | Kernel::ProjectK => all.push(write(Slot::KeyTerms)),
             Kernel::ScoresTile | Kernel::ScoresDirect => all.push(write(Slot::Scores)),
             Kernel::SoftmaxRow => all.extend([write(Slot::Scores), write(Slot::InverseSums)]),
             Kernel::ValuesTile | Kernel::ValuesDirect => {
@@ -674,6 +714,7 @@ pub(crate) enum Slot {
     Scores,
     InverseSums,
     Projected,
+    KeyTerms,
     Carried,
     Bundle,
     MaskMap,
@@ -714,6 +755,9 @@ impl Slot {
                 // A linear map's, whose bindings have numbers of their own.
                 Operand::X => 31,
                 Operand::Y => 32,
+                Operand::Wq => 36,
+                Operand::Wk => 37,
+                Operand::ScoreV => 38,
             },
             Self::Scores => 11,
             Self::InverseSums => 14,
@@ -726,6 +770,7 @@ impl Slot {
             Self::LayerProjected => 33,
             Self::LayerTurned => 34,
             Self::LayerAttended => 35,
+            Self::KeyTerms => 39,
         }
     }
 }

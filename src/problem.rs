@@ -31,6 +31,34 @@ pub enum Similarity {
         /// One W for each query head, `[heads_q, query_dim, head_dim]`, or one for all.
         per_head: bool,
     },
+    /// `q . k / (max(|q|, 1e-8) max(|k|, 1e-8))`, the cosine of their angle (content addressing of the Neural
+    /// Turing Machine, Graves 2014, eq. 6), times the scale if that is given: its key strength beta. A vector of
+    /// zeros is compared as 0.
+    Cosine,
+    /// `vT tanh(Wq q + Wk k)` (Bahdanau 2014, appendix A.1.2; Luong 2015, eq. 8, "concat", where Wq and Wk are the
+    /// two halves of W), times the scale if that is given. No product of matrices gives these scores: the staged
+    /// kernels alone serve it on a GPU.
+    Additive {
+        /// Width of q; Wq is `[hidden, query_dim]`, and Wk `[hidden, head_dim]`.
+        query_dim: usize,
+        /// Width of v and of what it weighs.
+        hidden: usize,
+        /// One Wq, Wk and v for each query head, `[heads_q, ...]`, or one for all.
+        per_head: bool,
+    },
+}
+
+/// Norms below this one count as this one ([`Similarity::Cosine`]).
+pub(crate) const LEAST_NORM: f64 = 1e-8;
+
+/// What a kernel has made of each key before scores are computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum KeyTerms {
+    None,
+    /// One over the key's norm.
+    InverseNorms,
+    /// `Wk k`.
+    Projected,
 }
 
 /// The additive bias: `[batch, heads_q, seq_q, seq_kv]` with stride 0 where it is broadcast.
@@ -74,7 +102,7 @@ pub struct AttentionProblem {
     pub seq_q: usize,
     /// Keys of each head.
     pub seq_kv: usize,
-    /// Width of k, and of q unless the similarity is bilinear.
+    /// Width of k, and of q unless the similarity gives q one of its own.
     pub head_dim: usize,
     /// Width of v and o.
     pub head_dim_v: usize,
@@ -223,8 +251,8 @@ impl AttentionProblem {
     /// Width of q.
     pub fn query_dim(&self) -> usize {
         match self.similarity {
-            Similarity::Bilinear { query_dim, .. } => query_dim,
-            _ => self.head_dim,
+            Similarity::Bilinear { query_dim, .. } | Similarity::Additive { query_dim, .. } => query_dim,
+            Similarity::Dot | Similarity::ScaledDot | Similarity::Cosine => self.head_dim,
         }
     }
 
@@ -232,8 +260,63 @@ impl AttentionProblem {
     pub fn effective_scale(&self) -> f64 {
         self.scale.map(f64::from).unwrap_or(match self.similarity {
             Similarity::ScaledDot => 1.0 / (self.head_dim as f64).sqrt(),
-            Similarity::Dot | Similarity::Bilinear { .. } => 1.0,
+            Similarity::Dot
+            | Similarity::Bilinear { .. }
+            | Similarity::Cosine
+            | Similarity::Additive { .. } => 1.0,
         })
+    }
+
+    /// Whether kernels read queries that another kernel has made of q: multiplied by a matrix, or normalised.
+    pub(crate) fn projects(&self) -> bool {
+        !matches!(self.similarity, Similarity::Dot | Similarity::ScaledDot)
+    }
+
+    /// Width of what is compared: of k and of the queries that kernels read, or of what both are made into.
+    pub(crate) fn compared_dim(&self) -> usize {
+        match self.similarity {
+            Similarity::Additive { hidden, .. } => hidden,
+            _ => self.head_dim,
+        }
+    }
+
+    /// Whether each query head has matrices of its own.
+    pub(crate) fn has_own_matrices(&self) -> bool {
+        matches!(
+            self.similarity,
+            Similarity::Bilinear { per_head: true, .. } | Similarity::Additive { per_head: true, .. }
+        )
+    }
+
+    /// What another kernel has made of k for them.
+    pub(crate) fn key_terms(&self) -> KeyTerms {
+        match self.similarity {
+            Similarity::Cosine => KeyTerms::InverseNorms,
+            Similarity::Additive { .. } => KeyTerms::Projected,
+            Similarity::Dot | Similarity::ScaledDot | Similarity::Bilinear { .. } => KeyTerms::None,
+        }
+    }
+
+    /// Numbers of a key's terms.
+    pub(crate) fn key_term_width(&self) -> usize {
+        match self.key_terms() {
+            KeyTerms::None => 0,
+            KeyTerms::InverseNorms => 1,
+            // As wide as the queries that they are added to.
+            KeyTerms::Projected => self.compared_dim().next_multiple_of(4),
+        }
+    }
+
+    /// Query heads that share the terms of a key.
+    pub(crate) fn key_term_group(&self) -> usize {
+        if self.key_terms() == KeyTerms::Projected && self.has_own_matrices() { 1 } else { self.group_size() }
+    }
+
+    /// Heads of keys, at most, whose terms a chunk of `heads` query heads reads. Chunks are whole groups, or
+    /// less than one, which may begin in one and end in the next.
+    pub(crate) fn key_term_heads(&self, heads: u64) -> u64 {
+        let group = self.key_term_group() as u64;
+        if heads.is_multiple_of(group) { heads / group } else { heads.min(2) }
     }
 
     /// Alignment of the positions that ALiBi measures distances between.
@@ -290,15 +373,16 @@ impl AttentionProblem {
             let [entries, heads, rows] = self.cache.dims(self);
             [entries, heads, rows, row_elements(self.stored_kv(), dim)]
         };
+        let own = if self.has_own_matrices() { h } else { 1 };
         match operand {
             Operand::Q => ragged(self.query_dim()),
             Operand::K => cached(self.head_dim),
             Operand::V => cached(self.head_dim_v),
             Operand::O => ragged(self.head_dim_v),
-            Operand::W => {
-                let per_head = matches!(self.similarity, Similarity::Bilinear { per_head: true, .. });
-                [1, if per_head { h } else { 1 }, self.query_dim(), self.head_dim]
-            }
+            Operand::W => [1, own, self.query_dim(), self.head_dim],
+            Operand::Wq => [1, own, self.compared_dim(), self.query_dim()],
+            Operand::Wk => [1, own, self.compared_dim(), self.head_dim],
+            Operand::ScoreV => [1, 1, own, self.compared_dim()],
             Operand::Bias | Operand::Mask | Operand::Weights => [b, h, sq, sk],
             Operand::AlibiSlopes | Operand::Sinks => [1, 1, 1, h],
             Operand::KvLens => [1, 1, 1, b],
@@ -327,6 +411,9 @@ impl AttentionProblem {
             Operand::V => Some(self.v),
             Operand::O => Some(self.o),
             Operand::W => when(matches!(self.similarity, Similarity::Bilinear { .. })),
+            Operand::Wq | Operand::Wk | Operand::ScoreV => {
+                when(matches!(self.similarity, Similarity::Additive { .. }))
+            }
             Operand::Bias => self.bias.map(|bias| bias.layout),
             Operand::Mask => self.mask,
             Operand::AlibiSlopes => when(self.alibi),
@@ -378,6 +465,7 @@ impl AttentionProblem {
             ("head_dim", self.head_dim),
             ("head_dim_v", self.head_dim_v),
             ("query_dim", self.query_dim()),
+            ("hidden", self.compared_dim()),
         ] {
             if size == 0 {
                 return Err(Error::ZeroSize { what });
@@ -394,6 +482,7 @@ impl AttentionProblem {
             ("head_dim", self.head_dim),
             ("head_dim_v", self.head_dim_v),
             ("query_dim", self.query_dim()),
+            ("hidden", self.compared_dim()),
         ] {
             if size > MAX_SEQ {
                 return Err(Error::TooLarge { what: what.into(), got: size as u128, max: MAX_SEQ as u64 });

@@ -9,7 +9,7 @@ pub use crate::layer::oracle::{LayerReference, layer, layer_naive};
 pub use crate::linear::oracle::{LinearReference, linear};
 use crate::mask::Align;
 pub use crate::merge::oracle::{Merged, merge_states};
-use crate::problem::{AttentionProblem, Similarity};
+use crate::problem::{AttentionProblem, LEAST_NORM, Similarity};
 
 /// What [`oracle`] and [`naive`] give, in logical order and f64.
 #[derive(Clone, Debug, PartialEq)]
@@ -121,11 +121,15 @@ fn compute(
         max_value: max_finite(problem, inputs),
     };
     let values = KvRows::new(p, inputs, Operand::V);
+    let mut projected = ProjectedKeys::default();
     for (at, row) in rows.enumerate() {
         let place = [row / queries / heads, row / queries % heads, row % queries];
         let h = place[1];
         let [b, i] = inputs.query_of([place[0], place[2]]);
-        let scores = scores(p, inputs, [b, h, i], place, round);
+        if let Similarity::Additive { .. } = p.similarity {
+            projected.make(p, inputs, [b, h], round);
+        }
+        let scores = scores(p, inputs, [b, h, i], place, &projected, round);
 
         // The maximum over kept keys and the sink. f64::max would hide a NaN.
         let sink = inputs.sinks.map(|sinks| f64::from(sinks[h]));
@@ -164,6 +168,7 @@ fn scores(
     inputs: &Inputs<'_>,
     [b, h, i]: [usize; 3],
     place: [usize; 3],
+    projected: &ProjectedKeys,
     round: &dyn Fn(f64) -> f64,
 ) -> Vec<Option<f64>> {
     let (len_q, len_k) = (inputs.len_q(p, b), inputs.len_k(p, b));
@@ -181,9 +186,24 @@ fn scores(
                 return None;
             }
             let at = keys.index([b, p.kv_head(h), j]);
-            let k = |d| f64::from(inputs.k.element(at, keys.step(), p.head_dim, d));
-            let dot: f64 = q.iter().enumerate().map(|(d, q)| q * k(d)).sum();
-            let mut s = round(round(dot) * scale);
+            let key = || (0..p.head_dim).map(|d| f64::from(inputs.k.element(at, keys.step(), p.head_dim, d)));
+            let similarity: f64 = match p.similarity {
+                Similarity::Cosine => {
+                    let mut k: Vec<f64> = key().collect();
+                    normalize(&mut k, round);
+                    q.iter().zip(&k).map(|(q, k)| q * k).sum()
+                }
+                Similarity::Additive { hidden, .. } => {
+                    let v = &inputs.score_v.unwrap_or_default()[own_matrix(p, h) * hidden..];
+                    let k = &projected.rows[j * hidden..][..hidden];
+                    let tanh = q.iter().zip(k).map(|(q, k)| round(round(q + k).tanh()));
+                    tanh.zip(v).map(|(tanh, &v)| f64::from(v) * tanh).sum()
+                }
+                Similarity::Dot | Similarity::ScaledDot | Similarity::Bilinear { .. } => {
+                    q.iter().zip(key()).map(|(q, k)| q * k).sum()
+                }
+            };
+            let mut s = round(round(similarity) * scale);
             if let Some(cap) = p.softcap.map(f64::from) {
                 s = round(cap * (s / cap).tanh());
             }
@@ -203,7 +223,51 @@ fn scores(
         .collect()
 }
 
-/// q, or `qT W` for the bilinear similarity.
+/// `Wk k` of the keys of one head, kept from row to row.
+#[derive(Default)]
+struct ProjectedKeys {
+    /// The entry, the head of k, and the head of Wk.
+    of: Option<[usize; 3]>,
+    /// `[len_k, hidden]`.
+    rows: Vec<f64>,
+}
+
+impl ProjectedKeys {
+    fn make(
+        &mut self,
+        p: &AttentionProblem,
+        inputs: &Inputs<'_>,
+        [b, h]: [usize; 2],
+        round: &dyn Fn(f64) -> f64,
+    ) {
+        let of = [b, p.kv_head(h), own_matrix(p, h)];
+        if self.of == Some(of) {
+            return;
+        }
+        self.of = Some(of);
+        self.rows.clear();
+        let keys = KvRows::new(p, inputs, Operand::K);
+        let wk = &inputs.wk.unwrap_or_default()[of[2] * p.compared_dim() * p.head_dim..];
+        for j in 0..inputs.len_k(p, b) {
+            let at = keys.index([b, of[1], j]);
+            let k = |d| f64::from(inputs.k.element(at, keys.step(), p.head_dim, d));
+            let k: Vec<f64> = (0..p.head_dim).map(k).collect();
+            let rows = wk.chunks_exact(p.head_dim).take(p.compared_dim());
+            self.rows.extend(rows.map(|w| round(product(w, &k))));
+        }
+    }
+}
+
+/// Which of the matrices a query head uses.
+fn own_matrix(p: &AttentionProblem, h: usize) -> usize {
+    if p.has_own_matrices() { h } else { 0 }
+}
+
+fn product(w: &[f32], x: &[f64]) -> f64 {
+    w.iter().zip(x).map(|(&w, x)| f64::from(w) * x).sum()
+}
+
+/// q, or `qT W` for the bilinear similarity, or `Wq q` for the additive, or q with length 1 for the cosine.
 fn projected_query(
     p: &AttentionProblem,
     inputs: &Inputs<'_>,
@@ -219,8 +283,24 @@ fn projected_query(
                 .map(|d| round((0..query_dim).map(|c| q(c) * f64::from(w[c * p.head_dim + d])).sum()))
                 .collect()
         }
+        (Similarity::Additive { query_dim, hidden, .. }, _) => {
+            let q: Vec<f64> = (0..query_dim).map(q).collect();
+            let wq = &inputs.wq.unwrap_or_default()[own_matrix(p, h) * hidden * query_dim..];
+            wq.chunks_exact(query_dim).take(hidden).map(|w| round(product(w, &q))).collect()
+        }
+        (Similarity::Cosine, _) => {
+            let mut q: Vec<f64> = (0..p.head_dim).map(q).collect();
+            normalize(&mut q, round);
+            q
+        }
         _ => (0..p.head_dim).map(q).collect(),
     }
+}
+
+/// Divides a vector by its norm, or by the least that a norm counts as.
+fn normalize(x: &mut [f64], round: &dyn Fn(f64) -> f64) {
+    let norm = round(x.iter().map(|x| x * x).sum::<f64>().sqrt()).max(LEAST_NORM);
+    x.iter_mut().for_each(|x| *x = round(*x / norm));
 }
 
 fn max_finite(p: &AttentionProblem, inputs: &Inputs<'_>) -> f64 {

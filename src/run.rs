@@ -85,6 +85,9 @@ impl Attention {
         };
         let operands = Operands {
             w: get(Operand::W),
+            wq: get(Operand::Wq),
+            wk: get(Operand::Wk),
+            score_v: get(Operand::ScoreV),
             bias: get(Operand::Bias),
             mask: get(Operand::Mask),
             alibi_slopes: get(Operand::AlibiSlopes),

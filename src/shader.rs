@@ -6,6 +6,7 @@ use crate::dtype::Dtype;
 use crate::error::Operand;
 use crate::fused::FusedRow;
 use crate::kernel::{Blueprint, Io, Kernel, Keys, Slot};
+use crate::problem::KeyTerms;
 use crate::quant;
 use crate::unroll::unroll;
 
@@ -76,12 +77,22 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         add(part!("kernel/bundle"));
         return out;
     }
-    if b.kernel != Kernel::MaskMap {
+    if b.kernel != Kernel::MaskMap && !b.kernel.is_of_keys() {
         add(if b.ragged_q { part!("io/queries_ragged") } else { part!("io/queries") });
     }
-    if b.kernel == Kernel::Project {
+    if b.kernel.is_of_queries() {
         add(part!("io/query_plain"));
-        add(part!("kernel/project"));
+        match b.kernel {
+            Kernel::NormalizeQ => {
+                add(part!("norm"));
+                add(part!("kernel/normalize_q"));
+            }
+            Kernel::ProjectQ => {
+                add(&product(Operand::Q, Operand::Wq, "query_dim"));
+                add(part!("kernel/project_q"));
+            }
+            _ => add(part!("kernel/project")),
+        }
         return out;
     }
     if b.kernel == Kernel::MaskMap {
@@ -111,6 +122,17 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         add(part!("kernel/lengths"));
         return out;
     }
+    if b.kernel.is_of_keys() {
+        add(part!("key_terms"));
+        if b.kernel == Kernel::KeyNorms {
+            add(part!("norm"));
+            add(part!("kernel/key_norms"));
+        } else {
+            add(&product(Operand::K, Operand::Wk, "head_dim"));
+            add(part!("kernel/project_k"));
+        }
+        return out;
+    }
     if b.kernel == Kernel::Count {
         add(part!("kernel/count"));
         return out;
@@ -138,6 +160,22 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
             add(part!("io/mask_none"));
         }
         add(if b.alibi { part!("io/alibi") } else { part!("io/alibi_none") });
+        let terms = Slot::KeyTerms.number().to_string();
+        match b.key_terms {
+            KeyTerms::None | KeyTerms::Projected => add(part!("io/compared_dot")),
+            KeyTerms::InverseNorms => {
+                add(part!("key_terms"));
+                add(&part!("io/compared_cosine").replace("BINDING", &terms));
+            }
+        }
+        if b.key_terms == KeyTerms::Projected {
+            add(part!("key_terms"));
+            add(&part!("io/key_projected").replace("BINDING", &terms));
+            add(&named(part!("io/pair_additive"), Operand::ScoreV));
+        } else if b.kernel.is_scores() {
+            add(part!("io/pair_product"));
+            add(if b.kernel == Kernel::ScoresTile { part!("io/pair_dot") } else { part!("io/pair_fma") });
+        }
         add(part!("score"));
         if b.mapped {
             add(part!("mask_map"));
@@ -193,7 +231,15 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         add(if subgroup { part!("exchange/subgroup") } else { part!("exchange/workgroup") });
     }
     add(match b.kernel {
-        Kernel::Project | Kernel::Lengths | Kernel::Bundle | Kernel::MaskMap | Kernel::Count => {
+        Kernel::Project
+        | Kernel::NormalizeQ
+        | Kernel::KeyNorms
+        | Kernel::ProjectQ
+        | Kernel::ProjectK
+        | Kernel::Lengths
+        | Kernel::Bundle
+        | Kernel::MaskMap
+        | Kernel::Count => {
             unreachable!("composed above")
         }
         Kernel::ScoresTile => part!("kernel/scores_tile"),
@@ -359,8 +405,13 @@ fn lists(add: &mut impl FnMut(&str), b: &Blueprint) {
 fn constants(b: &Blueprint) -> Vec<(&'static str, u32)> {
     let t = &b.tiles;
     let values = [("VALUES_ROWS", t.values_rows), ("VALUES_STEP", t.values_step)];
+    let plain = !b.softcap && b.bias.is_none() && !b.alibi && !b.mask && b.key_terms == KeyTerms::None;
     let own: &[(&str, u32)] = match b.kernel {
         Kernel::Project
+        | Kernel::NormalizeQ
+        | Kernel::KeyNorms
+        | Kernel::ProjectQ
+        | Kernel::ProjectK
         | Kernel::Lengths
         | Kernel::Bundle
         | Kernel::MaskMap
@@ -401,7 +452,7 @@ fn constants(b: &Blueprint) -> Vec<(&'static str, u32)> {
             ("QUADS", t.row.width.div_ceil(4)),
             ("QUADS_V", t.row.width_v.div_ceil(4)),
             ("MAPPED", b.mapped.into()),
-            ("PLAIN", (!b.softcap && b.bias.is_none() && !b.alibi && !b.mask).into()),
+            ("PLAIN", plain.into()),
         ],
     };
     let mut all = own.to_vec();
@@ -417,6 +468,11 @@ fn constants(b: &Blueprint) -> Vec<(&'static str, u32)> {
         all.extend(values);
     }
     all
+}
+
+/// Rows of q or k, times a matrix.
+fn product(of: Operand, by: Operand, width: &str) -> String {
+    named(part!("io/product"), by).replace("ROWS", &of.to_string()).replace("WIDTH", width)
 }
 
 fn named(text: &str, operand: Operand) -> String {

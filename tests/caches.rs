@@ -45,6 +45,14 @@ fn axes() -> Vec<Axes> {
             ..base
         },
         Axes { seq_q: 40, causal: Some(Align::TopLeft), align: Align::TopLeft, weights: true, ..base },
+        Axes { similarity: Sim::Cosine, scale: Some(1.0), seq_q: 3, head_dim: 22, ..base },
+        Axes {
+            similarity: Sim::Additive { extra: 1, hidden: 12, per_head: true },
+            seq_q: 4,
+            head_dim: 18,
+            ..base
+        },
+        half(Axes { similarity: Sim::Additive { extra: 0, hidden: 7, per_head: false }, ..base }),
     ]
 }
 
@@ -119,14 +127,62 @@ fn the_oracle_finds_the_keys_wherever_they_are_kept() {
 /// Every path on every case: the CPU's, and each family's on opposite kinds of devices.
 #[test]
 fn kept_keys_on_every_path() {
-    let cases: Vec<_> = cases().into_iter().map(|(_, moved)| (moved, Subject::few())).collect();
+    let cases: Vec<_> = cases()
+        .into_iter()
+        .map(|(_, moved)| {
+            let subjects = Subject::few().into_iter().filter(|subject| subject.compares(&moved)).collect();
+            (moved, subjects)
+        })
+        .collect();
     check_all("caches", &cases);
+}
+
+/// What is made of keys beforehand finds them, wherever they are kept: norms, and products with a matrix.
+#[test]
+fn terms_of_kept_keys() {
+    let kept = [Kept::Plain, Kept::Ring(3), Kept::Paged(16), Kept::Paged(7), Kept::Ragged];
+    let similarities = [
+        Sim::Cosine,
+        Sim::Additive { extra: 3, hidden: 13, per_head: false },
+        Sim::Additive { extra: 0, hidden: 8, per_head: true },
+    ];
+    let mut cases = Vec::new();
+    for (i, kept) in kept.into_iter().enumerate() {
+        for (j, similarity) in similarities.into_iter().enumerate() {
+            let axes = Axes {
+                batch: 3,
+                heads: (4, 2),
+                seq_q: 5,
+                seq_kv: 90,
+                head_dim: [18, 32, 7][(i + j) % 3],
+                causal: Some(Align::BottomRight),
+                window: (i % 2 == 1).then_some(Window { left: Some(25), right: Some(0) }),
+                lens: Lens::Partial,
+                similarity,
+                scale: Some(1.0),
+                ..Axes::default()
+            };
+            let kv_dtype = [None, Some(Dtype::Int8), Some(Dtype::F16), Some(Dtype::Int4)][(i + j) % 4];
+            let to = Move { kept, kv_dtype, ragged_q: (i + j) % 2 == 0, heads_first: j == 1 };
+            let moved = axes.build((3 * i + j) as u64).moved(to, 7);
+            let subjects = Subject::few().into_iter().filter(|subject| subject.compares(&moved)).collect();
+            cases.push((moved, subjects));
+        }
+    }
+    check_all("terms of kept keys", &cases);
 }
 
 /// The plan's own choice, and both modes of shaders, on a few.
 #[test]
 fn kept_keys_through_every_door() {
-    let cases: Vec<_> = cases().into_iter().step_by(7).map(|(_, moved)| (moved, Subject::all())).collect();
+    let cases: Vec<_> = cases()
+        .into_iter()
+        .step_by(7)
+        .map(|(_, moved)| {
+            let subjects = Subject::all().into_iter().filter(|subject| subject.compares(&moved)).collect();
+            (moved, subjects)
+        })
+        .collect();
     check_all("caches through every door", &cases);
     assert!(Expected::of(&cases[0].0).oracle.o.iter().all(|x| x.is_finite()));
 }

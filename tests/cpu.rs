@@ -36,6 +36,7 @@ struct Data {
     k: Tensor,
     v: Tensor,
     w: Option<Vec<f32>>,
+    additive: [Option<Vec<f32>>; 3],
     bias: Option<Tensor>,
     mask: Option<Vec<u8>>,
     slopes: Option<Vec<f32>>,
@@ -73,6 +74,11 @@ impl Data {
             q: fill(p, Operand::Q, p.dtype, || rng.normal()),
             k: fill(p, Operand::K, p.dtype, || rng.normal()),
             v: fill(p, Operand::V, p.dtype, || rng.normal()),
+            additive: [(Operand::Wq, small), (Operand::Wk, 0.2), (Operand::ScoreV, 0.1)].map(
+                |(operand, size)| {
+                    has(operand).then(|| floats(fill(p, operand, Dtype::F32, || size * rng.normal())))
+                },
+            ),
             w: has(Operand::W).then(|| floats(fill(p, Operand::W, Dtype::F32, || small * rng.normal()))),
             bias: p.bias.map(|bias| {
                 fill(p, Operand::Bias, bias.dtype, || match rng.below(8) {
@@ -94,6 +100,9 @@ impl Data {
     fn inputs(&self) -> Inputs<'_> {
         Inputs {
             w: self.w.as_deref(),
+            wq: self.additive[0].as_deref(),
+            wk: self.additive[1].as_deref(),
+            score_v: self.additive[2].as_deref(),
             bias: self.bias.as_ref().map(Tensor::as_ref),
             mask: self.mask.as_deref(),
             alibi_slopes: self.slopes.as_deref(),
@@ -208,6 +217,10 @@ fn options() -> Vec<Choice> {
         ("no scale", |p| p.scale = Some(0.0)),
         ("bilinear", |p| set_bilinear(p, 11, false)),
         ("bilinear per head", |p| set_bilinear(p, 70, true)),
+        ("additive", |p| set_additive(p, 11, 40, false)),
+        ("additive per head", |p| set_additive(p, 70, 5, true)),
+        ("cosine", |p| p.similarity = Similarity::Cosine),
+        ("cosine scaled", |p| (p.similarity, p.scale) = (Similarity::Cosine, Some(9.0))),
         ("softcap", |p| p.softcap = Some(1.5)),
         ("wide softcap", |p| p.softcap = Some(50.0)),
         ("softcap far away", |p| p.softcap = Some(10_000.0)),
@@ -241,6 +254,11 @@ fn options() -> Vec<Choice> {
 
 fn set_bilinear(p: &mut AttentionProblem, query_dim: usize, per_head: bool) {
     p.similarity = Similarity::Bilinear { query_dim, per_head };
+    p.q = Layout::bhsd(p.heads_q, p.seq_q, query_dim);
+}
+
+fn set_additive(p: &mut AttentionProblem, query_dim: usize, hidden: usize, per_head: bool) {
+    p.similarity = Similarity::Additive { query_dim, hidden, per_head };
     p.q = Layout::bhsd(p.heads_q, p.seq_q, query_dim);
 }
 

@@ -48,6 +48,13 @@ fn sizes() {
                 ..problem()
             },
         ),
+        (
+            "hidden",
+            AttentionProblem {
+                similarity: Similarity::Additive { query_dim: 8, hidden: 0, per_head: false },
+                ..problem()
+            },
+        ),
     ] {
         let error = invalid(p);
         assert_eq!(error, Error::ZeroSize { what });
@@ -199,6 +206,26 @@ fn slices() {
         assert_eq!(refused(p, &remove(operand)), Error::MissingOperand { operand });
         assert_eq!(refused(&without(p.clone(), operand), &inputs), Error::UnexpectedOperand { operand });
     }
+
+    // The operands of the additive similarity, in the place of W.
+    let additive =
+        Axes { similarity: Sim::Additive { extra: 1, hidden: 6, per_head: true }, ..Axes::default() };
+    let additive = additive.build(2);
+    let (own, all) = (&additive.problem, additive.data.inputs());
+    for (operand, missing, short) in [
+        (Wq, Inputs { wq: None, ..all }, Inputs { wq: all.wq.map(|x| &x[1..]), ..all }),
+        (Wk, Inputs { wk: None, ..all }, Inputs { wk: all.wk.map(|x| &x[1..]), ..all }),
+        (ScoreV, Inputs { score_v: None, ..all }, Inputs { score_v: all.score_v.map(|x| &x[1..]), ..all }),
+    ] {
+        assert_eq!(refused(own, &missing), Error::MissingOperand { operand });
+        let need = own.extent(operand) as u64;
+        let (got, unit, container) = (need - 1, "elements", "slice");
+        assert_eq!(refused(own, &short), Error::OutOfBounds { operand, need, got, unit, container });
+    }
+    let with_w = Inputs { w: inputs.w, ..all };
+    assert_eq!(refused(own, &with_w), Error::UnexpectedOperand { operand: W });
+    let dot = AttentionProblem { similarity: Similarity::Dot, ..own.clone() };
+    assert_eq!(refused(&dot, &all), Error::UnexpectedOperand { operand: Wq });
 
     let half = vec![half::f16::ONE; 256];
     let other = TensorRef::F16(&half);

@@ -47,7 +47,8 @@ fn check(case: &Case, golden: Golden) {
     }
     let mut subjects = vec![Subject::Oracle];
     // The fixtures are f32 to the last digit, which f16 tensors would not have.
-    subjects.extend(Subject::few().into_iter().filter(|subject| subject.takes(case.problem.dtype)));
+    let serves = |subject: &Subject| subject.takes(case.problem.dtype) && subject.compares(case);
+    subjects.extend(Subject::few().into_iter().filter(serves));
     for subject in subjects {
         let case = &subject.asked(case);
         match subject.run(case) {
@@ -225,17 +226,14 @@ fn weights_of(matrix: &[f64], mode: usize, p: &AttentionProblem, data: &Data) ->
     weights
 }
 
-/// 25 of PyTorch's: `scaled_dot_product_attention` and `flex_attention` in f64, similarities from
-/// primitives. `sim_additive` is not ours (yet).
+/// 26 of PyTorch's: `scaled_dot_product_attention` and `flex_attention` in f64, similarities from
+/// primitives.
 #[test]
 fn torch() {
     let manifest = json(folder("torch/manifest.json"));
     let mut count = 0;
     for entry in manifest.array() {
         let name = entry.get("name").expect("a name").text();
-        if name == "sim_additive" {
-            continue;
-        }
         count += 1;
         let dir = folder("torch").join(name);
         let has = |part: &str, key: &str| entry.get(part).is_some_and(|part| part.get(key).is_some());
@@ -264,13 +262,25 @@ fn torch() {
                 p.similarity = Similarity::Bilinear { query_dim: p.head_dim, per_head: true };
                 data.w = Some(file("w").f32s());
             }
+            "sim_additive" => {
+                let hidden = file("va").shape[0];
+                p.similarity = Similarity::Additive { query_dim: p.head_dim, hidden, per_head: false };
+                // They are [width, hidden] there.
+                let transposed = |key: &str| {
+                    let (file, x) = (file(key), file(key).f32s());
+                    let width = file.shape[0];
+                    Some((0..hidden * width).map(|at| x[at % width * hidden + at / width]).collect())
+                };
+                (data.wq, data.wk) = (transposed("wq"), transposed("wk"));
+                data.score_v = Some(file("va").f32s());
+            }
             _ => {}
         }
         let lse = has("outputs", "lse").then(|| file("lse").expected());
         let o = logical(&file("o"), &p);
         check(&Case::new(name, p, data), Golden { o, lse, weights: None, error: 0.0 });
     }
-    assert_eq!(count, 25);
+    assert_eq!(count, 26);
 }
 
 /// `[1, seq, heads * dim]` out of a literal.

@@ -322,6 +322,61 @@ fn bilinear_with_the_identity_is_dot() {
     });
 }
 
+/// The cosine similarity minds directions alone: queries and keys may have any length. (By powers of two, so
+/// that their directions are the same to the last bit.)
+#[test]
+fn cosines_do_not_change_with_the_lengths_of_vectors() {
+    hold(|subject, rng| {
+        let axes = Axes {
+            similarity: Sim::Cosine,
+            scale: rng.pick(&[None, Some(1.0)]),
+            causal: rng.chance(0.5).then_some(Align::BottomRight),
+            ..draw(rng)
+        };
+        let case = axes.build(rng.next());
+        let p = &case.problem;
+        let mut other = case.clone();
+        for (from, operand) in [(&mut other.data.q, Operand::Q), (&mut other.data.k, Operand::K)] {
+            let (layout, shape) = (p.layout(operand).expect("always there"), p.shape(operand));
+            let lengths: Vec<f32> =
+                (0..shape[0] * shape[1] * shape[2]).map(|_| 2f32.powi(rng.below(33) as i32 - 16)).collect();
+            let old = from.clone();
+            let scaled = fill(p.dtype, layout, shape, 4, |[b, h, i, d]| {
+                let length = lengths[(b * shape[1] + h) * shape[2] + i];
+                Some(length * old.as_ref().as_ref().get(layout.index([b, h, i, d])))
+            });
+            *from = scaled.into();
+        }
+        alike("lengths", (&other, &run(subject, &other)), (&case, &run(subject, &case)));
+    });
+}
+
+/// Additive scores that do not depend on the key are one for all of a row's: its weights are uniform.
+#[test]
+fn additive_without_keys_is_uniform() {
+    hold(|subject, rng| {
+        let similarity = Sim::Additive { extra: 2, hidden: 1 + rng.below(20), per_head: rng.chance(0.5) };
+        let mut case = Axes { similarity, ..draw(rng) }.build(rng.next());
+        if !subject.compares(&case) {
+            return;
+        }
+        case.data.wk.as_mut().expect("additive").fill(0.0);
+        let out = run(subject, &case);
+        let expected = Expected::of(&case);
+        let p = &case.problem;
+        let weights = out.weights.as_ref().expect("asked for");
+        let want = vec![1.0 / p.seq_kv as f32; weights.len()];
+        close("Wk = 0", "weights", weights, &want, expected.weights);
+        let v = case.data.v.as_ref().as_ref();
+        let mut mean = Vec::new();
+        for [b, h, _, d] in indices(p.shape(Operand::O)) {
+            let values = (0..p.seq_kv).map(|j| f64::from(v.get(p.v.index([b, p.kv_head(h), j, d]))));
+            mean.push((values.sum::<f64>() / p.seq_kv as f64) as f32);
+        }
+        close("Wk = 0", "o", &out.o_contiguous(p), &mean, expected.o);
+    });
+}
+
 /// Grouped heads are repeated heads.
 #[test]
 fn grouped_heads_equal_repeated_heads() {

@@ -10,8 +10,8 @@ use common::kept::Move;
 use common::rng::Rng;
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 use wgpu_attention::{
-    Align, AttentionProblem, Cache, Caps, Dtype, Error, Family, Layout, MatrixUnits, Operand, Path, Plan,
-    PlanOptions, Shader, Similarity, Window,
+    Align, AttentionProblem, Cache, Caps, Dispatch, Dtype, Error, Family, Layout, MatrixUnits, Operand, Path,
+    Plan, PlanOptions, Shader, Similarity, Window,
 };
 
 /// Devices that exist, as capabilities.
@@ -58,6 +58,9 @@ fn devices() -> Vec<Caps> {
         },
     ]
 }
+
+/// Kernels that are dispatched once for all rows of a head.
+const OF_KEYS: [&str; 2] = ["key_norms", "project_k"];
 
 /// Every plan that `problem` has on `caps`: each family, and the plan's own choice.
 fn plans(problem: &AttentionProblem, caps: &Caps, scratch_budget: Option<u64>) -> Vec<Plan> {
@@ -217,6 +220,10 @@ fn every_composed_shader_is_valid_and_declares_what_the_plan_says() {
     }
     for name in [
         "project",
+        "normalize_q",
+        "key_norms",
+        "project_q",
+        "project_k",
         "scores_tile",
         "scores_direct",
         "softmax_row",
@@ -312,6 +319,55 @@ fn a_mask_is_mapped_where_there_is_room() {
     }
 }
 
+/// What is made of keys is priced, head by head: a budget for one head serves any number of them, in chunks of
+/// whole groups where a group fits.
+#[test]
+fn terms_of_keys_are_priced() {
+    let caps = Caps::minimal();
+    let (heads, group, queries, keys, dim) = (32, 4, 2, 1024, 64);
+    let problem = AttentionProblem::new(2, heads, heads / group, queries, keys, dim, dim);
+    let hidden = 50;
+    let plan = |similarity, family: Option<Family>, scratch_budget| {
+        let problem = AttentionProblem { similarity, ..problem.clone() };
+        let splits = family.filter(|family: &Family| family.path() == Path::Fused).map(|_| 1);
+        Plan::new(&problem, &caps, &PlanOptions { family, scratch_budget, splits, ..PlanOptions::default() })
+    };
+    let rows = 2 * heads * queries;
+    let (tile, staged) = (Some(Family::FusedTile), Some(Family::StagedTile));
+    // A row of f32 for each query, and a number for each key of each of its own heads.
+    let cosine = plan(Similarity::Cosine, tile, None).unwrap();
+    assert_eq!(cosine.scratch_bytes() as usize, 4 * (rows * dim + 2 * heads / group * keys));
+    assert_eq!((cosine.chunks(), cosine.kernels()), (1, vec!["normalize_q", "key_norms", "fused_tile"]));
+
+    for (per_head, heads_of_keys) in [(false, 2 * heads / group), (true, 2 * heads)] {
+        let additive = Similarity::Additive { query_dim: dim, hidden, per_head };
+        let whole = plan(additive, staged, Some(u64::MAX)).unwrap();
+        let row = 52 + keys + 1;
+        assert_eq!(whole.scratch_bytes() as usize, 4 * (rows * row + heads_of_keys * keys * 52));
+        assert_eq!(whole.chunks(), 1);
+        // Three heads of keys, and their queries.
+        let of_one = 4 * (queries * row * (2 * heads / heads_of_keys) + keys * 52);
+        let some = plan(additive, staged, Some(3 * of_one as u64 + 16)).unwrap();
+        assert_eq!(some.chunks(), heads_of_keys.div_ceil(3), "{some}");
+        // One row.
+        let least = plan(additive, staged, Some((4 * (row + keys * 52) + 12) as u64)).unwrap();
+        assert_eq!(least.chunks(), rows);
+        let keys_made = least.dispatches().filter(|dispatch| dispatch.kernel == "project_k").count();
+        assert_eq!(keys_made, 2 * heads, "once for all rows of a head");
+        assert!(matches!(plan(additive, staged, Some(1000)), Err(Error::LimitExceeded { .. })));
+        let Err(Error::KernelUnfit { why, .. }) = plan(additive, tile, None) else { panic!("fused") };
+        assert!(why.contains("additive"), "{why}");
+        assert_eq!(plan(additive, None, None).unwrap().path(), Path::Staged);
+
+        let long =
+            AttentionProblem { similarity: additive, ..AttentionProblem::new(1, 1, 1, 1, 1 << 20, 1, 1) };
+        let long = AttentionProblem { q: Layout::bhsd(1, 1, dim), ..long };
+        let options = PlanOptions { scratch_budget: Some(u64::MAX), ..PlanOptions::default() };
+        let error = Plan::new(&long, &caps, &options).unwrap_err();
+        assert!(matches!(&error, Error::LimitExceeded { what, .. } if what.contains("keys")), "{error}");
+    }
+}
+
 /// Everything about f16 that needs a feature is used only where the feature is.
 #[test]
 fn f16_without_the_feature_is_pairs() {
@@ -377,8 +433,11 @@ fn any_budget_is_kept() {
                     let kernels = plan.kernels();
                     // What is read from everywhere is made once.
                     let once = kernels.iter().filter(|name| ["bundle", "mask_map"].contains(name)).count();
-                    let all = once + (kernels.len() - once) * plan.chunks();
-                    let dispatches = plan.dispatches().count();
+                    // And what is made of the keys, once for a head.
+                    let of_keys = kernels.iter().filter(|name| OF_KEYS.contains(name)).count();
+                    let all = once + (kernels.len() - once - of_keys) * plan.chunks();
+                    let not_of_keys = |dispatch: &Dispatch| !OF_KEYS.contains(&dispatch.kernel);
+                    let dispatches = plan.dispatches().filter(not_of_keys).count();
                     // Without keys there is nothing to score, and weights are empty.
                     assert!(dispatches <= all);
                     assert!(problem.seq_kv == 0 || dispatches == all);
@@ -413,7 +472,10 @@ fn huge_problems_do_not_overflow() {
             problem.lse = size() % 2 == 0;
             problem.dtype = Dtype::FLOATS[size() % 3];
             if size() % 3 == 0 {
-                problem.similarity = Similarity::Bilinear { query_dim: size(), per_head: size() % 2 == 0 };
+                let bilinear = Similarity::Bilinear { query_dim: size(), per_head: size() % 2 == 0 };
+                let additive =
+                    Similarity::Additive { query_dim: size(), hidden: size(), per_head: size() % 2 == 0 };
+                problem.similarity = [bilinear, Similarity::Cosine, additive][size() % 3];
                 problem.q = Layout::bhsd(problem.heads_q, problem.seq_q, problem.query_dim());
             }
             if size() % 3 == 0 {
@@ -558,6 +620,9 @@ fn the_noop_device_accepts_every_plan() {
         let (q, k, v, o) = (always(Operand::Q), always(Operand::K), always(Operand::V), always(Operand::O));
         let optional = [
             Operand::W,
+            Operand::Wq,
+            Operand::Wk,
+            Operand::ScoreV,
             Operand::Bias,
             Operand::Mask,
             Operand::AlibiSlopes,
@@ -567,10 +632,13 @@ fn the_noop_device_accepts_every_plan() {
             Operand::Weights,
         ]
         .map(buffer);
-        let [w, bias, mask, alibi_slopes, sinks, kv_lens, lse, weights] =
+        let [w, wq, wk, score_v, bias, mask, alibi_slopes, sinks, kv_lens, lse, weights] =
             optional.each_ref().map(Option::as_ref);
         let operands = Operands {
             w,
+            wq,
+            wk,
+            score_v,
             bias,
             mask,
             alibi_slopes,

@@ -18,6 +18,9 @@ use wgpu_attention::{
 /// Multiplications that the oracle may spend on one case of a table.
 const WORK: usize = 2_000_000;
 
+/// An additive similarity for tests of one.
+const ADDITIVE: Sim = Sim::Additive { extra: 2, hidden: 10, per_head: false };
+
 /// Which GPU subject a row of the table runs on, and through which door.
 fn gpu_subject(turn: usize) -> Option<Subject> {
     let gpus = Subject::gpus();
@@ -47,7 +50,7 @@ fn covering_cases() -> Vec<(Case, Vec<Subject>)> {
             2,
             2,
             2,
-            3,
+            5,
             2,
             3,
             2,
@@ -87,7 +90,9 @@ fn covering_cases() -> Vec<(Case, Vec<Subject>)> {
         let dims = if vec4 { values::DIM_VEC4 } else { values::DIM_ANY };
         let dims_v = if vec4 { values::DIM_V_VEC4 } else { values::DIM_V_ANY };
         let storage = values::STORAGE[run[16]];
-        let (bilinear, plain) = values::SIMILARITY.split_at(3);
+        let (bilinear, others) = values::SIMILARITY.split_at(3);
+        let (plain, others) = others.split_at(2);
+        let (cosine, additive) = others.split_at(1);
         let axes = Axes {
             dtype: DTYPES[compiled[0]].0,
             out_dtype: DTYPES[compiled[0]].1,
@@ -99,10 +104,11 @@ fn covering_cases() -> Vec<(Case, Vec<Subject>)> {
             lens: if compiled[4] == 0 { values::LENS[1 + run[15]] } else { Lens::None },
             sinks: compiled[5] == 0,
             softcap: (compiled[6] == 0).then_some(values::SOFTCAP[run[8]]),
-            similarity: if compiled[7] == 0 {
-                bilinear[run[6] % bilinear.len()]
-            } else {
-                plain[run[6] % plain.len()]
+            similarity: match compiled[7] {
+                0 => bilinear[run[6] % bilinear.len()],
+                1 | 2 => plain[run[6] % plain.len()],
+                3 => cosine[0],
+                _ => additive[run[6] % additive.len()],
             },
             lse: compiled[8] == 0,
             weights: compiled[9] == 0,
@@ -123,8 +129,9 @@ fn covering_cases() -> Vec<(Case, Vec<Subject>)> {
             spread: [1.0, 3.0, 8.0][run[17]],
         };
         let mut subjects = Subject::cpu();
-        subjects.extend(gpu_subject(compiled[12]));
-        (axes.shrunk_to(WORK).build(number as u64), subjects)
+        let case = axes.shrunk_to(WORK).build(number as u64);
+        subjects.extend(gpu_subject(compiled[12]).map(|subject| subject.that_compares(&case)));
+        (case, subjects)
     });
     cases.collect()
 }
@@ -170,7 +177,8 @@ fn seeded_draws() {
             let mut case = values::draw(&mut rng).shrunk_to(WORK).build(seed);
             case.name = format!("draw with WGPU_ATTENTION_SEED={seed:#x}: {}", case.name);
             let mut subjects = Subject::cpu();
-            subjects.extend(gpu_subject(rng.below(1 << 16)));
+            let subject = gpu_subject(rng.below(1 << 16));
+            subjects.extend(subject.map(|subject| subject.that_compares(&case)));
             (case, subjects)
         })
         .collect();
@@ -260,14 +268,20 @@ fn any_scratch_budget_gives_the_same_bits() {
             ..base
         },
         Axes { batch: 1, heads: (1, 1), seq_q: 257, seq_kv: 31, head_dim_v: 5, ..base },
+        Axes { similarity: Sim::Cosine, scale: Some(1.0), lens: Lens::Partial, ..base },
+        Axes { similarity: ADDITIVE, lens: Lens::Partial, ..base },
+        Axes { similarity: Sim::Additive { extra: 1, hidden: 9, per_head: true }, ..base },
     ];
     for (i, axes) in problems.into_iter().enumerate() {
         let case = axes.build(i as u64);
         for subject in Subject::few() {
             let Subject::Gpu { kind, checks, family, .. } = subject else { continue };
+            if !subject.compares(&case) {
+                continue;
+            }
             let case = subject.asked(&case);
             let expected = Expected::of(&case);
-            // The fused kernels only have scratch for what bilinear problems project.
+            // The fused kernels only have scratch for what queries and keys are made into.
             let staged = subject.gives_weights();
             let gpu = gpu::get(kind, checks).expect("listed");
             let mut whole: Option<wgpu_attention::Outputs> = None;
@@ -359,11 +373,19 @@ fn nan_goes_where_it_is_read_and_nowhere_else() {
             mask: Some(Spread::Keys),
             ..base
         },
+        Axes { similarity: Sim::Cosine, mask: Some(Spread::Full), ..base },
+        Axes { similarity: Sim::Cosine, causal: Some(Align::BottomRight), lens: Lens::Partial, ..base },
+        Axes { similarity: ADDITIVE, mask: Some(Spread::Full), ..base },
+        Axes { similarity: ADDITIVE, causal: Some(Align::BottomRight), lens: Lens::Partial, ..base },
     ];
     let mut cases = Vec::new();
     for (i, axes) in drops.into_iter().enumerate() {
         for (j, operand) in [Operand::Q, Operand::K, Operand::V].into_iter().enumerate() {
             for bad in [f32::NAN, f32::INFINITY] {
+                // An infinite query or key is 1 behind a tanh.
+                if axes.similarity == ADDITIVE && bad == f32::INFINITY && operand != Operand::V {
+                    continue;
+                }
                 let mut case = axes.build((3 * i + j) as u64);
                 let mut rng = Rng::new(i as u64);
                 let p = &case.problem;
@@ -389,7 +411,8 @@ fn nan_goes_where_it_is_read_and_nowhere_else() {
                     tensor.set(layout.index(at), bad);
                     case.name = format!("{bad} at {operand}{at:?}, {}", case.name);
                 }
-                cases.push((case, Subject::few()));
+                let subjects = Subject::few().into_iter().filter(|subject| subject.compares(&case)).collect();
+                cases.push((case, subjects));
             }
         }
     }
@@ -674,6 +697,7 @@ fn splits_of_the_keys_change_nothing() {
         Axes { heads: (4, 2), seq_q: 2, window: Some(Window { left: Some(40), right: Some(0) }), ..base },
         Axes { heads: (4, 2), seq_q: 5, similarity: Sim::Bilinear { extra: 3, per_head: true }, ..base },
         Axes { heads: (6, 3), seq_q: 1, dtype: Dtype::F16, out_dtype: Dtype::F32, head_dim: 64, ..base },
+        Axes { heads: (8, 2), seq_q: 2, similarity: Sim::Cosine, scale: Some(1.0), ..base },
     ];
     let Some(gpu) = gpu::get(Kind::Full, false) else { return };
     for (i, axes) in decode.into_iter().enumerate() {
@@ -715,6 +739,8 @@ fn stale_scratch_reaches_nothing() {
         Axes { window: Some(Window { left: Some(3), right: Some(2) }), seq_q: 33, seq_kv: 77, ..base },
         Axes { lens: Lens::Partial, similarity: Sim::Bilinear { extra: 0, per_head: false }, ..base },
         Axes { causal: Some(Align::BottomRight), seq_q: 90, seq_kv: 31, ..base },
+        Axes { lens: Lens::Partial, similarity: Sim::Cosine, scale: Some(1.0), ..base },
+        Axes { lens: Lens::Partial, similarity: ADDITIVE, ..base },
     ];
     for kind in [Kind::Full, Kind::Minimal] {
         let Some(gpu) = gpu::get(kind, false) else { return };
@@ -723,6 +749,9 @@ fn stale_scratch_reaches_nothing() {
             let case = axes.build(i as u64);
             for family in gpu.families() {
                 let fused = family.path() == Path::Fused;
+                if fused && axes.similarity == ADDITIVE {
+                    continue;
+                }
                 let splits = (fused && i % 2 == 1).then_some(3);
                 let options = PlanOptions { family: Some(family), splits, ..PlanOptions::default() };
                 let (mut poison, mut case) = (poison.clone(), case.clone());
@@ -827,6 +856,40 @@ fn large_scores_do_not_overflow() {
     (case.data.q, case.data.k) = (q.into(), k.into());
     cases.push((case, Subject::all().into_iter().filter(|subject| subject.takes(Dtype::F32)).collect()));
     check_all("large scores", &cases);
+}
+
+/// Vectors of any length: too long or too short for their squares, no longer than the least norm, or zeros.
+#[test]
+fn cosines_of_long_and_short_vectors() {
+    let mut cases = Vec::new();
+    for (i, [q_size, k_size]) in
+        [[1.0, 1.0], [1e25, 1e-12], [1e-25, 1e30], [1e-9, 1e-7], [1e-30, 1.0], [1.0, 0.0], [0.0, 1.0]]
+            .into_iter()
+            .enumerate()
+    {
+        let axes = Axes {
+            similarity: Sim::Cosine,
+            scale: Some(1.0),
+            heads: (4, 2),
+            seq_q: 9,
+            seq_kv: 67,
+            head_dim: [16, 7][i % 2],
+            spread: 4.0,
+            ..Axes::default()
+        };
+        let mut case = axes.build(i as u64);
+        for (data, size) in [(&mut case.data.q, q_size), (&mut case.data.k, k_size)] {
+            let numbers: Vec<f32> = data.to_f32().into_iter().map(|x| size * x).collect();
+            *data = Tensor::from_f32(Dtype::F32, &numbers).into();
+        }
+        if q_size == 0.0 || k_size == 0.0 {
+            assert_eq!(Expected::of(&case).oracle.max_score, 0.0);
+        }
+        case.name = format!("sizes {q_size:e} and {k_size:e}, {}", case.name);
+        let subjects = Subject::all().into_iter().filter(|subject| subject.takes(Dtype::F32)).collect();
+        cases.push((case, subjects));
+    }
+    check_all("long and short vectors", &cases);
 }
 
 /// Inputs may share one array: q, k and v are only read.

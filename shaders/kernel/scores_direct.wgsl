@@ -41,9 +41,10 @@ fn main(
         query[r] = query_row(head, min(row + r, params.row_count - 1u));
     }
     for (var c = 0u; c < KEYS; c += 1u) {
-        key[c] = row_k(bh.x, bh.y / params.group_size, min(first_key + lane + c * LANES, len_k - 1u));
+        key[c] = row_k(bh.x, key_head(bh.y), min(first_key + lane + c * LANES, len_k - 1u));
     }
-    for (var d = 0u; d < params.head_dim; d += 4u) {
+    for (var d = 0u; d < compared_dim(); d += 4u) {
+        let by = pair_weights(bh.y, d);
         var k = array<vec4<f32>, KEYS>();
         for (var c = 0u; c < KEYS; c += 1u) {
             k[c] = load4_k(key[c], d);
@@ -53,7 +54,7 @@ fn main(
             for (var c = 0u; c < KEYS; c += 1u) {
                 let at = r * KEYS + c;
                 // A quad's products are summed apart: a chain of 256 would cost a digit.
-                dots[at] += fma(q.x, k[c].x, fma(q.y, k[c].y, fma(q.z, k[c].z, q.w * k[c].w)));
+                dots[at] += pair(q, k[c], by);
             }
         }
     }

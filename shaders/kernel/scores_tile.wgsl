@@ -39,16 +39,16 @@ fn main(
     }
 
     var dots: array<vec4<f32>, 4>; // one vector of four keys for each of four queries
-    for (var d = 0u; d < params.head_dim; d += 4u * STEP) {
+    for (var d = 0u; d < compared_dim(); d += 4u * STEP) {
         for (var at = lane; at < TILE * STEP; at += SIDE * SIDE) {
-            // Past the edges the last query and key are read again; beyond head_dim lie zeros.
+            // Past the edges the last query and key are read again; beyond the width lie zeros.
             let r = at / STEP;
             let e = d + at % STEP * 4u;
             var q = vec4<f32>();
             var k = vec4<f32>();
-            if e < params.head_dim {
+            if e < compared_dim() {
                 q = load4_q(query_row(head, min(row + r, params.row_count - 1u)), e);
-                k = load4_k(row_k(bh.x, bh.y / params.group_size, min(first_key + r, len_k - 1u)), e);
+                k = load4_k(row_k(bh.x, key_head(bh.y), min(first_key + r, len_k - 1u)), e);
             }
             wg_q[r * SKEW + at % STEP] = q;
             wg_k[r * SKEW + at % STEP] = k;
@@ -59,9 +59,10 @@ fn main(
             let k1 = wg_k[(local.x + SIDE) * SKEW + e];
             let k2 = wg_k[(local.x + 2u * SIDE) * SKEW + e];
             let k3 = wg_k[(local.x + 3u * SIDE) * SKEW + e];
+            let by = pair_weights(bh.y, d + 4u * e);
             for (var r = 0u; r < 4u; r += 1u) {
                 let q = wg_q[(local.y + r * SIDE) * SKEW + e];
-                dots[r] += vec4<f32>(dot(q, k0), dot(q, k1), dot(q, k2), dot(q, k3));
+                dots[r] += vec4<f32>(pair(q, k0, by), pair(q, k1, by), pair(q, k2, by), pair(q, k3, by));
             }
         }
         workgroupBarrier();

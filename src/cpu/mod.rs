@@ -19,6 +19,8 @@
 //! # Ok::<(), wgpu_attention::Error>(())
 //! ```
 
+mod additive;
+mod cosine;
 mod few;
 mod kernel;
 mod lanes;

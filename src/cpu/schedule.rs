@@ -11,7 +11,7 @@ use super::output::TileOut;
 use super::scratch::Scratch;
 use super::state::State;
 use super::tile::{TILE_KV, TileRun};
-use crate::problem::{AttentionProblem, Similarity};
+use crate::problem::AttentionProblem;
 
 /// Multiply-adds below which waking other threads costs more than they save.
 const PARALLEL_WORK: f64 = 200_000.0;
@@ -91,9 +91,8 @@ fn whole(
 /// Runs of query rows, numbered over `[batch, heads_q, seq_q]`, that one key-value head serves.
 fn tiles(p: &AttentionProblem, lanes: usize) -> Vec<Range<usize>> {
     let group = p.heads_q / p.heads_kv * p.seq_q;
-    let per_head_w = matches!(p.similarity, Similarity::Bilinear { per_head: true, .. });
     // Many rows fill tiles by themselves, and heads that do not share one share no masks either.
-    let band = if per_head_w || p.seq_q >= 4 * lanes { p.seq_q } else { group };
+    let band = if p.has_own_matrices() || p.seq_q >= 4 * lanes { p.seq_q } else { group };
     let bands = (0..p.rows()).step_by(band);
     bands
         .flat_map(|start| {

@@ -22,9 +22,9 @@ impl Aligned {
 /// Every buffer that computing a tile needs.
 #[derive(Default)]
 pub(super) struct Scratch {
-    /// q transposed: `[head_dim][lanes]`.
+    /// q transposed: `[head_dim][lanes]`; what it is made into, where that is compared.
     pub(super) q: Aligned,
-    /// q transposed before the bilinear product: `[query_dim][lanes]`.
+    /// q transposed before it is multiplied by a matrix: `[query_dim][lanes]`.
     pub(super) q_raw: Aligned,
     /// Scores, then their exponentials: `[tile_kv][lanes]`.
     pub(super) scores: Aligned,
@@ -40,6 +40,10 @@ pub(super) struct Scratch {
     pub(super) v: Vec<f32>,
     /// q as it multiplies k, by rows: `[lanes][head_dim]`.
     pub(super) q_rows: Vec<f32>,
+    /// One over the norms of a block's keys.
+    pub(super) inverse_norms: Vec<f32>,
+    /// A block's keys, projected: `[keys][hidden]`.
+    pub(super) projected: Vec<f32>,
     /// One row of q as it is stored.
     pub(super) row: Vec<f32>,
 }

@@ -84,6 +84,13 @@ fn every_instruction_set() {
                 similarity: Similarity::Bilinear { query_dim: dim, per_head: true },
                 ..plain.clone()
             };
+            let cosine =
+                AttentionProblem { similarity: Similarity::Cosine, scale: Some(9.0), ..plain.clone() };
+            let hidden = 7;
+            let additive = AttentionProblem {
+                similarity: Similarity::Additive { query_dim: dim, hidden, per_head: false },
+                ..plain.clone()
+            };
             let (q, k, w) =
                 (numbers(1, 2 * seq_q * dim), numbers(5, seq_kv * dim), numbers(9, 2 * dim * dim));
             let mut v = numbers(7, seq_kv * dim);
@@ -94,7 +101,15 @@ fn every_instruction_set() {
                 let inputs = Inputs::new(&q[..], &k[..], &v[..]);
                 let masked = Inputs { mask: Some(&mask), alibi_slopes: Some(&[0.5, 0.25]), ..inputs };
                 let with_w = Inputs { w: Some(&w), ..inputs };
-                for (problem, inputs) in [(&plain, inputs), (&options, masked), (&bilinear, with_w)] {
+                let by = &w[..hidden * dim];
+                let matrices = Inputs { wq: Some(by), wk: Some(by), score_v: Some(&w[..hidden]), ..inputs };
+                for (problem, inputs) in [
+                    (&plain, inputs),
+                    (&options, masked),
+                    (&bilinear, with_w),
+                    (&cosine, inputs),
+                    (&additive, matrices),
+                ] {
                     let want = reference::oracle(problem, &inputs).unwrap();
                     let mut got = Outputs::zeros(problem);
                     compute(problem, &inputs, &mut got, isa);

@@ -13,6 +13,8 @@ use std::ops::Range;
 use pulp::{Simd, WithSimd};
 
 use super::Isa;
+use super::additive::Additive;
+use super::cosine;
 use super::few::{self, is_few};
 use super::kernel;
 use super::lanes::{Context, Lane, Tile};
@@ -100,14 +102,29 @@ impl TileRun<'_> {
         let rows = |operand| KvRows::new(p, context.inputs, operand);
         let k = Source { tensor: context.inputs.k, rows: rows(Operand::K), dim: p.head_dim };
         let v = Source { tensor: context.inputs.v, rows: rows(Operand::V), dim: dims };
-        let plain = p.softcap.is_none() && p.bias.is_none() && p.mask.is_none() && !p.alibi;
+        let cosine = p.similarity == Similarity::Cosine;
+        let additive = Additive::new(context, tile);
+        let product = !cosine && additive.is_none();
+        let plain = product && p.softcap.is_none() && p.bias.is_none() && p.mask.is_none() && !p.alibi;
 
         let lanes = tile.lanes.len();
-        let few = is_few::<S>(lanes, p.head_dim, dims);
+        let few = is_few::<S>(lanes, p.head_dim, dims) && additive.is_none();
 
-        let Scratch { q, q_rows, scores, extra, acc, far, lost, k: k_buffer, v: v_buffer, .. } =
-            &mut *self.scratch;
-        let q = q.get(p.head_dim * width);
+        let Scratch {
+            q,
+            q_rows,
+            inverse_norms,
+            projected,
+            scores,
+            extra,
+            acc,
+            far,
+            lost,
+            k: k_buffer,
+            v: v_buffer,
+            ..
+        } = &mut *self.scratch;
+        let q = q.get(p.compared_dim() * width);
         if few {
             q_rows.clear();
             (0..lanes).for_each(|lane| q_rows.extend(q[lane..].iter().step_by(width)));
@@ -147,11 +164,17 @@ impl TileRun<'_> {
             let at = [tile.batch, tile.kv_head, start];
             let keys = k.rows(at, count, false, k_buffer);
             let mut new_max = row_max;
-            if few {
+            if let Some(additive) = &additive {
+                additive.scores(simd, keys, q, projected, scores);
+            } else if few {
                 let scores = bytemuck::cast_slice_mut(scores.as_flattened_mut());
                 few::scores(simd, keys, q_rows, p.head_dim, scores, width);
             } else {
                 kernel::scores(simd, keys.data, keys.stride, q, scores, &mut new_max);
+            }
+            if cosine {
+                cosine::inverse_norms(keys, p.head_dim, count, inverse_norms);
+                cosine::divide(simd, scores, inverse_norms);
             }
             let edge = start < tile.full.start || start + count > tile.full.end;
             if few || edge || !plain || careful {
@@ -225,7 +248,8 @@ impl TileRun<'_> {
         }
     }
 
-    /// q, scaled and transposed into the lanes; for the bilinear similarity `W^T q`.
+    /// q, scaled and transposed into the lanes; for the bilinear similarity `W^T q`, for the cosine at length 1,
+    /// for the additive `Wq q`, not scaled.
     #[inline(always)]
     fn load_q<S: Simd, const NV: usize>(&mut self, simd: S) {
         let (context, tile, p) = (self.context, self.tile, self.context.problem);
@@ -237,10 +261,19 @@ impl TileRun<'_> {
             for (lane, Lane { head, query, .. }) in tile.lanes.iter().enumerate() {
                 let at = p.q.index([tile.batch, *head, *query, 0]);
                 read(&context.inputs.q, at, p.q.strides[3], row);
+                if p.similarity == Similarity::Cosine {
+                    cosine::normalize(row);
+                }
                 to[lane..].iter_mut().step_by(width).zip(row.iter()).for_each(|(to, &x)| *to = x);
             }
         };
-        let q = q.get(p.head_dim * width);
+        let q = q.get(p.compared_dim() * width);
+        if let Some(additive) = Additive::new(context, tile) {
+            let raw = q_raw.get(query_dim * width);
+            transpose(raw);
+            additive.project_q::<S, NV>(simd, vectors::<S, NV>(raw), vectors_mut::<S, NV>(q));
+            return;
+        }
         if let (Similarity::Bilinear { per_head, .. }, Some(w)) = (p.similarity, context.inputs.w) {
             let raw = q_raw.get(query_dim * width);
             transpose(raw);

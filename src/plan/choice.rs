@@ -4,7 +4,7 @@ use crate::caps::Caps;
 use crate::error::{Operand, Result};
 use crate::kernel::{Blueprint, Family, Kernel, Tiles, looks_after_lengths};
 use crate::plan::Path;
-use crate::problem::AttentionProblem;
+use crate::problem::{AttentionProblem, KeyTerms, Similarity};
 
 /// Elements of k or v that the row kernel's masked index reaches: 2^26 quads.
 const MOST_ROW_ELEMENTS: u128 = 1 << 28;
@@ -43,6 +43,9 @@ pub(super) fn stages(
     problem: &AttentionProblem,
     caps: &Caps,
 ) -> Result<Vec<Blueprint>, String> {
+    if tiles.family.path() == Path::Fused && problem.key_terms() == KeyTerms::Projected {
+        return Err("it multiplies queries and keys, and additive scores are no such product".into());
+    }
     let new = |kernel| Blueprint::new(kernel, tiles, problem, caps);
     let mut stages = match tiles.family {
         Family::StagedTile => [Kernel::ScoresTile, Kernel::SoftmaxRow, Kernel::ValuesTile].map(new).to_vec(),
@@ -66,6 +69,11 @@ pub(super) fn stages(
             return Err(format!("it indexes k and v up to {MOST_ROW_ELEMENTS} elements, not {longest}"));
         }
     }
+    match problem.key_terms() {
+        KeyTerms::None => {}
+        KeyTerms::InverseNorms => stages.insert(0, new(Kernel::KeyNorms)),
+        KeyTerms::Projected => stages.insert(0, new(Kernel::ProjectK)),
+    }
     if stages.iter().any(|stage| stage.wants_bundle(caps)) {
         for stage in stages.iter_mut().filter(|stage| stage.wants_bundle(caps)) {
             *stage = stage.bundled();
@@ -75,8 +83,11 @@ pub(super) fn stages(
     if looks_after_lengths(problem) {
         stages.insert(0, new(Kernel::Lengths));
     }
-    if problem.layout(Operand::W).is_some() {
-        stages.insert(0, new(Kernel::Project));
+    match problem.similarity {
+        Similarity::Dot | Similarity::ScaledDot => {}
+        Similarity::Bilinear { .. } => stages.insert(0, new(Kernel::Project)),
+        Similarity::Cosine => stages.insert(0, new(Kernel::NormalizeQ)),
+        Similarity::Additive { .. } => stages.insert(0, new(Kernel::ProjectQ)),
     }
     if problem.weights {
         stages.push(new(Kernel::Weights));

@@ -40,9 +40,14 @@ impl std::fmt::Display for Plan {
                     4 * t.values_lanes,
                     t.values_step
                 ),
-                Kernel::Project | Kernel::Weights | Kernel::Bundle | Kernel::Merge => {
-                    "element by element".into()
-                }
+                Kernel::Project
+                | Kernel::ProjectQ
+                | Kernel::ProjectK
+                | Kernel::Weights
+                | Kernel::Bundle
+                | Kernel::Merge => "element by element".into(),
+                Kernel::NormalizeQ => "a query each".into(),
+                Kernel::KeyNorms => "a key each".into(),
                 Kernel::Lengths => "an entry each".into(),
                 Kernel::Count => "once".into(),
                 Kernel::MaskMap => match t.map() {

@@ -8,7 +8,7 @@ use crate::kernel::{Slot, bundle_words, key_parts, looks_after_lengths, part_key
 use crate::layout::Layout;
 use crate::mask::Align;
 use crate::params::{ParamLayout, Params};
-use crate::problem::{MAX_SEQ, Similarity};
+use crate::problem::MAX_SEQ;
 
 impl Plan {
     /// Bytes from one uniform block to the next.
@@ -44,7 +44,7 @@ impl Plan {
             let first = self.window(operand).start as usize / p.element_bytes(operand);
             ParamLayout::new(layout, p.shape(operand), first)
         };
-        let per_head = matches!(p.similarity, Similarity::Bilinear { per_head: true, .. });
+        let of_head = |elements: usize| if p.has_own_matrices() { elements as u32 } else { 0 };
         let step = self.tiles.map().map_or(1, |tile| tile.keys);
         let [pages, max_blocks, total_kv] = match p.cache {
             Cache::Paged { pages, max_blocks, .. } => [pages, max_blocks, 0],
@@ -66,6 +66,7 @@ impl Plan {
             row_count: chunk.rows as u32,
             score_stride: self.score_stride() as u32,
             projected_stride: self.projected_stride() as u32,
+            key_term_group: p.key_term_group() as u32,
             key_first: (part * part_keys(p)) as u32,
             key_end: if part + 1 == parts { u32::MAX } else { ((part + 1) * part_keys(p)) as u32 },
             splits: self.splits as u32,
@@ -80,7 +81,10 @@ impl Plan {
             scale: p.effective_scale() as f32,
             softcap: p.softcap.unwrap_or(1.0),
             norm_epsilon: 0.0,
-            w_head_stride: if per_head { (p.query_dim() * p.head_dim) as u32 } else { 0 },
+            hidden: p.compared_dim() as u32,
+            w_head_stride: of_head(p.query_dim() * p.compared_dim()),
+            wk_head_stride: of_head(p.compared_dim() * p.head_dim),
+            score_v_head_stride: of_head(p.compared_dim()),
             causal: p.causal.map_or(0, align),
             window_align: align(p.align),
             window_left: side(window.left),
@@ -124,6 +128,9 @@ impl Plan {
             Slot::Launch if self.stages.iter().any(|stage| stage.counted) => 16,
             Slot::Launch => 0,
             Slot::Projected => 4 * rows * self.projected_stride(),
+            Slot::KeyTerms => {
+                self.problem.key_term_heads(self.heads_per_chunk as u64) * self.key_term_bytes()
+            }
             Slot::Carried => rows * self.carried_bytes(),
             Slot::Params | Slot::Operand(_) => 0,
             // A layer's own.
@@ -137,10 +144,38 @@ impl Plan {
     }
 
     pub(super) fn projected_stride(&self) -> u64 {
-        match self.problem.similarity {
-            Similarity::Bilinear { .. } => (self.problem.head_dim as u64).next_multiple_of(4),
-            _ => 0,
+        let width = self.problem.compared_dim() as u64;
+        if self.problem.projects() { width.next_multiple_of(4) } else { 0 }
+    }
+
+    /// Bytes of the terms of a head's keys. Not none where there are no keys: the buffer has to be bound.
+    pub(super) fn key_term_bytes(&self) -> u64 {
+        match self.problem.key_term_width() as u64 {
+            0 => 0,
+            width => (4 * self.problem.seq_kv as u64 * width).next_multiple_of(16).max(16),
         }
+    }
+
+    /// At most `heads` heads, as many as fit the budget and a binding together with the terms of their keys:
+    /// whole groups, or less than one.
+    fn heads_with_key_terms(&self, heads: usize, room: u64, binding: u64) -> usize {
+        let own = self.key_term_bytes();
+        if own == 0 {
+            return heads;
+        }
+        let group = self.problem.key_term_group() as u64;
+        let rows = (self.problem.seq_q as u64).saturating_mul(self.row_bytes());
+        let groups = (heads as u64 / group)
+            .min(room / rows.saturating_mul(group).saturating_add(own))
+            .min(binding / own);
+        if groups > 0 {
+            return (groups * group) as usize;
+        }
+        let fits = |&heads: &u64| {
+            let terms = self.problem.key_term_heads(heads).saturating_mul(own);
+            terms <= binding && rows.saturating_mul(heads).saturating_add(terms) <= room
+        };
+        (1..group.min(heads as u64 + 1)).rev().find(fits).unwrap_or(1) as usize
     }
 
     /// Bytes of a row's sums between two parts of the keys, or of all splits.
@@ -208,25 +243,28 @@ impl Plan {
             return Ok(());
         }
         let binding = self.caps.max_storage_binding.min(self.caps.max_buffer);
-        let widest = self.widest_row_bytes();
-        if widest > binding {
-            return Err(Error::LimitExceeded {
-                what: "scratch: bytes of one row in one storage binding".into(),
-                need: widest,
-                got: binding,
-            });
+        let (widest, terms) = (self.widest_row_bytes(), self.key_term_bytes());
+        // Kernels index scratch by u32.
+        let of_terms = binding.min(4 * u64::from(u32::MAX));
+        for (what, need, got) in
+            [("one row", widest, binding), ("the terms of one head's keys", terms, of_terms)]
+        {
+            if need > got {
+                let what = format!("scratch: bytes of {what} in one storage binding");
+                return Err(Error::LimitExceeded { what, need, got });
+            }
         }
         let (row_bytes, fixed) = (self.row_bytes(), self.fixed_bytes());
-        if row_bytes + fixed > self.budget {
+        let least = row_bytes + fixed + terms;
+        if least > self.budget {
             return Err(Error::LimitExceeded {
                 what: "scratch_budget: bytes of scratch for one row".into(),
-                need: row_bytes + fixed,
+                need: least,
                 got: self.budget,
             });
         }
-        // Kernels index scratch by u32.
         let by_scratch = |bytes: u64, each: u64| bytes.checked_div(each).unwrap_or(u64::MAX);
-        let rows = by_scratch(self.budget - fixed, row_bytes)
+        let rows = by_scratch(self.budget - fixed - terms, row_bytes)
             .min(by_scratch(binding, widest))
             .min(by_scratch(u64::from(u32::MAX), widest / 4))
             .min(self.rows_of_a_dispatch());
@@ -237,7 +275,8 @@ impl Plan {
             self.stages.iter_mut().for_each(|stage| stage.packed = false);
         }
         if rows >= p.seq_q {
-            self.heads_per_chunk = (rows / p.seq_q / group * group).min(p.batch * p.heads_q);
+            let heads = (rows / p.seq_q / group * group).min(p.batch * p.heads_q);
+            self.heads_per_chunk = self.heads_with_key_terms(heads, self.budget - fixed, of_terms);
             self.rows_per_chunk = p.seq_q;
         } else {
             // Whole tiles where at least one fits.

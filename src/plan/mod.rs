@@ -292,6 +292,7 @@ impl Plan {
             Slot::Scores,
             Slot::InverseSums,
             Slot::Projected,
+            Slot::KeyTerms,
             Slot::Carried,
             Slot::Bundle,
             Slot::MaskMap,
@@ -361,7 +362,9 @@ impl Plan {
             self.stages.iter().enumerate().flat_map(move |(stage, blueprint)| {
                 let splits = if blueprint.split { self.splits as u64 } else { 1 };
                 let groups = splits * blueprint.groups(&self.problem, chunk.heads as u64, chunk.rows as u64);
-                let due = groups > 0 && (index == 0 || !blueprint.kernel.is_once());
+                // The terms of a head's keys serve all chunks of its rows.
+                let again = chunk.row > 0 && blueprint.kernel.is_of_keys();
+                let due = groups > 0 && !again && (index == 0 || !blueprint.kernel.is_once());
                 let repeats = if blueprint.parts { parts } else { usize::from(due) };
                 (0..repeats).map(move |part| Dispatch {
                     kernel: blueprint.kernel.name(),

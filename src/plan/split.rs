@@ -106,7 +106,7 @@ impl Plan {
         }
         // What the rows need comes first, and most of the budget stays theirs.
         let need = self.map_bytes();
-        let rows = self.row_bytes() + self.fixed_bytes();
+        let rows = self.row_bytes() + self.fixed_bytes() + self.key_term_bytes();
         let room = (self.budget / 4)
             .min(self.budget.saturating_sub(rows))
             .min(self.caps.max_storage_binding)

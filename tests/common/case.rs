@@ -19,6 +19,14 @@ pub enum Sim {
         extra: isize,
         per_head: bool,
     },
+    /// A given scale is one of the spread that scores then have. Some vectors are zeros.
+    Cosine,
+    /// `extra` as in the bilinear one.
+    Additive {
+        extra: isize,
+        hidden: usize,
+        per_head: bool,
+    },
 }
 
 /// Along which dimensions a bias or mask has elements of its own.
@@ -160,6 +168,9 @@ pub struct Data {
     pub k: Arc<Tensor>,
     pub v: Arc<Tensor>,
     pub w: Option<Vec<f32>>,
+    pub wq: Option<Vec<f32>>,
+    pub wk: Option<Vec<f32>>,
+    pub score_v: Option<Vec<f32>>,
     pub bias: Option<Tensor>,
     pub mask: Option<Vec<u8>>,
     pub alibi_slopes: Option<Vec<f32>>,
@@ -177,6 +188,9 @@ impl Data {
             k: k.into(),
             v: v.into(),
             w: None,
+            wq: None,
+            wk: None,
+            score_v: None,
             bias: None,
             mask: None,
             alibi_slopes: None,
@@ -194,6 +208,9 @@ impl Data {
             k: self.k.as_ref().as_ref(),
             v: self.v.as_ref().as_ref(),
             w: self.w.as_deref(),
+            wq: self.wq.as_deref(),
+            wk: self.wk.as_deref(),
+            score_v: self.score_v.as_deref(),
             bias: self.bias.as_ref().map(Tensor::as_ref),
             mask: self.mask.as_deref(),
             alibi_slopes: self.alibi_slopes.as_deref(),
@@ -303,7 +320,9 @@ impl Axes {
 
     pub fn query_dim(&self) -> usize {
         match self.similarity {
-            Sim::Bilinear { extra, .. } => self.head_dim.saturating_add_signed(extra).max(1),
+            Sim::Bilinear { extra, .. } | Sim::Additive { extra, .. } => {
+                self.head_dim.saturating_add_signed(extra).max(1)
+            }
             _ => self.head_dim,
         }
     }
@@ -326,8 +345,15 @@ impl Axes {
                 Sim::Dot => Similarity::Dot,
                 Sim::ScaledDot => Similarity::ScaledDot,
                 Sim::Bilinear { per_head, .. } => Similarity::Bilinear { query_dim: dq, per_head },
+                Sim::Cosine => Similarity::Cosine,
+                Sim::Additive { hidden, per_head, .. } => {
+                    Similarity::Additive { query_dim: dq, hidden, per_head }
+                }
             },
-            scale: self.scale,
+            scale: self.scale.map(|scale| match self.similarity {
+                Sim::Cosine => scale * self.spread * (d as f32).sqrt(),
+                _ => scale,
+            }),
             softcap: self.softcap,
             alibi: self.alibi,
             causal: self.causal,
@@ -381,13 +407,18 @@ impl Axes {
 
         // Products of two normals summed over the width have a deviation of sqrt(width).
         let scale = (p.effective_scale().abs() as f32).max(1e-6);
-        let amplitude = (self.spread / (scale * (p.head_dim as f32).sqrt())).sqrt();
+        let amplitude = match self.similarity {
+            Sim::Additive { .. } => 1.0,
+            _ => (self.spread / (scale * (p.head_dim as f32).sqrt())).sqrt(),
+        };
         let tail = rng.below(4);
         let (q_shape, k_shape, v_shape) = (p.shape(Operand::Q), p.shape(Operand::K), p.shape(Operand::V));
-        let q = fill(p.dtype, p.q, q_shape, tail, |_| Some(amplitude * rng.normal()));
+        let zeros =
+            |[b, h, i, _]: [usize; 4]| self.similarity == Sim::Cosine && (7 * b + 3 * h + i) % 16 == 5;
+        let mut number = |at| if zeros(at) { 0.0 } else { amplitude * rng.normal() };
+        let q = fill(p.dtype, p.q, q_shape, tail, |at| Some(number(at)));
         // Rows that do not exist stay poison: nothing may come of them.
-        let k =
-            fill(p.dtype, p.k, k_shape, tail, |[b, _, j, _]| exists(b, j).then(|| amplitude * rng.normal()));
+        let k = fill(p.dtype, p.k, k_shape, tail, |at| exists(at[0], at[2]).then(|| number(at)));
         let v = fill(p.dtype, p.v, v_shape, tail, |[b, _, j, _]| exists(b, j).then(|| rng.normal() + 0.25));
         let mut data = Data::new(q, k, v);
         if self.storage == Storage::Packed {
@@ -398,6 +429,16 @@ impl Axes {
             let heads = if per_head { p.heads_q } else { 1 };
             let scale = 1.0 / (query_dim as f32).sqrt();
             data.w = Some((0..heads * query_dim * p.head_dim).map(|_| scale * rng.normal()).collect());
+        }
+        if let Similarity::Additive { query_dim, hidden, per_head } = p.similarity {
+            let heads = if per_head { p.heads_q } else { 1 };
+            let mut normals = |rows: usize, dim: usize, scale: f32| {
+                Some((0..heads * rows * dim).map(|_| scale / (dim as f32).sqrt() * rng.normal()).collect())
+            };
+            data.wq = normals(hidden, query_dim, 1.0);
+            data.wk = normals(hidden, p.head_dim, 1.0);
+            // tanh of such sums has a deviation of two thirds.
+            data.score_v = normals(1, hidden, 1.5 * self.spread / scale);
         }
         if let (Some(bias), Some((dtype, spread, excludes))) = (p.bias, self.bias) {
             let dims = spread.dims(p.shape(Operand::Bias));
@@ -511,13 +552,17 @@ pub mod values {
     pub const DIM_V_ANY: [[usize; 2]; 7] =
         [[1, 3], [5, 7], [9, 15], [17, 31], [33, 63], [65, 127], [129, 255]];
     pub const HEADS: [(usize, usize); 6] = [(1, 1), (2, 2), (4, 2), (3, 1), (6, 2), (5, 5)];
-    /// The three with a W first.
-    pub const SIMILARITY: [Sim; 5] = [
+    /// The three with a W first, then the two of q and k alone; three at the end for the staged kernels alone.
+    pub const SIMILARITY: [Sim; 9] = [
         Sim::Bilinear { extra: 0, per_head: true },
         Sim::Bilinear { extra: 3, per_head: false },
         Sim::Bilinear { extra: -4, per_head: true },
         Sim::ScaledDot,
         Sim::Dot,
+        Sim::Cosine,
+        Sim::Additive { extra: 0, hidden: 16, per_head: false },
+        Sim::Additive { extra: 3, hidden: 5, per_head: true },
+        Sim::Additive { extra: -4, hidden: 33, per_head: false },
     ];
     pub const SCALE: [Option<f32>; 4] = [None, Some(0.25), Some(-0.7), Some(1.5)];
     pub const SOFTCAP: [f32; 3] = [0.5, 30.0, 50.0];

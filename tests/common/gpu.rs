@@ -198,9 +198,14 @@ impl Guarded {
         if let Some(mask) = &data.mask {
             aux.push((Operand::Mask, input(Operand::Mask, mask, 1, GUARD)));
         }
-        for (operand, floats) in
-            [(Operand::W, &data.w), (Operand::AlibiSlopes, &data.alibi_slopes), (Operand::Sinks, &data.sinks)]
-        {
+        for (operand, floats) in [
+            (Operand::W, &data.w),
+            (Operand::Wq, &data.wq),
+            (Operand::Wk, &data.wk),
+            (Operand::ScoreV, &data.score_v),
+            (Operand::AlibiSlopes, &data.alibi_slopes),
+            (Operand::Sinks, &data.sinks),
+        ] {
             if let Some(floats) = floats {
                 aux.push((operand, input(operand, bytemuck::cast_slice(floats), 4, 0)));
             }
@@ -236,6 +241,9 @@ impl Guarded {
         let aux = |operand| self.aux.iter().find(|(of, _)| *of == operand).map(|(_, buffer)| buffer);
         Operands {
             w: aux(Operand::W),
+            wq: aux(Operand::Wq),
+            wk: aux(Operand::Wk),
+            score_v: aux(Operand::ScoreV),
             bias: aux(Operand::Bias),
             mask: aux(Operand::Mask),
             alibi_slopes: aux(Operand::AlibiSlopes),

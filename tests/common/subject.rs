@@ -1,7 +1,7 @@
 //! The things under test behind one call: the oracle (to prove the harness), the CPU path, and the
 //! GPU paths on every device kind, kernel family, shader mode and way in.
 
-use wgpu_attention::{Dtype, Error, Family, Outputs, Path, PlanOptions, Tensor, reference};
+use wgpu_attention::{Dtype, Error, Family, Outputs, Path, PlanOptions, Similarity, Tensor, reference};
 
 use super::case::Case;
 use super::check::{Expected, Gap};
@@ -97,6 +97,23 @@ impl Subject {
         let mut case = if self.takes(case.problem.dtype) { case.clone() } else { case.in_f16() };
         case.problem.weights &= self.gives_weights();
         case
+    }
+
+    /// Whether its kernels compute the case's similarity: additive scores are none of the fused ones'.
+    pub fn compares(self, case: &Case) -> bool {
+        let additive = matches!(case.problem.similarity, Similarity::Additive { .. });
+        let fused = matches!(self, Self::Gpu { family: Some(family), .. } if family.path() == Path::Fused);
+        !(additive && fused)
+    }
+
+    /// The same, with another family of the plan's choice where its own does not compare so.
+    pub fn that_compares(self, case: &Case) -> Self {
+        match self {
+            Self::Gpu { kind, checks, door, split, .. } if !self.compares(case) => {
+                Self::Gpu { kind, checks, family: None, door, split }
+            }
+            _ => self,
+        }
     }
 
     /// The same with its keys in splits, if it is the family's turn and it can.
