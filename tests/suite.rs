@@ -819,6 +819,24 @@ fn soft_caps_keep_the_f32_budget() {
     check_all("soft caps", &cases);
 }
 
+/// The same tanh of small numbers that large ones weigh: an error of the built-in would be large in the score.
+#[test]
+fn additive_scores_keep_the_f32_budget() {
+    let mut cases = Vec::new();
+    for (i, size) in [1e-3, 0.05, 1.0, 4.0].into_iter().enumerate() {
+        let axes = Axes { similarity: ADDITIVE, seq_q: 16, seq_kv: 64, ..Axes::default() };
+        let mut case = axes.build(i as u64);
+        let data = &mut case.data;
+        for (x, by) in [(&mut data.wq, size), (&mut data.wk, size), (&mut data.score_v, 1.0 / size)] {
+            x.iter_mut().flatten().for_each(|x| *x *= by);
+        }
+        case.name = format!("sums of {size}, {}", case.name);
+        let subjects = Subject::few().into_iter().filter(|subject| subject.compares(&case)).collect();
+        cases.push((case, subjects));
+    }
+    check_all("additive scores", &cases);
+}
+
 /// Scores of +-10^4: without subtracting the maximum, every exponential would overflow or vanish.
 /// Whole numbers with gaps, so that rounding decides nothing.
 #[test]
