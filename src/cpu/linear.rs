@@ -544,12 +544,16 @@ fn dots<S: Simd, const O: usize, const R: usize>(simd: S, w: [&[f32]; O], x: [&[
             }
         }
     }
-    core::array::from_fn(|r| {
-        core::array::from_fn(|o| {
-            let (w, x) = (simd.partial_load_f32s(w[o].1), simd.partial_load_f32s(x[r].1));
-            simd.reduce_sum_f32s(simd.mul_add_e_f32s(w, x, sum[r][o]))
-        })
-    })
+    // Loops: a closure might not be inlined, and so not be compiled for the wide vectors.
+    let mut dots = [[0.0; O]; R];
+    for r in 0..R {
+        let x = simd.partial_load_f32s(x[r].1);
+        for o in 0..O {
+            let w = simd.partial_load_f32s(w[o].1);
+            dots[r][o] = simd.reduce_sum_f32s(simd.mul_add_e_f32s(w, x, sum[r][o]));
+        }
+    }
+    dots
 }
 
 /// `sums += x * w`.
