@@ -1,6 +1,7 @@
 //! Starting the program, and making and reading the files that it takes and gives.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+pub(crate) mod bert;
 pub(crate) mod npy;
 
 use std::collections::HashMap;
