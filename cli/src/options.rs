@@ -19,6 +19,8 @@ pub(crate) enum SimilarityArg {
     ScaledDot,
     /// qT W k
     Bilinear,
+    /// scale * (q . k) / (|q| |k|), scale 1 unless given
+    Cosine,
 }
 
 /// Where query 0 stands among the keys.
@@ -191,6 +193,7 @@ impl ContractArgs {
         match self.similarity {
             Some(SimilarityArg::Dot) => Similarity::Dot,
             Some(SimilarityArg::Bilinear) => Similarity::Bilinear { query_dim, per_head },
+            Some(SimilarityArg::Cosine) => Similarity::Cosine,
             Some(SimilarityArg::ScaledDot) | None => Similarity::ScaledDot,
         }
     }
@@ -282,6 +285,7 @@ pub(crate) fn describe(p: &AttentionProblem) -> String {
     let mut words = Vec::new();
     match p.similarity {
         Similarity::Dot => words.push("dot".to_string()),
+        Similarity::Cosine => words.push("cosine".to_string()),
         Similarity::Bilinear { per_head, .. } => {
             words.push(if per_head { "bilinear-per-head" } else { "bilinear" }.to_string());
         }

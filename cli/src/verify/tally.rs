@@ -58,6 +58,7 @@ impl Tally {
         let bilinear = matches!(p.similarity, Similarity::Bilinear { .. });
         for (present, name) in [
             (p.similarity == Similarity::Dot, "dot"),
+            (p.similarity == Similarity::Cosine, "cosine"),
             (bilinear, "bilinear"),
             (p.scale.is_some(), "scale"),
             (p.softcap.is_some(), "softcap"),
