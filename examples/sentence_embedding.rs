@@ -48,7 +48,7 @@ fn run(folder: &Path, texts: &[String]) -> bert::Result<bool> {
     let attention = pollster::block_on(Attention::request(&request)).map_err(|error| error.to_string())?;
     let model = Bert::new(checkpoint, attention)?;
     println!("on {}", model.adapter());
-    let all = model.hidden(&tokens)?;
+    let all = model.hidden(&tokens, model.layers())?;
     let last = &all[all.len() - 1];
     let embeddings: Vec<Vec<f32>> = bert::ranges(&tokens)
         .into_iter()

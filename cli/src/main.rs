@@ -6,6 +6,9 @@ mod adapters;
 mod archive;
 mod backend;
 mod bench;
+// The example and the tests use the rest.
+#[allow(dead_code)]
+mod bert;
 mod cache;
 mod check;
 mod data;

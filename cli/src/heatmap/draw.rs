@@ -65,10 +65,11 @@ fn numbers(n: usize, block: usize, every: usize) -> Vec<(usize, String)> {
 }
 
 /// Draws the panels, their labels and the colour scale.
-pub(crate) fn draw(picture: &Picture<'_>) -> String {
-    let columns = columns(picture.heads);
-    let rows = picture.heads.div_ceil(columns);
-    let side: f64 = match picture.heads {
+pub(crate) fn draw(picture: &Picture) -> String {
+    let heads = picture.heads.len();
+    let columns = columns(heads);
+    let rows = heads.div_ceil(columns);
+    let side: f64 = match heads {
         1 => 520.0,
         2..=4 => 320.0,
         _ => 205.0,
@@ -90,8 +91,9 @@ pub(crate) fn draw(picture: &Picture<'_>) -> String {
         (1, 1) => picture.subtitle.clone(),
         (k, q) => format!("{}; each cell the largest of {q} x {k}", picture.subtitle),
     };
-    let has_nothing = picture.weights.contains(&0.0);
-    let words = (text_width(picture.title) * 18.0).max(text_width(&subtitle) * 12.0);
+    let weights = picture.weights.first().map_or(&[][..], |of| of);
+    let has_nothing = weights.contains(&0.0);
+    let words = (text_width(&picture.title) * 18.0).max(text_width(&subtitle) * 12.0);
     let beside = BAR_WIDTH + if has_nothing { 130.0 } else { 50.0 };
     let inner = (left + grid_width).max(words + beside);
     let width = MARGIN + inner + MARGIN;
@@ -99,19 +101,21 @@ pub(crate) fn draw(picture: &Picture<'_>) -> String {
     let height = MARGIN + HEADER + rows as f64 * panel_height - GAP + bottom + MARGIN * 0.5;
 
     let mut svg = Svg::new(width, height, &format!("{}: {}", picture.title, picture.subtitle));
-    svg.text(MARGIN, MARGIN + 14.0, Text { bold: true, ..Text::new(18.0) }, picture.title);
+    svg.text(MARGIN, MARGIN + 14.0, Text { bold: true, ..Text::new(18.0) }, &picture.title);
     svg.text(MARGIN, MARGIN + 34.0, Text { fill: GREY, ..Text::new(12.0) }, &subtitle);
-    let largest = picture.weights.iter().copied().filter(|w| w.is_finite()).fold(0.0, f32::max);
+    let largest = weights.iter().copied().filter(|w| w.is_finite()).fold(0.0, f32::max);
     scale(&mut svg, width - MARGIN - BAR_WIDTH, MARGIN + 4.0, largest, has_nothing);
 
     let (origin_x, origin_y) = (MARGIN + left, MARGIN + HEADER);
-    for head in 0..picture.heads {
+    for (head, number) in picture.heads.iter().enumerate() {
         let (column, row) = (head % columns, head / columns);
         let at_x = origin_x + column as f64 * panel_width;
         let at_y = origin_y + row as f64 * panel_height;
-        svg.text(at_x, at_y + 12.0, Text { bold: true, ..Text::new(11.0) }, &format!("head {head}"));
+        svg.text(at_x, at_y + 12.0, Text { bold: true, ..Text::new(11.0) }, &format!("head {number}"));
         let at_y = at_y + HEAD_LINE;
-        panel(&mut svg, picture, head, [at_x, at_y], (&x, &y), largest);
+        let pairs = picture.queries * picture.keys;
+        let of_head = &weights[head * pairs..][..pairs];
+        panel(&mut svg, of_head, [picture.queries, picture.keys], [at_x, at_y], (&x, &y), largest);
         if column == 0 {
             for (i, text) in &y.labels {
                 let middle = at_y + (*i as f64 + 0.5) * y.cell;
@@ -120,7 +124,7 @@ pub(crate) fn draw(picture: &Picture<'_>) -> String {
             }
         }
         // The last panel of its column.
-        if head + columns >= picture.heads {
+        if head + columns >= heads {
             let base = at_y + y.length() + 5.0;
             for (i, text) in &x.labels {
                 let middle = at_x + (*i as f64 + 0.5) * x.cell;
@@ -150,14 +154,12 @@ fn columns(heads: usize) -> usize {
 /// One head: a path for each colour, so that the file stays small.
 fn panel(
     svg: &mut Svg,
-    picture: &Picture<'_>,
-    head: usize,
+    weights: &[f32],
+    [queries, keys]: [usize; 2],
     [left, top]: [f64; 2],
     (x, y): (&Axis, &Axis),
     largest: f32,
 ) {
-    let (queries, keys) = (picture.queries, picture.keys);
-    let weights = &picture.weights[head * queries * keys..][..queries * keys];
     let mut paths = vec![String::new(); LEVELS];
     for row in 0..y.cells {
         let mut column = 0;

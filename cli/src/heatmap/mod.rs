@@ -1,53 +1,68 @@
-//! `heatmap`: the attention weights of every head as one picture.
+//! `heatmap`: the attention weights of every head as one picture, or as a page to point at.
 
 mod colour;
 mod draw;
+mod file;
+mod model;
+mod page;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::Args;
-use wgpu_attention::{AttentionProblem, Operand};
 
-use crate::archive::Archive;
-use crate::backend::{self, AdapterArgs, Choice};
+use crate::backend::{AdapterArgs, Choice};
 use crate::failure::{Failure, Result};
-use crate::load::{self, LayoutArg};
-use crate::memory;
-use crate::options::{self, ContractArgs};
+use crate::load::LayoutArg;
+use crate::options::ContractArgs;
 use crate::output::OutputFile;
 
 /// More heads than this make no picture that anyone can read.
 const MAX_HEADS: usize = 144;
 /// Weights over all batch entries and heads: what the oracle computes in about a minute.
 const MAX_WEIGHTS: u128 = 1 << 26;
-/// A file of words for one sequence is small.
-const MAX_TOKENS_FILE: u64 = 64 << 20;
 
 /// A picture of the attention weights, one panel for each head.
 ///
 /// Rows are queries, columns are keys, all heads share one colour scale. Sequences too long for a
-/// cell each are shown by the largest weight of each block. The picture is the same on every
-/// machine, since the weights come from the f64 oracle unless --path says otherwise.
+/// cell each are shown by the largest weight of each block. The picture of a file is the same on
+/// every machine, since the weights come from the f64 oracle unless --path says otherwise.
+///
+/// With --model the weights are those of a BERT on a text of yours: DIR holds config.json,
+/// tokenizer.json and model.safetensors. OUT.html is one page that shows what each token attends to,
+/// layer by layer and head by head, and needs nothing else.
 #[derive(Args, Debug)]
 pub(crate) struct HeatmapArgs {
     /// The inputs, as for `run`
-    #[arg(value_name = "IN.safetensors")]
-    input: PathBuf,
+    #[arg(value_name = "IN.safetensors", required_unless_present = "model")]
+    input: Option<PathBuf>,
+    /// The folder of a model, instead of inputs
+    #[arg(long, value_name = "DIR", conflicts_with = "input", requires = "text")]
+    model: Option<PathBuf>,
+    /// What the model reads
+    #[arg(long, value_name = "TEXT", requires = "model", conflicts_with = "input")]
+    text: Option<String>,
+    /// Which layer of the model, from 0; all of them for OUT.html [default: 0, all for OUT.html]
+    #[arg(long, value_name = "N|all", requires = "model", conflicts_with = "input")]
+    layer: Option<Which>,
+    /// Which head, from 0
+    #[arg(long, value_name = "N|all", default_value = "all")]
+    head: Which,
     /// Where the picture goes
-    #[arg(short, long, value_name = "OUT.svg")]
+    #[arg(short, long, value_name = "OUT.svg|OUT.html")]
     output: PathBuf,
     /// Labels of the keys: one on each line, or all on one line between spaces. The queries are the
     /// last of them
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with = "model")]
     tokens: Option<PathBuf>,
     /// Which batch entry
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, conflicts_with = "model")]
     batch: usize,
     /// Words above the picture
     #[arg(long, value_name = "TEXT", default_value = "Attention weights")]
     title: String,
     /// Order of the dimensions of q, k and v
-    #[arg(long, value_enum, default_value = "bhsd")]
+    #[arg(long, value_enum, default_value = "bhsd", conflicts_with = "model")]
     layout: LayoutArg,
     /// oracle, cpu, staged or auto
     #[arg(long, value_name = "PATH", default_value = "oracle")]
@@ -61,109 +76,95 @@ pub(crate) struct HeatmapArgs {
     contract: ContractArgs,
 }
 
-/// Weights of one batch entry, and what the picture says about them.
-pub(crate) struct Picture<'a> {
-    /// `[heads, queries, keys]`.
-    pub(crate) weights: &'a [f32],
-    pub(crate) heads: usize,
+/// One of several, or all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Which {
+    All,
+    Only(usize),
+}
+
+impl FromStr for Which {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "all" => Ok(Self::All),
+            _ => text.parse().map(Self::Only).map_err(|_| "want a number from 0, or all".into()),
+        }
+    }
+}
+
+impl Which {
+    /// Those that are meant, of so many.
+    fn of(self, what: &str, count: usize) -> Result<Vec<usize>> {
+        match self {
+            Self::All if count > MAX_HEADS => {
+                Err(Failure::input(format!("{count} {what}s, a picture shows {MAX_HEADS} at most")))
+            }
+            Self::All => Ok((0..count).collect()),
+            Self::Only(number) if number < count => Ok(vec![number]),
+            Self::Only(number) => {
+                Err(Failure::input(format!("--{what} {number}: there are {count}, from 0")))
+            }
+        }
+    }
+}
+
+/// Weights, and what the picture says about them.
+#[derive(Debug)]
+pub(crate) struct Picture {
+    /// Of each layer shown, `[heads, queries, keys]`.
+    pub(crate) weights: Vec<Vec<f32>>,
+    /// The layers' numbers; none where nothing is known of layers.
+    pub(crate) layers: Vec<usize>,
+    /// The heads' numbers.
+    pub(crate) heads: Vec<usize>,
     pub(crate) queries: usize,
     pub(crate) keys: usize,
-    pub(crate) title: &'a str,
+    pub(crate) title: String,
     pub(crate) subtitle: String,
     pub(crate) query_labels: Option<Vec<String>>,
     pub(crate) key_labels: Option<Vec<String>>,
+    /// What computed the weights.
+    pub(crate) by: String,
+}
+
+impl Picture {
+    /// The subtitle of so many heads, queries and keys.
+    fn counts(heads: &[usize], queries: usize, keys: usize) -> String {
+        let count = |n: usize, one: &str, many: &str| format!("{n} {}", if n == 1 { one } else { many });
+        format!(
+            "{}; rows: {}; columns: {}",
+            count(heads.len(), "head", "heads"),
+            count(queries, "query", "queries"),
+            count(keys, "key", "keys"),
+        )
+    }
+}
+
+/// The form that a file's name asks for.
+fn is_page(output: &std::path::Path) -> bool {
+    output.extension().is_some_and(|end| end.eq_ignore_ascii_case("html") || end.eq_ignore_ascii_case("htm"))
 }
 
 /// Computes the weights and draws them.
 pub(crate) fn run(args: &HeatmapArgs) -> Result<()> {
     let output = OutputFile::new(&args.output)?;
-    let mut archive = Archive::open(&args.input)?;
-    let loaded = load::load(&mut archive, &args.contract, args.layout, None, None)?;
-    let problem = AttentionProblem { weights: true, ..loaded.problem };
-    let [batch, heads, longest_q, longest_k] = problem.shape(Operand::Weights);
-    if args.batch >= batch {
-        return Err(Failure::input(format!("--batch {}: the file has {batch} batch entries", args.batch)));
-    }
-    // Those of the entry alone, where entries have numbers of their own.
-    let own = |list: &Option<Vec<u32>>, longest: usize| match list {
-        Some(list) => (list[args.batch + 1] - list[args.batch]) as usize,
-        None => longest,
+    let as_page = is_page(&args.output);
+    let picture = match (&args.input, &args.model) {
+        (Some(input), _) => file::picture(args, input)?,
+        (None, Some(folder)) => model::picture(args, folder, as_page)?,
+        (None, None) => return Err(Failure::input("want IN.safetensors or --model DIR")),
     };
-    let queries = own(&loaded.data.cu_seqlens_q, longest_q);
-    let keys = own(&loaded.data.cu_seqlens_k, longest_k);
-    if queries == 0 || keys == 0 {
-        return Err(archive.fail(format!("no weights to show: {queries} queries and {keys} keys")));
-    }
-    if heads > MAX_HEADS {
-        return Err(archive.fail(format!("{heads} heads, a picture shows {MAX_HEADS} at most")));
-    }
-    let weights = problem.extent(Operand::Weights);
-    if weights > MAX_WEIGHTS {
-        return Err(archive.fail(format!("{weights} weights, a picture is made of {MAX_WEIGHTS} at most")));
-    }
-    let (query_labels, key_labels) = match &args.tokens {
-        Some(file) => {
-            let tokens = read_tokens(file)?;
-            labels(&tokens, queries, keys).map_err(|failure| failure.about(file.display()))?
-        }
-        None => (None, None),
-    };
-    memory::allows("the weights in f64", weights.saturating_mul(16))?;
-    let computed = backend::compute(args.path, &args.adapter, &problem, &loaded.data.inputs())?;
-    let all = computed.outputs.weights.unwrap_or_default();
-    let of_entry = &all[args.batch * heads * longest_q * longest_k..];
-    let rows = (0..heads).flat_map(|h| (0..queries).map(move |i| (h * longest_q + i) * longest_k));
-    let weights: Vec<f32> = rows.flat_map(|row| &of_entry[row..row + keys]).copied().collect();
-    let options = match options::describe(&problem).as_str() {
-        "plain" => String::new(),
-        options => format!(", {options}"),
-    };
-    let count = |n: usize, one: &str, many: &str| format!("{n} {}", if n == 1 { one } else { many });
-    let picture = Picture {
-        weights: &weights,
-        heads,
-        queries,
-        keys,
-        title: &args.title,
-        subtitle: format!(
-            "{}; rows: {}; columns: {}{options}",
-            count(heads, "head", "heads"),
-            count(queries, "query", "queries"),
-            count(keys, "key", "keys"),
-        ),
-        query_labels,
-        key_labels,
-    };
-    output.write(draw::draw(&picture).as_bytes())?;
+    let text = if as_page { page::page(&picture)? } else { draw::draw(&picture) };
+    output.write(text.as_bytes())?;
     if !args.quiet {
-        eprintln!("{}: weights by {}", args.output.display(), computed.by);
+        eprintln!("{}: weights by {}", args.output.display(), picture.by);
     }
     Ok(())
 }
 
-fn read_tokens(path: &Path) -> Result<Vec<String>> {
-    let fail = |why: &dyn std::fmt::Display| Failure::input(why).about(path.display());
-    let meta = std::fs::metadata(path).map_err(|error| fail(&error))?;
-    if !meta.is_file() || meta.len() > MAX_TOKENS_FILE {
-        return Err(fail(&"is not a small text file"));
-    }
-    let text = std::fs::read_to_string(path).map_err(|error| fail(&error))?;
-    let text = text.trim_end_matches(['\r', '\n']);
-    Ok(if text.contains('\n') {
-        text.lines().map(|line| line.trim().to_string()).collect()
-    } else {
-        text.split_whitespace().map(String::from).collect()
-    })
-}
-
-type Labels = (Option<Vec<String>>, Option<Vec<String>>);
-
-/// Labels of queries and keys. With fewer queries than keys, the queries are the last tokens, as
-/// in a model that decodes with a cache.
-fn labels(tokens: &[String], queries: usize, keys: usize) -> Result<Labels> {
-    if tokens.len() != keys {
-        return Err(Failure::input(format!("need {keys} tokens, one for each key, got {}", tokens.len())));
-    }
-    let of_queries = (queries <= keys).then(|| tokens[keys - queries..].to_vec());
-    Ok((of_queries, Some(tokens.to_vec())))
+/// The same weights, of these heads alone.
+fn of_heads(weights: &[f32], heads: &[usize], pairs: usize) -> Vec<f32> {
+    heads.iter().flat_map(|&head| &weights[head * pairs..][..pairs]).copied().collect()
 }
