@@ -96,6 +96,7 @@ impl<'a> KvRows<'a> {
     }
 
     /// Elements from one row to the next, if all of an entry's are so far apart.
+    #[cfg(all(feature = "cpu", not(target_arch = "wasm32")))]
     pub(crate) fn stride(&self) -> Option<usize> {
         matches!(self.cache, Cache::Contiguous | Cache::Ragged { .. }).then_some(self.layout.strides[2])
     }

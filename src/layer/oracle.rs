@@ -176,7 +176,8 @@ pub struct LayerReference {
     pub max_score: f64,
 }
 
-/// A layer part by part: each linear map in f64, norm and rotation in f64, attention by [`oracle`](fn@super::oracle).
+/// A layer part by part: each linear map in f64, norm and rotation in f64, attention by
+/// [`oracle`](fn@crate::reference::oracle).
 ///
 /// # Errors
 /// Those of [`Layer::validate`], and what is wrong with the slices.
