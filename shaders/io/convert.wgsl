@@ -8,8 +8,9 @@ fn unpack_bf16(pair: u32) -> vec2<f32> {
     return bitcast<vec2<f32>>(vec2<u32>(pair << 16u, pair & 0xffff0000u));
 }
 
+// Each by itself: SwiftShader lets a NaN in the lower half reach into the upper one.
 fn pack_f16(x: vec2<f32>) -> u32 {
-    return pack2x16float(x);
+    return (pack2x16float(vec2<f32>(x.x, 0.0)) & 0xffffu) | (pack2x16float(vec2<f32>(x.y, 0.0)) << 16u);
 }
 
 // Round to nearest, ties to even; a NaN stays one (rounding could carry it into infinity).
