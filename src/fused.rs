@@ -245,7 +245,9 @@ pub(crate) fn row(problem: &AttentionProblem) -> FusedRow {
     let (width, width_v) = (problem.head_dim as u32, problem.head_dim_v as u32);
     let p = problem;
     let finish = p.softcap.is_some() || p.bias.is_some() || p.alibi || p.mask.is_some();
-    let vec4 = p.k.is_vec4(p.head_dim) && p.v.is_vec4(p.head_dim_v);
+    // Codes are read by the word, however rows of them are aligned.
+    let codes = !p.stored_kv().is_float();
+    let vec4 = codes || (p.k.is_vec4(p.head_dim) && p.v.is_vec4(p.head_dim_v));
     let (rows, keys) = match width.next_multiple_of(4) + width_v.next_multiple_of(4) {
         _ if !vec4 => (2, 1),
         _ if finish => (3, 1),
@@ -254,7 +256,7 @@ pub(crate) fn row(problem: &AttentionProblem) -> FusedRow {
         97..=136 => (6, 1),
         137..=200 => (4, 1),
         // A conversion for each element is text.
-        201..=264 if p.dtype == Dtype::F32 => (3, 1),
+        201..=264 if p.stored_kv() == Dtype::F32 => (3, 1),
         _ => (2, 1),
     };
     // No more rows than there are.
