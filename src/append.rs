@@ -1,22 +1,19 @@
 //! [`Append`]: new rows of k and v into a cache, on the GPU, at positions that only the GPU knows.
 
-use std::sync::PoisonError;
-
 use crate::attention::Attention;
 use crate::cache::Cache;
 use crate::caps::Caps;
 use crate::dtype::Dtype;
-use crate::encode::{Bound, Groups, Prepared, Ready, bind_group, check_buffer};
+use crate::encode::{Bound, Prepared, check_buffer, check_window, one_dispatch};
 use crate::error::{Error, Operand, Result};
 use crate::kernel::{Io, Keys, Slot};
 use crate::layer::{Layer, LayerOperands};
 use crate::layout::Layout;
 use crate::params::{ParamLayout, Params};
 use crate::pipeline::Recipe;
-use crate::plan::{Window, fold};
+use crate::plan::Window;
 use crate::problem::AttentionProblem;
 use crate::rope::{Pairing, Rope};
-use crate::scope::scoped;
 
 /// What queries or keys are divided by before they are turned and compared (QK-norm).
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -46,6 +43,17 @@ impl QkNorm {
         };
         for (d, x) in row.iter_mut().enumerate() {
             *x *= factor * gain.map_or(1.0, |gain| gain[d]);
+        }
+    }
+
+    /// Whether its epsilon keeps a row of zeros finite.
+    pub(crate) fn validate(self) -> Result<()> {
+        let got = self.epsilon();
+        let need = "finite and above 0";
+        if got.is_finite() && got > 0.0 {
+            Ok(())
+        } else {
+            Err(Error::BadNumber { what: "norm's epsilon", got, need })
         }
     }
 
@@ -393,17 +401,10 @@ impl Append {
         if p.seq_kv == 0 {
             return Err(Error::ZeroSize { what: "seq_kv" });
         }
-        if let Some(got) = self.norm.map(QkNorm::epsilon).filter(|x| !(x.is_finite() && *x > 0.0)) {
-            return Err(Error::BadNumber { what: "norm's epsilon", got, need: "finite and above 0" });
-        }
+        self.norm.map_or(Ok(()), QkNorm::validate)?;
         if let Some(rope) = self.rope {
             let widest = if self.q_new.is_some() { p.head_dim.min(p.query_dim()) } else { p.head_dim };
-            if rope.width == 0 || rope.width % 2 == 1 || rope.width > widest {
-                let why = format!("rope turns {} elements of {widest}: an even number up to all", rope.width);
-                return Err(Error::Cache { why });
-            }
-            if rope.positions < p.seq_kv {
-                let why = format!("rope's table has {} positions, the cache {}", rope.positions, p.seq_kv);
+            if let Some(why) = rope.unfit(widest, p.seq_kv) {
                 return Err(Error::Cache { why });
             }
         }
@@ -498,9 +499,8 @@ impl Append {
 
     fn window(&self, operand: Operand, caps: &Caps) -> Window {
         let bytes = self.element_bytes(operand);
-        self.layout(operand).map_or(Window { start: 0, end: 0 }, |layout| {
-            Window::of(layout, self.shape(operand), bytes, caps)
-        })
+        self.layout(operand)
+            .map_or(Window::NONE, |layout| Window::of(layout, self.shape(operand), bytes, caps))
     }
 
     fn params(&self) -> Params {
@@ -523,20 +523,9 @@ impl Append {
     /// Every rule about the caller's buffers.
     fn check(&self, operands: &AppendOperands<'_>, caps: &Caps) -> Result<()> {
         for operand in OPERANDS {
-            let buffer = match (self.layout(operand), operands.get(operand)) {
-                (Some(_), Some(buffer)) => buffer,
-                (None, None) => continue,
-                (Some(_), None) => return Err(Error::MissingOperand { operand }),
-                (None, Some(_)) => return Err(Error::UnexpectedOperand { operand }),
-            };
-            let window = self.window(operand, caps);
-            check_buffer(operand, buffer, window.end)?;
-            if window.end - window.start > caps.max_storage_binding {
-                return Err(Error::LimitExceeded {
-                    what: format!("{operand}: bytes of one storage binding"),
-                    need: window.end - window.start,
-                    got: caps.max_storage_binding,
-                });
+            let wanted = self.layout(operand).is_some();
+            if let Some(buffer) = operand.brought(wanted, operands.get(operand))? {
+                check_window(operand, buffer, self.window(operand, caps), caps)?;
             }
         }
         // What is written shares its buffer with nothing that the same dispatch reads.
@@ -606,7 +595,13 @@ impl Attention {
                 let Some(buffer) = operands.get(operand) else { continue };
                 bound.push(Bound { number, buffer: buffer.clone(), window: append.window(operand, caps) });
             }
-            ready.push(self.ready_step(step, &params, groups, bound)?);
+            ready.push(one_dispatch(
+                &self.shared,
+                Recipe::Append(step),
+                bytemuck::bytes_of(&params),
+                bound,
+                groups,
+            )?);
         }
         Ok(Prepared::new(ready))
     }
@@ -629,7 +624,7 @@ impl Attention {
         let mut all = Prepared::default();
         for (gain, gains, heads, seq, dim, total, list, from, to) in [
             (
-                Layer::GAINS[0],
+                Operand::QGain,
                 operands.q_gain,
                 p.heads_q,
                 p.seq_q,
@@ -640,7 +635,7 @@ impl Attention {
                 Layer::heads(0, q, p.seq_q, p.query_dim()),
             ),
             (
-                Layer::GAINS[1],
+                Operand::KGain,
                 operands.k_gain,
                 p.heads_kv,
                 p.seq_kv,
@@ -705,40 +700,11 @@ impl Attention {
                 bound.push(Bound { number, buffer, window });
             }
             let groups = (p.batch * heads * seq) as u64;
-            all = all.then(Prepared::new(vec![self.ready_step(step, &params, groups, bound)?]));
+            let params = bytemuck::bytes_of(&params);
+            let ready = one_dispatch(&self.shared, Recipe::Append(step), params, bound, groups)?;
+            all = all.then(Prepared::new(vec![ready]));
         }
         Ok(all)
-    }
-
-    /// A step, compiled and bound; its uniform block joins the buffers.
-    fn ready_step(
-        &self,
-        step: AppendStep,
-        params: &Params,
-        groups: u64,
-        mut bound: Vec<Bound>,
-    ) -> Result<Ready> {
-        let (shared, caps) = (&self.shared, self.caps());
-        let pipeline =
-            shared.pipelines.get(&shared.device, Recipe::Append(step), shared.options.runtime_checks)?;
-        let mut scratch = shared.scratch.lock().unwrap_or_else(PoisonError::into_inner);
-        let bind_group = scoped(&shared.device, "bind groups of an append", || {
-            let buffer = scratch.params(&shared.device, bytemuck::bytes_of(params).to_vec());
-            let window = Window { start: 0, end: size_of::<Params>() as u64 };
-            bound.push(Bound { number: 0, buffer, window });
-            // An operand without elements could not be bound.
-            for bound in bound.iter_mut().filter(|bound| bound.window.end == bound.window.start) {
-                *bound = Bound {
-                    number: bound.number,
-                    buffer: scratch.empty(&shared.device),
-                    window: Window { start: 0, end: 16 },
-                };
-            }
-            bind_group(&shared.device, step.name(), &pipeline, &bound)
-        })
-        .inspect_err(|_| scratch.clear())?;
-        let groups = Groups::Known(fold(groups, caps.max_dispatch));
-        Ok(Ready { pipeline, bind_group, params_at: 0, groups })
     }
 }
 
@@ -747,7 +713,7 @@ mod tests {
     use std::collections::HashSet;
 
     use super::*;
-    use crate::shader::compose_append;
+    use crate::pipeline::reflection;
 
     /// Steps over every kind of cache, storage, norm and rotation, aligned or not.
     fn every_step() -> HashSet<(AppendStep, bool)> {
@@ -795,31 +761,10 @@ mod tests {
 
     #[test]
     fn every_step_is_valid_wgsl_with_the_bindings_that_it_says() {
-        use naga::valid::{Capabilities, ValidationFlags, Validator};
         let all = every_step();
         assert!(all.len() > 100, "{}", all.len());
         for (step, shader_f16) in all {
-            let wgsl = compose_append(&step);
-            let module = naga::front::wgsl::parse_str(&wgsl)
-                .unwrap_or_else(|e| panic!("{step:?}: {}", e.emit_to_string(&wgsl)));
-            let mut capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
-            capabilities.set(Capabilities::SHADER_FLOAT16, shader_f16);
-            let info = Validator::new(ValidationFlags::all(), capabilities)
-                .validate(&module)
-                .unwrap_or_else(|e| panic!("{step:?}: {}", e.emit_to_string(&wgsl)));
-            let mut found = Vec::new();
-            for (handle, variable) in module.global_variables.iter() {
-                if let naga::AddressSpace::Storage { access } = variable.space {
-                    let number = variable.binding.as_ref().unwrap().binding;
-                    assert!(!info.get_entry_point(0)[handle].is_empty(), "{step:?} does not use {number}");
-                    found.push((number, access.contains(naga::StorageAccess::STORE)));
-                }
-            }
-            let mut said: Vec<_> = step.bindings().map(|(number, _, writes)| (number, writes)).collect();
-            found.sort_unstable();
-            said.sort_unstable();
-            assert_eq!(found, said, "{step:?}");
-            assert!(said.len() <= 8);
+            reflection::check(Recipe::Append(step), shader_f16);
         }
     }
 }

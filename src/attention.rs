@@ -256,10 +256,6 @@ impl Attention {
         Self::with_options(self.device(), self.queue(), options)
     }
 
-    pub(crate) fn shared(&self) -> &Shared {
-        &self.shared
-    }
-
     /// The device that this object records for.
     pub fn device(&self) -> &wgpu::Device {
         &self.shared.device

@@ -4,11 +4,12 @@
 use std::sync::{Arc, PoisonError};
 
 use crate::attention::{Operands, Shared};
+use crate::caps::Caps;
 use crate::error::{Error, Operand, Result};
 use crate::kernel::{Blueprint, Slot};
 use crate::params::Params;
 use crate::pipeline::{Pipeline, Recipe};
-use crate::plan::{Dispatch, Plan, Window};
+use crate::plan::{Dispatch, Plan, Window, fold};
 use crate::scope::scoped;
 use crate::scratch::Scratch;
 
@@ -135,11 +136,11 @@ pub(crate) fn prepare(shared: &Shared, plan: &Plan, operands: &Operands<'_>) -> 
             })
             .collect::<Vec<_>>()
     });
+    let groups = made.inspect_err(|_| scratch.clear())?;
     let launch = dispatches.iter().any(|dispatch| dispatch.indirect).then(|| {
         // It is there already: the kernel that writes it has been bound.
         scratch.buffer(&shared.device, Slot::Launch, plan.scratch_of(Slot::Launch))
     });
-    let groups = made.inspect_err(|_| scratch.clear())?;
     let ready = |dispatch: &Dispatch| Ready {
         pipeline: Arc::clone(&pipelines[dispatch.stage]),
         bind_group: groups[dispatch.stage].clone(),
@@ -160,12 +161,7 @@ pub(crate) struct Bound {
 }
 
 /// A bind group of these buffers.
-pub(crate) fn bind_group(
-    device: &wgpu::Device,
-    name: &str,
-    pipeline: &Pipeline,
-    bound: &[Bound],
-) -> wgpu::BindGroup {
+fn bind_group(device: &wgpu::Device, name: &str, pipeline: &Pipeline, bound: &[Bound]) -> wgpu::BindGroup {
     let entries: Vec<_> = bound
         .iter()
         .map(|bound| wgpu::BindGroupEntry {
@@ -195,6 +191,51 @@ pub(crate) fn check_buffer(operand: Operand, buffer: &wgpu::Buffer, need: u64) -
         return Err(Error::OutOfBounds { operand, need, got: buffer.size(), unit, container });
     }
     Ok(())
+}
+
+/// [`check_buffer`] of a window, and that the device can bind as much.
+pub(crate) fn check_window(
+    operand: Operand,
+    buffer: &wgpu::Buffer,
+    window: Window,
+    caps: &Caps,
+) -> Result<()> {
+    check_buffer(operand, buffer, window.end)?;
+    let what = || format!("{operand}: bytes of one storage binding");
+    within(what, window.end - window.start, caps.max_storage_binding)
+}
+
+/// Whether a device allows what is needed.
+pub(crate) fn within(what: impl FnOnce() -> String, need: u64, got: u64) -> Result<()> {
+    if need > got { Err(Error::LimitExceeded { what: what(), need, got }) } else { Ok(()) }
+}
+
+/// A kernel's one dispatch of `groups` workgroups, compiled and bound: `params` is its uniform block, and
+/// `bound` the rest.
+pub(crate) fn one_dispatch(
+    shared: &Shared,
+    recipe: Recipe,
+    params: &[u8],
+    mut bound: Vec<Bound>,
+    groups: u64,
+) -> Result<Ready> {
+    let (device, most) = (&shared.device, shared.caps.max_dispatch);
+    let groups = fold(groups, most);
+    within(|| "workgroups along z".into(), groups[2].into(), most.into())?;
+    let pipeline = shared.pipelines.get(device, recipe, shared.options.runtime_checks)?;
+    let mut scratch = shared.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+    let made = scoped(device, &format!("the bind group of {}", recipe.name()), || {
+        let whole = |bytes: usize| Window { start: 0, end: bytes as u64 };
+        let (buffer, window) = (scratch.params(device, params.to_vec()), whole(params.len()));
+        bound.push(Bound { number: 0, buffer, window });
+        // An operand without elements could not be bound.
+        for bound in bound.iter_mut().filter(|bound| bound.window.end == bound.window.start) {
+            (bound.buffer, bound.window) = (scratch.empty(device), whole(16));
+        }
+        bind_group(device, recipe.name(), &pipeline, &bound)
+    });
+    let bind_group = made.inspect_err(|_| scratch.clear())?;
+    Ok(Ready { pipeline, bind_group, params_at: 0, groups: Groups::Known(groups) })
 }
 
 fn bind(
@@ -237,12 +278,7 @@ fn check(plan: &Plan, operands: &Operands<'_>) -> Result<()> {
     let problem = plan.problem();
     for operand in Operand::ALL {
         let wanted = problem.layout(operand).is_some();
-        let buffer = match (wanted, operands.get(operand)) {
-            (true, Some(buffer)) => buffer,
-            (false, None) => continue,
-            (true, None) => return Err(Error::MissingOperand { operand }),
-            (false, Some(_)) => return Err(Error::UnexpectedOperand { operand }),
-        };
+        let Some(buffer) = operand.brought(wanted, operands.get(operand))? else { continue };
         check_buffer(operand, buffer, plan.window(operand).end)?;
     }
     // wgpu forbids one buffer to be read and written in one dispatch, and browsers two writes.

@@ -89,6 +89,15 @@ impl Operand {
         Self::Weights,
         Self::Status,
     ];
+
+    /// What a call brings of an operand that its problem wants, or does not want.
+    pub(crate) fn brought<T>(self, wanted: bool, got: Option<T>) -> Result<Option<T>> {
+        match (wanted, &got) {
+            (true, None) => Err(Error::MissingOperand { operand: self }),
+            (false, Some(_)) => Err(Error::UnexpectedOperand { operand: self }),
+            _ => Ok(got),
+        }
+    }
 }
 
 impl std::fmt::Display for Operand {

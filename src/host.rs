@@ -126,16 +126,8 @@ impl<'a> Inputs<'a> {
             CuSeqlensK,
         ];
         for operand in inputs {
-            let (wanted, got) = (problem.layout(operand).is_some(), self.get(operand));
-            let Some((dtype, len, _)) = got else {
-                if wanted {
-                    return Err(Error::MissingOperand { operand });
-                }
-                continue;
-            };
-            if !wanted {
-                return Err(Error::UnexpectedOperand { operand });
-            }
+            let wanted = problem.layout(operand).is_some();
+            let Some((dtype, len, _)) = operand.brought(wanted, self.get(operand))? else { continue };
             let need = match operand {
                 Bias => problem.bias.map(|bias| bias.dtype),
                 K | V => Some(problem.stored_kv()),
@@ -214,10 +206,15 @@ impl<'a> Inputs<'a> {
 
     /// The batch entry and the query of an index of q and o: of the first and third of their dimensions.
     pub(crate) fn query_of(&self, [entry, row]: [usize; 2]) -> [usize; 2] {
-        let Some(list) = self.cu_seqlens_q else { return [entry, row] };
-        let batch = list.partition_point(|&first| first as usize <= row) - 1;
-        [batch, row - list[batch] as usize]
+        self.cu_seqlens_q.map_or([entry, row], |list| entry_of(list, row))
     }
+}
+
+/// The entry that a row of a ragged batch belongs to, and the row's number there; `list` rises from 0 to all
+/// rows.
+pub(crate) fn entry_of(list: &[u32], row: usize) -> [usize; 2] {
+    let entry = list.partition_point(|&first| first as usize <= row) - 1;
+    [entry, row - list[entry] as usize]
 }
 
 /// What one call gives.

@@ -26,7 +26,7 @@ pub(crate) enum Recipe {
 }
 
 impl Recipe {
-    fn name(&self) -> &'static str {
+    pub(crate) fn name(&self) -> &'static str {
         match self {
             Self::Attention(blueprint) => blueprint.kernel.name(),
             Self::Append(step) => step.name(),
@@ -325,4 +325,45 @@ fn module(device: &wgpu::Device, recipe: Recipe, runtime_checks: bool) -> wgpu::
     //
     // The test suite runs with checks on and off, and both give the same bits.
     unsafe { device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }
+}
+
+/// What the tests of kernels ask of a text.
+#[cfg(test)]
+pub(crate) mod reflection {
+    use naga::valid::{Capabilities, ValidationFlags, Validator};
+
+    use super::Recipe;
+
+    /// Checks that a recipe's text is valid WGSL that declares the storage bindings that it says, uses all of
+    /// them, and has no more than every device binds; gives the bytes of its workgroup memory.
+    pub(crate) fn check(recipe: Recipe, shader_f16: bool) -> u32 {
+        let wgsl = recipe.wgsl();
+        let module = naga::front::wgsl::parse_str(&wgsl)
+            .unwrap_or_else(|e| panic!("{recipe:?}: {}", e.emit_to_string(&wgsl)));
+        let mut capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
+        capabilities.set(Capabilities::SHADER_FLOAT16, shader_f16);
+        let info = Validator::new(ValidationFlags::all(), capabilities)
+            .validate(&module)
+            .unwrap_or_else(|e| panic!("{recipe:?}: {}", e.emit_to_string(&wgsl)));
+        let (mut found, mut bytes) = (Vec::new(), 0);
+        for (handle, variable) in module.global_variables.iter() {
+            match variable.space {
+                naga::AddressSpace::Storage { access } => {
+                    let number = variable.binding.as_ref().unwrap().binding;
+                    assert!(!info.get_entry_point(0)[handle].is_empty(), "{recipe:?} does not use {number}");
+                    found.push((number, access.contains(naga::StorageAccess::STORE)));
+                }
+                naga::AddressSpace::WorkGroup => {
+                    bytes += module.types[variable.ty].inner.size(module.to_ctx());
+                }
+                _ => {}
+            }
+        }
+        let mut said = recipe.storage();
+        found.sort_unstable();
+        said.sort_unstable();
+        assert_eq!(found, said, "{recipe:?}");
+        assert!(said.len() <= 8, "{recipe:?}");
+        bytes
+    }
 }

@@ -67,21 +67,18 @@ fn quantize_row(dtype: Dtype, row: &[f32], words: &mut [u32]) {
     let levels = ((1 << bits) - 1) as f32;
     words.fill(0);
     let (heads, codes) = words.split_at_mut(group_words(dtype, row.len()));
-    for (at, (x, head)) in row.chunks(group.min(row.len().max(1))).zip(heads).enumerate() {
+    let (group, per_word) = (group.min(row.len().max(1)), 32 / bits);
+    for (at, (x, head)) in row.chunks(group).zip(heads).enumerate() {
         let least = x.iter().copied().fold(f32::INFINITY, f32::min);
         let most = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let (mut lowest, mut scale) = (bf16_below(least), 0.0);
-        if x.iter().all(|x| x.is_finite()) {
-            scale = bf16_above((most - lowest) / levels);
-        } else {
-            (lowest, scale) = (f32::NAN, scale + f32::NAN);
-        }
+        let lowest = bf16_below(least);
+        let range = [lowest, bf16_above((most - lowest) / levels)];
+        let [lowest, scale] = if x.iter().all(|x| x.is_finite()) { range } else { [f32::NAN; 2] };
         *head = (scale.to_bits() >> 16) | (lowest.to_bits() & 0xffff_0000);
         for (i, x) in x.iter().enumerate() {
             let code =
                 if scale > 0.0 { ((x - lowest) / scale + 0.5).floor().clamp(0.0, levels) } else { 0.0 };
-            let d = at * group.min(row.len()) + i;
-            let per_word = 32 / bits;
+            let d = at * group + i;
             codes[d / per_word] |= (code as u32) << (bits * (d % per_word));
         }
     }

@@ -46,17 +46,30 @@ impl Rope {
         angles.flat_map(|angle| [angle.cos() as f32, angle.sin() as f32]).collect()
     }
 
+    /// Why it does not turn rows of `width` elements at positions below `positions`; `None` when it does.
+    pub(crate) fn unfit(&self, width: usize, positions: usize) -> Option<String> {
+        if self.width == 0 || self.width % 2 == 1 || self.width > width {
+            return Some(format!("rope turns {} elements of {width}: an even number up to all", self.width));
+        }
+        let why = || format!("rope's table has {} positions, the sequence {positions}", self.positions);
+        (self.positions < positions).then(why)
+    }
+
+    /// The elements of pair `i`.
+    pub(crate) fn pair(&self, i: usize) -> [usize; 2] {
+        match self.pairing {
+            Pairing::HalfSplit => [i, i + self.width / 2],
+            Pairing::Interleaved => [2 * i, 2 * i + 1],
+        }
+    }
+
     /// Turns a row in place, as the kernels do; `table` is that of all positions.
     ///
     /// # Panics
     /// When the row is shorter than `width`, or the table has no such position.
     pub fn turn(&self, row: &mut [f32], position: usize, table: &[f32]) {
-        let pairs = self.width / 2;
-        for i in 0..pairs {
-            let (a, b) = match self.pairing {
-                Pairing::HalfSplit => (i, i + pairs),
-                Pairing::Interleaved => (2 * i, 2 * i + 1),
-            };
+        for i in 0..self.width / 2 {
+            let [a, b] = self.pair(i);
             let at = position * self.width + 2 * i;
             let (cos, sin) = (table[at], table[at + 1]);
             (row[a], row[b]) = (row[a] * cos - row[b] * sin, row[b] * cos + row[a] * sin);

@@ -413,6 +413,8 @@ fn wrong_layers_are_errors() {
     assert!(said(Layer::new(&AttentionProblem { lse: true, ..attention.clone() }, 16)).contains("lse"));
     let rope = Some(Rope { positions: 4, ..Rope::new(8) });
     assert!(said(Layer { rope, ..layer.clone() }).contains("4 positions"));
+    let norm = Some(QkNorm::L2 { epsilon: 0.0 });
+    assert!(said(Layer { norm, ..layer.clone() }).contains("epsilon = 0"));
     let ring = attention.clone().with_cache(Cache::Ring { capacity: 5 }, Dtype::F32);
     assert!(said(Layer::new(&ring, 16)).contains("contiguous"));
     assert!(said(Layer { width: 0, x: Layout::rows(0), ..layer.clone() }).contains("projection of q"));

@@ -6,6 +6,7 @@ use super::{attention, linear, linear_into};
 use crate::cache::Cache;
 use crate::dtype::{Tensor, TensorRef};
 use crate::error::Result;
+use crate::host::entry_of;
 use crate::layer::{Layer, LayerInputs, Projection};
 use crate::layout::Layout;
 use crate::linear::LinearInputs;
@@ -78,9 +79,7 @@ fn turn(layer: &Layer, inputs: &LayerInputs<'_>, projected: TensorRef<'_>) -> Te
                 TensorRef::F32(x) => row.copy_from_slice(&x[at..at + width]),
                 x => row.iter_mut().enumerate().for_each(|(i, to)| *to = x.get(at + i)),
             }
-            let position = list.map_or(token % seq, |list| {
-                token - list[list.partition_point(|&first| first as usize <= token) - 1] as usize
-            });
+            let position = list.map_or(token % seq, |list| entry_of(list, token)[1]);
             for head in row.chunks_exact_mut(dim) {
                 if let Some(norm) = layer.norm {
                     norm.apply(head, gain.as_deref());

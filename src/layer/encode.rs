@@ -96,26 +96,23 @@ impl<'a> LayerOperands<'a> {
         }
     }
 
-    /// Sequence, weights and bias of a projection.
-    fn of(&self, layer: &Layer, of: Projection) -> Result<[Option<&'a wgpu::Buffer>; 3]> {
-        let packed = layer.packed;
+    /// Those of a projection from x or the context to `y`.
+    fn of(&self, layer: &Layer, of: Projection, y: &'a wgpu::Buffer) -> Result<LinearOperands<'a>> {
         let context = if layer.context_width.is_some() { self.context } else { Some(self.x) };
-        let all = match of {
-            Projection::Q | Projection::Qkv => [Some(self.x), Some(self.w_q), self.b_q],
-            Projection::Kv => [context, Some(self.w_q), self.b_q],
-            Projection::K => [context, self.w_k, self.b_k],
-            Projection::V => [context, self.w_v, self.b_v],
-            Projection::O => [Some(self.x), Some(self.w_o), self.b_o],
+        let (x, w, bias) = match of {
+            Projection::Q | Projection::Qkv => (Some(self.x), Some(self.w_q), self.b_q),
+            Projection::Kv => (context, Some(self.w_q), self.b_q),
+            Projection::K => (context, self.w_k, self.b_k),
+            Projection::V => (context, self.w_v, self.b_v),
+            Projection::O => unreachable!("it reads what attention has found"),
         };
-        for (operand, there) in [(Operand::X, all[0]), (Operand::W, all[1])] {
-            if there.is_none() {
-                return Err(Error::MissingOperand { operand }.of_layer(of.name()));
-            }
-        }
-        if packed && [self.w_k, self.w_v, self.b_k, self.b_v].iter().any(Option::is_some) {
+        let missing = |operand| Error::MissingOperand { operand }.of_layer(of.name());
+        let x = x.ok_or_else(|| missing(Operand::X))?;
+        let w = w.ok_or_else(|| missing(Operand::W))?;
+        if layer.packed && [self.w_k, self.w_v, self.b_k, self.b_v].iter().any(Option::is_some) {
             return Err(Error::UnexpectedOperand { operand: Operand::W }.of_layer(of.name()));
         }
-        Ok(all)
+        Ok(LinearOperands { bias, ..LinearOperands::new(x, w, y) })
     }
 }
 
@@ -155,11 +152,7 @@ impl Attention {
             (Operand::QGain, gains, operands.q_gain),
             (Operand::KGain, gains, operands.k_gain),
         ] {
-            match (wanted, buffer.is_some()) {
-                (true, false) => return Err(Error::MissingOperand { operand }),
-                (false, true) => return Err(Error::UnexpectedOperand { operand }),
-                _ => {}
-            }
+            operand.brought(wanted, buffer)?;
         }
         let plan = self.plan(&p)?;
         let bytes = p.dtype.bytes();
@@ -174,9 +167,7 @@ impl Attention {
 
         let mut all = Prepared::default();
         for (of, problem) in layer.projections() {
-            let [x, w, bias] = operands.of(layer, of)?;
-            let (Some(x), Some(w)) = (x, w) else { unreachable!("looked for above") };
-            let linear = LinearOperands { bias, ..LinearOperands::new(x, w, &projected) };
+            let linear = operands.of(layer, of, &projected)?;
             all = all.then(self.prepare_linear(&problem, &linear).map_err(|e| e.of_layer(of.name()))?);
         }
         if layer.turns() {
@@ -197,9 +188,8 @@ impl Attention {
             ..Operands::new(qk, qk, &projected, &attended)
         };
         all = all.then(self.prepare(&plan, &attend)?);
-        let [_, w, bias] = operands.of(layer, Projection::O)?;
-        let Some(w) = w else { unreachable!("looked for above") };
-        let linear = LinearOperands { bias, ..LinearOperands::new(&attended, w, operands.y) };
+        let linear =
+            LinearOperands { bias: operands.b_o, ..LinearOperands::new(&attended, operands.w_o, operands.y) };
         let last = self.prepare_linear(&layer.projection_o(), &linear);
         Ok(all.then(last.map_err(|e| e.of_layer(Projection::O.name()))?))
     }

@@ -14,7 +14,7 @@ pub use weights::Naming;
 use crate::append::QkNorm;
 use crate::cache::Cache;
 use crate::dtype::Dtype;
-use crate::error::{Error, Operand, Result};
+use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::linear::LinearProblem;
 use crate::problem::AttentionProblem;
@@ -281,7 +281,7 @@ impl Layer {
     ///
     /// # Errors
     /// Those of [`AttentionProblem::validate`]; [`Error::Layer`] for what no layer has, and around what is wrong
-    /// with one of its linear maps.
+    /// with one of its linear maps; [`Error::BadNumber`] for a norm's epsilon.
     pub fn validate(&self) -> Result<()> {
         let p = &self.attention;
         let fail = |why: &str| Err(Error::Layer { part: "the layer", why: why.into() });
@@ -303,21 +303,10 @@ impl Layer {
                 return fail("without a context queries and keys are both ragged, or neither");
             }
         }
-        if let Some(rope) = self.rope {
-            let widest = p.head_dim.min(p.query_dim());
-            if rope.width == 0 || rope.width % 2 == 1 || rope.width > widest {
-                return fail(&format!(
-                    "rope turns {} elements of {widest}: an even number up to all",
-                    rope.width
-                ));
-            }
-            if rope.positions < p.seq_q.max(p.seq_kv) {
-                let longest = p.seq_q.max(p.seq_kv);
-                return fail(&format!(
-                    "rope's table has {} positions, the sequence {longest}",
-                    rope.positions
-                ));
-            }
+        self.norm.map_or(Ok(()), QkNorm::validate)?;
+        let widest = p.head_dim.min(p.query_dim());
+        if let Some(why) = self.rope.and_then(|rope| rope.unfit(widest, p.seq_q.max(p.seq_kv))) {
+            return fail(&why);
         }
         for (what, size) in [("batch", p.batch), ("seq_q", p.seq_q), ("seq_kv", p.seq_kv)] {
             if size > crate::problem::MAX_SEQ {
@@ -330,9 +319,6 @@ impl Layer {
         }
         self.attention().validate()
     }
-
-    /// The operand of [`Error`] that a layer's own operand is.
-    pub(crate) const GAINS: [Operand; 2] = [Operand::QGain, Operand::KGain];
 }
 
 impl Error {

@@ -5,12 +5,11 @@ use crate::append::QkNorm;
 use crate::cache::Cache;
 use crate::dtype::{Dtype, Tensor, TensorRef};
 use crate::error::{Error, Operand, Result};
-use crate::host::Inputs;
+use crate::host::{Inputs, entry_of};
 use crate::layout::Layout;
 use crate::linear::{LinearInputs, LinearProblem};
 use crate::problem::AttentionProblem;
 use crate::reference::{linear, naive as naive_attention, oracle as attention_oracle};
-use crate::rope::Pairing;
 
 /// The weights of a layer on the host, laid out as the [`Layer`] says.
 #[derive(Clone, Debug, PartialEq)]
@@ -149,15 +148,13 @@ impl<'a> LayerInputs<'a> {
             (Operand::QGain, gains.then_some(p.query_dim()), self.weights.q_gain.as_ref().map(Vec::len)),
             (Operand::KGain, gains.then_some(p.head_dim), self.weights.k_gain.as_ref().map(Vec::len)),
         ] {
-            match (need, got) {
-                (None, Some(_)) => return Err(Error::UnexpectedOperand { operand }),
-                (Some(_), None) => return Err(Error::MissingOperand { operand }),
-                (Some(need), Some(got)) if need > got => {
-                    let (need, got) = (need as u64, got as u64);
-                    let (unit, container) = ("elements", "slice");
-                    return Err(Error::OutOfBounds { operand, need, got, unit, container });
-                }
-                _ => {}
+            let got = operand.brought(need.is_some(), got)?;
+            if let (Some(need), Some(got)) = (need, got)
+                && need > got
+            {
+                let (need, got) = (need as u64, got as u64);
+                let (unit, container) = ("elements", "slice");
+                return Err(Error::OutOfBounds { operand, need, got, unit, container });
             }
         }
         Ok(())
@@ -280,21 +277,11 @@ fn turn(layer: &Layer, inputs: &LayerInputs<'_>, parts: &mut [Vec<f64>; 3], roun
     ] {
         for (at, row) in parts[part].chunks_mut(dim).enumerate() {
             let token = at / heads;
-            let position = match list {
-                Some(list) => {
-                    let entry = list.partition_point(|&first| first as usize <= token) - 1;
-                    token - list[entry] as usize
-                }
-                None => token % seq,
-            };
+            let position = list.map_or(token % seq, |list| entry_of(list, token)[1]);
             normalise(layer.norm, row, gain.as_deref(), round);
             if let (Some(rope), Some(table)) = (layer.rope, inputs.rope) {
-                let pairs = rope.width / 2;
-                for i in 0..pairs {
-                    let (a, b) = match rope.pairing {
-                        Pairing::HalfSplit => (i, i + pairs),
-                        Pairing::Interleaved => (2 * i, 2 * i + 1),
-                    };
+                for i in 0..rope.width / 2 {
+                    let [a, b] = rope.pair(i);
                     let at = position * rope.width + 2 * i;
                     let (cos, sin) = (f64::from(table[at]), f64::from(table[at + 1]));
                     (row[a], row[b]) =

@@ -1,15 +1,13 @@
 //! From a linear map and buffers to one dispatch: everything that can fail happens before it is recorded.
 
-use std::sync::PoisonError;
-
 use super::kernel::{Linear, LinearParams};
 use super::{LinearProblem, OPERANDS};
 use crate::attention::{Attention, Shared};
-use crate::encode::{Bound, Groups, Prepared, Ready, bind_group, check_buffer};
+use crate::caps::Caps;
+use crate::encode::{Bound, Prepared, check_window, one_dispatch};
 use crate::error::{Error, Operand, Result};
 use crate::pipeline::Recipe;
-use crate::plan::{Window, fold};
-use crate::scope::scoped;
+use crate::plan::Window;
 
 /// The buffers of one linear map, laid out as the [`LinearProblem`] says. All need `STORAGE` usage.
 ///
@@ -84,12 +82,12 @@ impl Attention {
     /// # Errors
     /// Those of [`Attention::encode_linear`].
     pub fn prepare_linear(&self, problem: &LinearProblem, operands: &LinearOperands<'_>) -> Result<Prepared> {
-        prepare(self.shared(), problem, operands)
+        prepare(&self.shared, problem, operands)
     }
 }
 
 fn prepare(shared: &Shared, problem: &LinearProblem, operands: &LinearOperands<'_>) -> Result<Prepared> {
-    let (device, caps) = (&shared.device, &shared.caps);
+    let caps = &shared.caps;
     problem.validate()?;
     let kernel = Linear::new(problem, caps);
     if let Some(why) = kernel.unfit(caps) {
@@ -99,39 +97,24 @@ fn prepare(shared: &Shared, problem: &LinearProblem, operands: &LinearOperands<'
         Some((layout, dtype)) => Window::of(layout, problem.shape(operand), dtype.bytes(), caps),
         None => Window { start: 0, end: 0 },
     };
-    check(problem, operands, window, caps.max_storage_binding)?;
+    check(problem, operands, window, caps)?;
     if problem.rows == 0 {
         return Ok(Prepared::default());
     }
     check_aliases(operands)?;
     let count = kernel.groups(problem);
-    let groups = fold(count, caps.max_dispatch);
-    within("workgroups along z", groups[2].into(), caps.max_dispatch.into())?;
-
-    let recipe = Recipe::Linear(kernel);
-    let pipeline = shared.pipelines.get(device, recipe, shared.options.runtime_checks)?;
     let first = |operand| {
         let bytes = problem.layout(operand).map_or(1, |(_, dtype)| dtype.bytes() as u64);
         (window(operand).start / bytes) as usize
     };
     let params = LinearParams::new(problem, count as u32, first);
-    let mut scratch = shared.scratch.lock().unwrap_or_else(PoisonError::into_inner);
-    let made = scoped(device, "the bind group of a linear map", || {
-        let block = scratch.params(device, bytemuck::bytes_of(&params).to_vec());
-        let whole = Window { start: 0, end: size_of::<LinearParams>() as u64 };
-        let mut bound = vec![Bound { number: 0, buffer: block, window: whole }];
-        bound.extend(kernel.storage().into_iter().filter_map(|(number, operand, _)| {
-            let buffer = operands.get(operand)?.clone();
-            Some(Bound { number, buffer, window: window(operand) })
-        }));
-        bind_group(device, kernel.name(), &pipeline, &bound)
+    let bound = kernel.storage().into_iter().filter_map(|(number, operand, _)| {
+        let buffer = operands.get(operand)?.clone();
+        Some(Bound { number, buffer, window: window(operand) })
     });
-    let bind_group = made.inspect_err(|_| scratch.clear())?;
-    Ok(Prepared::new(vec![Ready { pipeline, bind_group, params_at: 0, groups: Groups::Known(groups) }]))
-}
-
-fn within(what: &str, need: u64, got: u64) -> Result<()> {
-    if need > got { Err(Error::LimitExceeded { what: what.into(), need, got }) } else { Ok(()) }
+    let recipe = Recipe::Linear(kernel);
+    let ready = one_dispatch(shared, recipe, bytemuck::bytes_of(&params), bound.collect(), count)?;
+    Ok(Prepared::new(vec![ready]))
 }
 
 /// Every rule about a buffer by itself, and that the device can bind as much of it.
@@ -139,18 +122,13 @@ fn check(
     problem: &LinearProblem,
     operands: &LinearOperands<'_>,
     window: impl Fn(Operand) -> Window,
-    most: u64,
+    caps: &Caps,
 ) -> Result<()> {
     for operand in OPERANDS {
-        let buffer = match (problem.layout(operand), operands.get(operand)) {
-            (Some(_), Some(buffer)) => buffer,
-            (None, None) => continue,
-            (Some(_), None) => return Err(Error::MissingOperand { operand }),
-            (None, Some(_)) => return Err(Error::UnexpectedOperand { operand }),
-        };
-        let window = window(operand);
-        check_buffer(operand, buffer, window.end)?;
-        within(&format!("{operand}: bytes of one storage binding"), window.end - window.start, most)?;
+        let wanted = problem.layout(operand).is_some();
+        if let Some(buffer) = operand.brought(wanted, operands.get(operand))? {
+            check_window(operand, buffer, window(operand), caps)?;
+        }
     }
     Ok(())
 }

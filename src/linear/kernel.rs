@@ -331,6 +331,7 @@ impl LinearParams {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pipeline::{Recipe, reflection};
 
     /// Every kernel that there is: families x types x alignments x orders of W x bias, with and without the
     /// shader's own f16.
@@ -366,32 +367,8 @@ mod tests {
 
     #[test]
     fn every_kernel_is_valid_wgsl_with_the_bindings_that_it_says() {
-        use naga::valid::{Capabilities, ValidationFlags, Validator};
         for (kernel, shader_f16) in every_kernel() {
-            let wgsl = kernel.wgsl();
-            let module = naga::front::wgsl::parse_str(&wgsl)
-                .unwrap_or_else(|e| panic!("{kernel:?}: {}", e.emit_to_string(&wgsl)));
-            let mut capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
-            capabilities.set(Capabilities::SHADER_FLOAT16, shader_f16);
-            Validator::new(ValidationFlags::all(), capabilities)
-                .validate(&module)
-                .unwrap_or_else(|e| panic!("{kernel:?}: {}", e.emit_to_string(&wgsl)));
-            let (mut found, mut bytes) = (Vec::new(), 0);
-            for (_, variable) in module.global_variables.iter() {
-                match variable.space {
-                    naga::AddressSpace::Storage { access } => {
-                        let writes = access.contains(naga::StorageAccess::STORE);
-                        found.push((variable.binding.as_ref().unwrap().binding, writes));
-                    }
-                    naga::AddressSpace::WorkGroup => {
-                        bytes += module.types[variable.ty].inner.size(module.to_ctx());
-                    }
-                    _ => {}
-                }
-            }
-            found.sort_unstable();
-            let said: Vec<_> = kernel.storage().iter().map(|&(number, _, writes)| (number, writes)).collect();
-            assert_eq!(found, said, "{kernel:?}");
+            let bytes = reflection::check(Recipe::Linear(kernel), shader_f16);
             // What it says of its workgroup memory is what it has.
             let exact = Caps { max_workgroup_bytes: bytes, ..Caps::minimal() };
             assert_eq!(kernel.unfit(&exact), None);

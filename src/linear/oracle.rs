@@ -38,12 +38,9 @@ impl<'a> LinearInputs<'a> {
     pub fn check(&self, problem: &LinearProblem) -> Result<()> {
         problem.validate()?;
         for operand in OPERANDS.into_iter().filter(|&operand| operand != Operand::Y) {
-            let ((_, dtype), tensor) = match (problem.layout(operand), self.get(operand)) {
-                (Some(layout), Some(tensor)) => (layout, tensor),
-                (None, None) => continue,
-                (Some(_), None) => return Err(Error::MissingOperand { operand }),
-                (None, Some(_)) => return Err(Error::UnexpectedOperand { operand }),
-            };
+            let layout = problem.layout(operand);
+            let tensor = operand.brought(layout.is_some(), self.get(operand))?;
+            let (Some((_, dtype)), Some(tensor)) = (layout, tensor) else { continue };
             let (need, got) = (dtype, tensor.dtype());
             if need != got {
                 return Err(Error::DtypeMismatch { operand, need, got });

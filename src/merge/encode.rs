@@ -1,16 +1,13 @@
 //! From a merge and buffers to one dispatch: everything that can fail happens before it is recorded.
 
-use std::sync::PoisonError;
-
 use super::MergeProblem;
 use super::kernel::{Binding, LANES, MergeParams, MergeStates};
 use crate::attention::{Attention, Shared};
 use crate::caps::Caps;
-use crate::encode::{Groups, Prepared, Ready};
+use crate::encode::{Bound, Prepared, check_window, one_dispatch, within};
 use crate::error::{Error, Operand, Result};
 use crate::pipeline::Recipe;
-use crate::plan::{Window, fold};
-use crate::scope::scoped;
+use crate::plan::Window;
 
 /// The buffers of one merge, laid out as the [`MergeProblem`] says. All need `STORAGE` usage.
 ///
@@ -76,19 +73,19 @@ impl Attention {
     /// # Errors
     /// Those of [`Attention::merge_states`].
     pub fn prepare_merge(&self, problem: &MergeProblem, operands: &MergeOperands<'_>) -> Result<Prepared> {
-        prepare(self.shared(), problem, operands)
+        prepare(&self.shared, problem, operands)
     }
 }
 
 /// A binding with the caller's buffer and the part of it that is bound.
-struct Bound<'a> {
+struct Brought<'a> {
     of: Binding,
     buffer: &'a wgpu::Buffer,
     window: Window,
 }
 
 fn prepare(shared: &Shared, problem: &MergeProblem, operands: &MergeOperands<'_>) -> Result<Prepared> {
-    let (device, caps) = (&shared.device, &shared.caps);
+    let caps = &shared.caps;
     problem.validate()?;
     let kernel = MergeStates::new(problem, caps);
     let bound = bound(&kernel, problem, operands, caps)?;
@@ -100,39 +97,15 @@ fn prepare(shared: &Shared, problem: &MergeProblem, operands: &MergeOperands<'_>
     // Fits a u32: o's elements are no more than that, and all of them in different places.
     let quads = problem.rows() as u64 * (problem.head_dim_v as u64).div_ceil(4);
     let count = quads.div_ceil(LANES.into());
-    let groups = fold(count, caps.max_dispatch);
-    within("workgroups along z", groups[2].into(), caps.max_dispatch.into())?;
-
-    let recipe = Recipe::MergeStates(kernel);
-    let pipeline = shared.pipelines.get(device, recipe, shared.options.runtime_checks)?;
     let first = |partial, operand| {
         let found = bound.iter().find(|b| (b.of.partial, b.of.operand) == (partial, operand));
-        found.map_or(0, |b| (b.window.start / bytes(problem, b.of)) as usize)
+        found.map_or(0, |b| (b.window.start / bytes(problem, b.of) as u64) as usize)
     };
     let params = MergeParams::new(problem, count as u32, first);
-    let mut scratch = shared.scratch.lock().unwrap_or_else(PoisonError::into_inner);
-    let made = scoped(device, "the bind group of a merge", || {
-        let params = scratch.params(device, bytemuck::bytes_of(&params).to_vec());
-        let entry = |binding, buffer, offset, size| wgpu::BindGroupEntry {
-            binding,
-            resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
-                buffer,
-                offset,
-                size: wgpu::BufferSize::new(size),
-            }),
-        };
-        let mut entries = vec![entry(0, &params, 0, size_of::<MergeParams>() as u64)];
-        entries.extend(
-            bound.iter().map(|b| entry(b.of.number, b.buffer, b.window.start, b.window.end - b.window.start)),
-        );
-        device.create_bind_group(&wgpu::BindGroupDescriptor {
-            label: Some(kernel.name()),
-            layout: &pipeline.layout,
-            entries: &entries,
-        })
-    });
-    let bind_group = made.inspect_err(|_| scratch.clear())?;
-    Ok(Prepared::new(vec![Ready { pipeline, bind_group, params_at: 0, groups: Groups::Known(groups) }]))
+    let all = bound.iter().map(|b| Bound { number: b.of.number, buffer: b.buffer.clone(), window: b.window });
+    let recipe = Recipe::MergeStates(kernel);
+    let ready = one_dispatch(shared, recipe, bytemuck::bytes_of(&params), all.collect(), count)?;
+    Ok(Prepared::new(vec![ready]))
 }
 
 /// The kernel's bindings with the buffers that the call brings.
@@ -141,7 +114,7 @@ fn bound<'a>(
     problem: &MergeProblem,
     operands: &MergeOperands<'a>,
     caps: &Caps,
-) -> Result<Vec<Bound<'a>>> {
+) -> Result<Vec<Brought<'a>>> {
     if operands.partials.len() > problem.partials.len() {
         let error = Error::UnexpectedOperand { operand: Operand::O };
         return Err(error.of_partials(Some(problem.partials.len())));
@@ -163,73 +136,47 @@ fn bound<'a>(
             };
             let missing = Error::MissingOperand { operand: of.operand };
             let buffer = buffer.ok_or_else(|| missing.of_partials(of.partial))?;
-            Ok(Bound { of, buffer, window: window(problem, of, caps) })
+            Ok(Brought { of, buffer, window: window(problem, of, caps) })
         })
         .collect()
 }
 
 /// Bytes of an element.
-fn bytes(problem: &MergeProblem, of: Binding) -> u64 {
-    let bytes = match (of.operand, of.partial) {
+fn bytes(problem: &MergeProblem, of: Binding) -> usize {
+    match (of.operand, of.partial) {
         (Operand::Lse, _) => 4,
         (_, Some(_)) => problem.dtype.bytes(),
         (_, None) => problem.out_dtype.bytes(),
-    };
-    bytes as u64
+    }
 }
 
-/// The part of a buffer that is bound: from the layout's first element, or what alignment asks for before
-/// it, to the end of its last element's word.
+/// The part of a buffer that is bound.
 fn window(problem: &MergeProblem, of: Binding, caps: &Caps) -> Window {
-    let extent = problem.extent(of.partial, of.operand) as u64;
-    if extent == 0 {
-        return Window { start: 0, end: 0 };
-    }
     let layout = match (of.partial.and_then(|at| problem.partials.get(at)), of.operand) {
         (Some(partials), Operand::Lse) => Some(partials.lse),
         (Some(partials), _) => Some(partials.o),
         (None, Operand::Lse) => None,
         (None, _) => Some(problem.o),
     };
-    let bytes = bytes(problem, of);
-    let first = layout.map_or(0, |layout| layout.offset as u64) * bytes;
-    // 16 keeps the parity of vec4 reads whatever the device asks for.
-    let align = u64::from(caps.storage_alignment).max(16);
-    Window { start: first / align * align, end: (extent * bytes).next_multiple_of(4) }
-}
-
-fn within(what: &str, need: u64, got: u64) -> Result<()> {
-    if need > got { Err(Error::LimitExceeded { what: what.into(), need, got }) } else { Ok(()) }
+    let offset = layout.map_or(0, |layout| layout.offset);
+    Window::between(offset, problem.extent(of.partial, of.operand), bytes(problem, of), caps)
 }
 
 /// What the device can bind, and every rule about a buffer by itself.
-fn check(bound: &[Bound<'_>], caps: &Caps) -> Result<()> {
-    within(
-        "threads of a workgroup",
-        LANES.into(),
-        caps.max_invocations.min(caps.max_workgroup_size[0]).into(),
-    )?;
-    within("storage buffers of one kernel", bound.len() as u64, caps.max_storage_buffers.into())?;
+fn check(bound: &[Brought<'_>], caps: &Caps) -> Result<()> {
+    let threads = caps.max_invocations.min(caps.max_workgroup_size[0]);
+    within(|| "threads of a workgroup".into(), LANES.into(), threads.into())?;
+    let most = caps.max_storage_buffers;
+    within(|| "storage buffers of one kernel".into(), bound.len() as u64, most.into())?;
     for b in bound {
-        let (operand, window) = (b.of.operand, b.window);
-        let wrong = |error: Error| Err(error.of_partials(b.of.partial));
-        let need = wgpu::BufferUsages::STORAGE;
-        if !b.buffer.usage().contains(need) {
-            return wrong(Error::BufferUsage { operand, need, got: b.buffer.usage() });
-        }
-        if window.end > b.buffer.size() {
-            let (need, got) = (window.end, b.buffer.size());
-            return wrong(Error::OutOfBounds { operand, need, got, unit: "bytes", container: "buffer" });
-        }
-        let what = format!("{operand}: bytes of one storage binding");
-        let fits = within(&what, window.end - window.start, caps.max_storage_binding);
+        let fits = check_window(b.of.operand, b.buffer, b.window, caps);
         fits.map_err(|error| error.of_partials(b.of.partial))?;
     }
     Ok(())
 }
 
 /// wgpu forbids one buffer to be read and written in one dispatch, and browsers two writes.
-fn check_aliases(bound: &[Bound<'_>]) -> Result<()> {
+fn check_aliases(bound: &[Brought<'_>]) -> Result<()> {
     for output in bound.iter().filter(|b| b.of.writes) {
         if let Some(other) = bound.iter().find(|b| b.of != output.of && b.buffer == output.buffer) {
             let error = Error::Aliased { operand: output.of.operand, with: other.of.operand };

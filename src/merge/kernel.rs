@@ -171,6 +171,7 @@ mod tests {
     use super::*;
     use crate::layout::Layout;
     use crate::merge::Partials;
+    use crate::pipeline::{Recipe, reflection};
 
     /// Every kernel that there is: pairs x types x alignments x lse, with and without the shader's own f16.
     fn every_kernel() -> Vec<(MergeStates, bool)> {
@@ -199,31 +200,8 @@ mod tests {
 
     #[test]
     fn every_kernel_is_valid_wgsl_with_the_bindings_that_it_says() {
-        use naga::valid::{Capabilities, ValidationFlags, Validator};
         for (kernel, shader_f16) in every_kernel() {
-            let wgsl = kernel.wgsl();
-            let module = naga::front::wgsl::parse_str(&wgsl)
-                .unwrap_or_else(|e| panic!("{kernel:?}: {}", e.emit_to_string(&wgsl)));
-            let mut capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
-            capabilities.set(Capabilities::SHADER_FLOAT16, shader_f16);
-            Validator::new(ValidationFlags::all(), capabilities)
-                .validate(&module)
-                .unwrap_or_else(|e| panic!("{kernel:?}: {}", e.emit_to_string(&wgsl)));
-            let mut found: Vec<(u32, bool)> = module
-                .global_variables
-                .iter()
-                .filter_map(|(_, variable)| match variable.space {
-                    naga::AddressSpace::Storage { access } => Some((
-                        variable.binding.as_ref()?.binding,
-                        access.contains(naga::StorageAccess::STORE),
-                    )),
-                    _ => None,
-                })
-                .collect();
-            found.sort_unstable();
-            let said: Vec<_> = kernel.storage().iter().map(|b| (b.number, b.writes)).collect();
-            assert_eq!(found, said, "{kernel:?}");
-            assert!(said.len() <= 8);
+            reflection::check(Recipe::MergeStates(kernel), shader_f16);
         }
     }
 

@@ -70,12 +70,8 @@ fn check(problem: &MergeProblem, partials: &[(TensorRef<'_>, &[f32])]) -> Result
     problem.validate()?;
     for at in 0..MOST_PARTIALS.max(partials.len()) {
         let operand = Operand::O;
-        let (o, lse) = match (at < problem.partials.len(), partials.get(at)) {
-            (true, Some(&pair)) => pair,
-            (false, None) => continue,
-            (true, None) => return Err(Error::MissingOperand { operand }.of_partials(Some(at))),
-            (false, Some(_)) => return Err(Error::UnexpectedOperand { operand }.of_partials(Some(at))),
-        };
+        let pair = operand.brought(at < problem.partials.len(), partials.get(at));
+        let Some(&(o, lse)) = pair.map_err(|error| error.of_partials(Some(at)))? else { continue };
         let (need, got) = (problem.dtype, o.dtype());
         if need != got {
             return Err(Error::DtypeMismatch { operand, need, got }.of_partials(Some(at)));

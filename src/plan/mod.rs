@@ -134,16 +134,21 @@ pub(crate) struct Window {
 
 impl Window {
     /// Of an operand without elements.
-    const NONE: Self = Self { start: 0, end: 0 };
+    pub(crate) const NONE: Self = Self { start: 0, end: 0 };
 
     /// From a layout's first element, rounded down to what bindings must be aligned to, to its last, rounded
     /// up to a whole word. The extent has been validated.
     pub(crate) fn of(layout: Layout, shape: [usize; 4], bytes: usize, caps: &Caps) -> Self {
-        let (bytes, extent) = (bytes as u64, layout.extent(shape) as u64);
+        Self::between(layout.offset, layout.extent(shape), bytes, caps)
+    }
+
+    /// The same from element `offset` to before element `extent`; nothing where that is 0.
+    pub(crate) fn between(offset: usize, extent: u128, bytes: usize, caps: &Caps) -> Self {
+        let (bytes, extent) = (bytes as u64, extent as u64);
         if extent == 0 {
             return Self::NONE;
         }
-        let first = layout.offset as u64 * bytes;
+        let first = offset as u64 * bytes;
         // 16 keeps the parity of vec4 reads whatever the device asks for.
         let align = u64::from(caps.storage_alignment).max(16);
         Self { start: first / align * align, end: (extent * bytes).next_multiple_of(4) }
