@@ -2,8 +2,9 @@
 
 use std::sync::PoisonError;
 
+use super::turns::Turns;
 use super::{Layer, Projection};
-use crate::append::{QkNorm, Turns};
+use crate::append::QkNorm;
 use crate::attention::{Attention, Operands};
 use crate::encode::Prepared;
 use crate::error::{Error, Operand, Result};

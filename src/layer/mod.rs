@@ -3,6 +3,7 @@
 
 mod encode;
 pub(crate) mod oracle;
+mod turns;
 #[cfg(feature = "safetensors")]
 mod weights;
 

@@ -1,68 +1,24 @@
 //! [`Append`]: new rows of k and v into a cache, on the GPU, at positions that only the GPU knows.
 
+mod norm;
+mod step;
+
+pub use norm::QkNorm;
+pub(crate) use step::{APPEND_ROPE, AppendStep, Holds, Norm, Turn};
+
 use crate::attention::Attention;
 use crate::cache::Cache;
 use crate::caps::Caps;
 use crate::dtype::Dtype;
-use crate::encode::{Bound, Prepared, check_buffer, check_window, one_dispatch};
+use crate::encode::{Bound, Prepared, check_window, one_dispatch};
 use crate::error::{Error, Operand, Result};
-use crate::kernel::{Io, Keys, Slot};
-use crate::layer::{Layer, LayerOperands};
+use crate::kernel::{Io, Keys};
 use crate::layout::Layout;
 use crate::params::{ParamLayout, Params};
 use crate::pipeline::Recipe;
 use crate::plan::Window;
 use crate::problem::AttentionProblem;
-use crate::rope::{Pairing, Rope};
-
-/// What queries or keys are divided by before they are turned and compared (QK-norm).
-#[derive(Clone, Copy, Debug, PartialEq)]
-#[non_exhaustive]
-pub enum QkNorm {
-    /// `x / sqrt(mean(x^2) + epsilon) * gain` over a head's width (Qwen 3, Gemma 3); the gains are an operand
-    /// of `[head_dim]` f32 for all heads.
-    Rms {
-        /// Keeps a row of zeros finite.
-        epsilon: f32,
-    },
-    /// `x / max(|x|, epsilon)` (Henry 2020, arXiv 2010.04245). Its learned factor is the problem's
-    /// [`scale`](AttentionProblem::scale).
-    L2 {
-        /// Keeps a row of zeros finite.
-        epsilon: f32,
-    },
-}
-
-impl QkNorm {
-    /// Normalises a row in place, as the kernels do; `gain` is 1 where there is none.
-    pub fn apply(self, row: &mut [f32], gain: Option<&[f32]>) {
-        let sum: f32 = row.chunks(16).map(|part| part.iter().map(|x| x * x).sum::<f32>()).sum();
-        let factor = match self {
-            Self::Rms { epsilon } => 1.0 / (sum / row.len() as f32 + epsilon).sqrt(),
-            Self::L2 { epsilon } => 1.0 / sum.sqrt().max(epsilon),
-        };
-        for (d, x) in row.iter_mut().enumerate() {
-            *x *= factor * gain.map_or(1.0, |gain| gain[d]);
-        }
-    }
-
-    /// Whether its epsilon keeps a row of zeros finite.
-    pub(crate) fn validate(self) -> Result<()> {
-        let got = self.epsilon();
-        let need = "finite and above 0";
-        if got.is_finite() && got > 0.0 {
-            Ok(())
-        } else {
-            Err(Error::BadNumber { what: "norm's epsilon", got, need })
-        }
-    }
-
-    fn epsilon(self) -> f32 {
-        match self {
-            Self::Rms { epsilon } | Self::L2 { epsilon } => epsilon,
-        }
-    }
-}
+use crate::rope::Rope;
 
 /// What a step of generation does before it attends: the new tokens' k and v go into the cache, turned by
 /// their positions and converted to its element type on the way, and their queries are turned, too.
@@ -213,107 +169,6 @@ const OPERANDS: [Operand; 13] = [
     Operand::Q,
     Operand::Status,
 ];
-
-/// The binding of the table of angles.
-pub(crate) const APPEND_ROPE: u32 = Slot::Operand(Operand::Rope).number();
-
-/// RoPE as it is compiled in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct Turn {
-    pub(crate) width: u32,
-    pub(crate) interleaved: bool,
-}
-
-/// A norm as it is compiled in; RMS norms have gains.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct Norm {
-    pub(crate) rms: bool,
-    pub(crate) gain: Option<Operand>,
-}
-
-impl Turn {
-    fn of(rope: Rope) -> Self {
-        Self { width: rope.width as u32, interleaved: rope.pairing == Pairing::Interleaved }
-    }
-}
-
-impl Norm {
-    fn of(norm: QkNorm, gain: Operand) -> Self {
-        let rms = matches!(norm, QkNorm::Rms { .. });
-        Self { rms, gain: rms.then_some(gain) }
-    }
-}
-
-/// One dispatch of an append, as it is compiled: it moves one tensor, or advances the lengths (then it has
-/// neither `from` nor `to`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct AppendStep {
-    pub(crate) from: Option<Io>,
-    pub(crate) to: Option<Io>,
-    /// Rows do not go to a cache, but to those of another tensor.
-    pub(crate) is_query: bool,
-    /// Row t of an entry stands at position t; otherwise `kv_lens` says where.
-    pub(crate) in_place: bool,
-    pub(crate) width: u32,
-    pub(crate) keys: Keys,
-    pub(crate) ragged: bool,
-    pub(crate) norm: Option<Norm>,
-    pub(crate) rope: Option<Turn>,
-    pub(crate) status: bool,
-}
-
-/// What a binding of a step holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Holds {
-    From,
-    To,
-    Operand(Operand),
-}
-
-impl AppendStep {
-    pub(crate) fn name(&self) -> &'static str {
-        if self.from.is_some() { "append" } else { "advance" }
-    }
-
-    /// Threads of a workgroup: a quad or two each of rows as wide as models have.
-    pub(crate) fn lanes(&self) -> u32 {
-        if self.from.is_some() { 32 } else { 64 }
-    }
-
-    /// Whether a device can run it.
-    fn fits(&self, caps: &Caps) -> Result<()> {
-        let bytes = if self.norm.is_some() { 8 } else { 4 } * u64::from(self.width);
-        for (what, need, got) in [
-            ("bytes of workgroup memory", bytes, u64::from(caps.max_workgroup_bytes)),
-            ("storage buffers", self.bindings().count() as u64, u64::from(caps.max_storage_buffers)),
-        ] {
-            if need > got {
-                let why = format!("it needs {need} {what}, the device has {got}");
-                return Err(Error::KernelUnfit { kernel: self.name().into(), why });
-            }
-        }
-        Ok(())
-    }
-
-    /// Number, content and whether it is written, of every storage binding.
-    pub(crate) fn bindings(&self) -> impl Iterator<Item = (u32, Holds, bool)> {
-        let moves = self.from.is_some();
-        let own = |operand: Operand| (Slot::Operand(operand).number(), Holds::Operand(operand));
-        let number = |operand: Operand| Slot::Operand(operand).number();
-        [
-            (moves, (number(Operand::Q), Holds::From), false),
-            (moves, (number(Operand::K), Holds::To), true),
-            (!self.in_place, own(Operand::KvLens), !moves),
-            (matches!(self.keys, Keys::Paged(_)), own(Operand::BlockTable), false),
-            (self.ragged, own(Operand::CuSeqlensQ), false),
-            (self.status, own(Operand::Status), true),
-            (self.rope.is_some(), own(Operand::Rope), false),
-        ]
-        .into_iter()
-        .chain(self.norm.and_then(|norm| norm.gain).map(|gain| (true, own(gain), false)))
-        .filter_map(|(present, (number, holds), writes)| present.then_some((number, holds, writes)))
-    }
-}
 
 /// A tensor on its way.
 struct Move {
@@ -604,107 +459,6 @@ impl Attention {
             )?);
         }
         Ok(Prepared::new(ready))
-    }
-}
-
-/// Queries and keys of a layer, normalised and turned on their way from one buffer to another.
-pub(crate) struct Turns<'a> {
-    pub(crate) layer: &'a Layer,
-    pub(crate) operands: &'a LayerOperands<'a>,
-    pub(crate) from: &'a wgpu::Buffer,
-    pub(crate) to: &'a wgpu::Buffer,
-}
-
-impl Attention {
-    /// The two dispatches of [`Turns`].
-    pub(crate) fn prepare_turns(&self, turns: &Turns<'_>) -> Result<Prepared> {
-        let (layer, operands, caps) = (turns.layer, turns.operands, self.caps());
-        let p = &layer.attention;
-        let ([q, k, _], places, [to_k, _]) = (layer.widths(), layer.places(), layer.turned());
-        let mut all = Prepared::default();
-        for (gain, gains, heads, seq, dim, total, list, from, to) in [
-            (
-                Operand::QGain,
-                operands.q_gain,
-                p.heads_q,
-                p.seq_q,
-                p.query_dim(),
-                p.total_q,
-                operands.options.cu_seqlens_q,
-                Layer::heads(0, places.row_q, p.seq_q, p.query_dim()),
-                Layer::heads(0, q, p.seq_q, p.query_dim()),
-            ),
-            (
-                Operand::KGain,
-                operands.k_gain,
-                p.heads_kv,
-                p.seq_kv,
-                p.head_dim,
-                if let Cache::Ragged { total } = p.cache { Some(total) } else { None },
-                operands.options.cu_seqlens_k,
-                Layer::heads(places.k, places.row_kv, p.seq_kv, p.head_dim),
-                Layer::heads(to_k, k, p.seq_kv, p.head_dim),
-            ),
-        ] {
-            let native = p.dtype == Dtype::F16 && caps.shader_f16;
-            let step = AppendStep {
-                from: Some(Io { dtype: p.dtype, vec4: false, native }),
-                to: Some(Io { dtype: p.dtype, vec4: to.is_vec4(dim), native }),
-                is_query: true,
-                in_place: true,
-                width: dim as u32,
-                keys: Keys::Contiguous,
-                ragged: total.is_some(),
-                norm: layer.norm.map(|norm| Norm::of(norm, gain)),
-                rope: layer.rope.map(Turn::of),
-                status: false,
-            };
-            step.fits(caps)?;
-            let shape = match total {
-                Some(total) => [1, heads, total, dim],
-                None => [p.batch, heads, seq, dim],
-            };
-            let window = |layout| Window::of(layout, shape, p.dtype.bytes(), caps);
-            let block =
-                |layout| ParamLayout::new(layout, shape, window(layout).start as usize / p.dtype.bytes());
-            let params = Params {
-                batch: p.batch as u32,
-                heads_q: heads as u32,
-                seq_q: seq as u32,
-                seq_kv: seq as u32,
-                total_q: total.unwrap_or(0) as u32,
-                head_dim: dim as u32,
-                norm_epsilon: layer.norm.map_or(0.0, QkNorm::epsilon),
-                q: block(from),
-                k: block(to),
-                ..Params::default()
-            };
-            let words = |buffer: Option<&wgpu::Buffer>, operand, elements: usize| {
-                let buffer = buffer.ok_or(Error::MissingOperand { operand })?;
-                let end = 4 * elements as u64;
-                check_buffer(operand, buffer, end)?;
-                Ok((buffer.clone(), Window { start: 0, end }))
-            };
-            let mut bound = Vec::new();
-            for (number, holds, _) in step.bindings() {
-                let (buffer, window) = match holds {
-                    Holds::From => (turns.from.clone(), window(from)),
-                    Holds::To => (turns.to.clone(), window(to)),
-                    Holds::Operand(Operand::CuSeqlensQ) => words(list, Operand::CuSeqlensQ, p.batch + 1)?,
-                    Holds::Operand(Operand::Rope) => {
-                        let elements = layer.rope.map_or(0, |rope| rope.positions * rope.width);
-                        words(operands.rope, Operand::Rope, elements)?
-                    }
-                    Holds::Operand(operand) => words(gains, operand, dim)?,
-                };
-                bound.push(Bound { number, buffer, window });
-            }
-            let groups = (p.batch * heads * seq) as u64;
-            let params = bytemuck::bytes_of(&params);
-            let ready = one_dispatch(&self.shared, Recipe::Append(step), params, bound, groups)?;
-            all = all.then(Prepared::new(vec![ready]));
-        }
-        Ok(all)
     }
 }
 

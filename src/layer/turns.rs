@@ -1,0 +1,114 @@
+//! Queries and keys of a layer on their way through norm and rotation, by the kernel of appends.
+
+use super::{Layer, LayerOperands};
+use crate::append::{AppendStep, Holds, Norm, QkNorm, Turn};
+use crate::attention::Attention;
+use crate::cache::Cache;
+use crate::dtype::Dtype;
+use crate::encode::{Bound, Prepared, check_buffer, one_dispatch};
+use crate::error::{Error, Operand, Result};
+use crate::kernel::{Io, Keys};
+use crate::params::{ParamLayout, Params};
+use crate::pipeline::Recipe;
+use crate::plan::Window;
+
+/// Queries and keys of a layer, normalised and turned on their way from one buffer to another.
+pub(super) struct Turns<'a> {
+    pub(super) layer: &'a Layer,
+    pub(super) operands: &'a LayerOperands<'a>,
+    pub(super) from: &'a wgpu::Buffer,
+    pub(super) to: &'a wgpu::Buffer,
+}
+
+impl Attention {
+    /// The two dispatches of [`Turns`].
+    pub(super) fn prepare_turns(&self, turns: &Turns<'_>) -> Result<Prepared> {
+        let (layer, operands, caps) = (turns.layer, turns.operands, self.caps());
+        let p = &layer.attention;
+        let ([q, k, _], places, [to_k, _]) = (layer.widths(), layer.places(), layer.turned());
+        let mut all = Prepared::default();
+        for (gain, gains, heads, seq, dim, total, list, from, to) in [
+            (
+                Operand::QGain,
+                operands.q_gain,
+                p.heads_q,
+                p.seq_q,
+                p.query_dim(),
+                p.total_q,
+                operands.options.cu_seqlens_q,
+                Layer::heads(0, places.row_q, p.seq_q, p.query_dim()),
+                Layer::heads(0, q, p.seq_q, p.query_dim()),
+            ),
+            (
+                Operand::KGain,
+                operands.k_gain,
+                p.heads_kv,
+                p.seq_kv,
+                p.head_dim,
+                if let Cache::Ragged { total } = p.cache { Some(total) } else { None },
+                operands.options.cu_seqlens_k,
+                Layer::heads(places.k, places.row_kv, p.seq_kv, p.head_dim),
+                Layer::heads(to_k, k, p.seq_kv, p.head_dim),
+            ),
+        ] {
+            let native = p.dtype == Dtype::F16 && caps.shader_f16;
+            let step = AppendStep {
+                from: Some(Io { dtype: p.dtype, vec4: false, native }),
+                to: Some(Io { dtype: p.dtype, vec4: to.is_vec4(dim), native }),
+                is_query: true,
+                in_place: true,
+                width: dim as u32,
+                keys: Keys::Contiguous,
+                ragged: total.is_some(),
+                norm: layer.norm.map(|norm| Norm::of(norm, gain)),
+                rope: layer.rope.map(Turn::of),
+                status: false,
+            };
+            step.fits(caps)?;
+            let shape = match total {
+                Some(total) => [1, heads, total, dim],
+                None => [p.batch, heads, seq, dim],
+            };
+            let window = |layout| Window::of(layout, shape, p.dtype.bytes(), caps);
+            let block =
+                |layout| ParamLayout::new(layout, shape, window(layout).start as usize / p.dtype.bytes());
+            let params = Params {
+                batch: p.batch as u32,
+                heads_q: heads as u32,
+                seq_q: seq as u32,
+                seq_kv: seq as u32,
+                total_q: total.unwrap_or(0) as u32,
+                head_dim: dim as u32,
+                norm_epsilon: layer.norm.map_or(0.0, QkNorm::epsilon),
+                q: block(from),
+                k: block(to),
+                ..Params::default()
+            };
+            let words = |buffer: Option<&wgpu::Buffer>, operand, elements: usize| {
+                let buffer = buffer.ok_or(Error::MissingOperand { operand })?;
+                let end = 4 * elements as u64;
+                check_buffer(operand, buffer, end)?;
+                Ok((buffer.clone(), Window { start: 0, end }))
+            };
+            let mut bound = Vec::new();
+            for (number, holds, _) in step.bindings() {
+                let (buffer, window) = match holds {
+                    Holds::From => (turns.from.clone(), window(from)),
+                    Holds::To => (turns.to.clone(), window(to)),
+                    Holds::Operand(Operand::CuSeqlensQ) => words(list, Operand::CuSeqlensQ, p.batch + 1)?,
+                    Holds::Operand(Operand::Rope) => {
+                        let elements = layer.rope.map_or(0, |rope| rope.positions * rope.width);
+                        words(operands.rope, Operand::Rope, elements)?
+                    }
+                    Holds::Operand(operand) => words(gains, operand, dim)?,
+                };
+                bound.push(Bound { number, buffer, window });
+            }
+            let groups = (p.batch * heads * seq) as u64;
+            let params = bytemuck::bytes_of(&params);
+            let ready = one_dispatch(&self.shared, Recipe::Append(step), params, bound, groups)?;
+            all = all.then(Prepared::new(vec![ready]));
+        }
+        Ok(all)
+    }
+}
