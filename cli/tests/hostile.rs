@@ -227,7 +227,7 @@ fn bad_flags_are_refused() {
         &["--causal", "left"],
         &["--causal"],
         &["--align", "middle"],
-        &["--similarity", "cosine"],
+        &["--similarity", "euclidean"],
         &["--similarity", "bilinear"],
         &["--layout", "sbhd"],
         &["--layout", "bshd"],
