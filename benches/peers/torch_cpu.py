@@ -1,4 +1,4 @@
-"""PyTorch scaled_dot_product_attention on the CPU, as CSV on stdout. Started by ./torch_cpu."""
+"""PyTorch on the CPU, as CSV on stdout: scaled_dot_product_attention, or the layer. Started by ./torch_cpu."""
 
 import argparse
 import csv
@@ -16,13 +16,14 @@ def arguments():
     p = argparse.ArgumentParser(prog="torch_cpu", description=__doc__)
     p.add_argument("--shapes", default="1x8x512x64,1x8x1024x64,1x8x2048x64",
                    help="comma list of BxHq[/Hkv]xSq[/Sk]xD[/Dv]")
+    p.add_argument("--layer", action="store_true", help="nn.MultiheadAttention; a shape is BxSxExH then")
     p.add_argument("--options", default="plain,causal", help="comma list of plain, causal")
     p.add_argument("--dtype", default="f32", choices=["f32", "f16"])
     p.add_argument("--repeat", type=int, default=10, help="timed calls per case; the median counts")
     p.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
                    else os.cpu_count())
     a = p.parse_args()
-    a.shapes = [(s, parse_shape(s)) for s in a.shapes.split(",")]
+    a.shapes = [(s, parse_layer(s) if a.layer else parse_shape(s)) for s in a.shapes.split(",")]
     a.options = a.options.split(",")
     if bad := [o for o in a.options if o not in ("plain", "causal")]:
         p.error(f"unknown option {bad[0]!r}")
@@ -43,6 +44,17 @@ def parse_shape(text):
         return shape
     except ValueError:
         sys.exit(f"torch_cpu: bad shape {text!r}, expected BxHq[/Hkv]xSq[/Sk]xD[/Dv]")
+
+
+def parse_layer(text):
+    """`BxSxExH` as (b, s, e, h)."""
+    try:
+        shape = b, s, e, h = [int(n) for n in text.split("x")]
+        if min(shape) < 1 or e % h:
+            raise ValueError
+        return shape
+    except ValueError:
+        sys.exit(f"torch_cpu: bad shape {text!r}, expected BxSxExH")
 
 
 def cpu_name():
@@ -76,6 +88,39 @@ def max_error(torch, q, k, v, o, causal):
     return worst
 
 
+def attention(torch, shape, dtype, causal):
+    """The call, the error of its result, and its operations; None for what peers see differently."""
+    from torch.nn.functional import scaled_dot_product_attention
+    b, hq, hkv, sq, sk, d, dv = shape
+    if causal and sq != sk:
+        return None
+    q = torch.randn(b, hq, sq, d).to(dtype)
+    k = torch.randn(b, hkv, sk, d).to(dtype)
+    v = torch.randn(b, hkv, sk, dv).to(dtype)
+    call = lambda: scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=hq != hkv)
+    return call, lambda o: max_error(torch, q, k, v, o, causal), 2 * b * hq * sq * sk * (d + dv) / (1 + causal)
+
+
+def layer(torch, shape, dtype, causal):
+    """The same of nn.MultiheadAttention over one sequence: packed weights, biases, no weights given back."""
+    b, s, e, h = shape
+    x = torch.randn(b, s, e).to(dtype)
+    mha = torch.nn.MultiheadAttention(e, h, batch_first=True, dtype=dtype).eval()
+    for bias in (mha.in_proj_bias, mha.out_proj.bias):
+        torch.nn.init.normal_(bias, std=0.1)
+    mask = {"attn_mask": torch.nn.Transformer.generate_square_subsequent_mask(s, dtype=dtype), "is_causal": True}
+    flags = {"need_weights": False, **(mask if causal else {})}
+
+    def error(y):
+        import copy
+        exact = copy.deepcopy(mha).double()
+        wide = {name: f.double() if torch.is_tensor(f) else f for name, f in flags.items()}
+        golden = exact(x.double(), x.double(), x.double(), **wide)[0]
+        return (y.double() - golden).abs().max().item()
+
+    return (lambda: mha(x, x, x, **flags)[0]), error, 8 * b * s * e * e + 4 * b * s * s * e / (1 + causal)
+
+
 def main():
     a = arguments()
     # Before torch is loaded: its thread pools read these once.
@@ -84,36 +129,31 @@ def main():
     import warnings
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     import torch
-    from torch.nn.functional import scaled_dot_product_attention
     torch.set_num_threads(a.threads)
     torch.manual_seed(0)
     dtype = {"f32": torch.float32, "f16": torch.float16}[a.dtype]
     out = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
     out.writeheader()
-    for text, (b, hq, hkv, sq, sk, d, dv) in a.shapes:
-        q = torch.randn(b, hq, sq, d).to(dtype)
-        k = torch.randn(b, hkv, sk, d).to(dtype)
-        v = torch.randn(b, hkv, sk, dv).to(dtype)
+    for text, shape in a.shapes:
         for option in a.options:
-            causal = option == "causal"
-            if causal and sq != sk:
+            made = (layer if a.layer else attention)(torch, shape, dtype, option == "causal")
+            if made is None:
                 print(f"torch_cpu: {text} causal skipped: peers align Sq != Sk differently", file=sys.stderr)
                 continue
+            call, error_of, flop = made
             times = []
             with torch.inference_mode():
-                call = lambda: scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=hq != hkv)
-                o = call()
+                result = call()
                 for _ in range(2):
                     call()
                 for _ in range(a.repeat):
                     start = time.perf_counter()
                     call()
                     times.append(time.perf_counter() - start)
-                error = max_error(torch, q, k, v, o, causal)
+                error = error_of(result)
             seconds = statistics.median(times)
-            flop = 2 * b * hq * sq * sk * (d + dv) / (2 if causal else 1)
             out.writerow({
-                "peer": "torch_cpu", "version": torch.__version__.split("+")[0],
+                "peer": "torch_cpu" + " layer" * a.layer, "version": torch.__version__.split("+")[0],
                 "adapter": f"{cpu_name()} x{a.threads}", "dtype": a.dtype, "shape": text, "options": option,
                 "ms": f"{seconds * 1e3:.4f}", "gflops": f"{flop / seconds / 1e9:.2f}", "max_error": f"{error:.3e}"})
             sys.stdout.flush()
