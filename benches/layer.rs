@@ -1,10 +1,10 @@
 //! The attention layer as its users run it, against the oracle, in the columns of `benches/peers`:
 //!
 //! ```text
-//! cargo bench --bench layer -- --path fused --shapes 1x512x768x12 --options plain,causal --repeat 10
+//! cargo bench --bench layer -- --path gpu --shapes 1x512x768x12 --options plain,causal --repeat 10
 //! ```
 //!
-//! A shape is BxSxExH: a batch, tokens, width of x and y, heads of E/H numbers. The layer is that of
+//! `--path` is `cpu` or `gpu`, whose kernels the plan chooses. A shape is BxSxExH: a batch, tokens, width of x and y, heads of E/H numbers. The layer is that of
 //! `torch.nn.MultiheadAttention`: packed weights of q, k and v, biases everywhere. A time is from the first
 //! encoded command to the end of the work (x, weights and y stay where they are), the median of `--repeat`.
 
@@ -31,17 +31,24 @@ fn main() -> Result<()> {
         "bf16" => Dtype::Bf16,
         other => return Err(format!("--dtype {other}: want f32, f16 or bf16").into()),
     };
-    let attention = if path == "cpu" {
-        None
-    } else {
-        let adapter = std::env::var("WGPU_ATTENTION_ADAPTER").ok();
-        let request = DeviceRequest { adapter, ..DeviceRequest::default() };
-        Some(pollster::block_on(Attention::request(&request))?)
+    let attention = match path.as_str() {
+        "cpu" => None,
+        "gpu" => {
+            let adapter = std::env::var("WGPU_ATTENTION_ADAPTER").ok();
+            let request = DeviceRequest { adapter, ..DeviceRequest::default() };
+            Some(pollster::block_on(Attention::request(&request))?)
+        }
+        other => return Err(format!("--path {other}: want cpu or gpu").into()),
     };
     println!("peer,version,adapter,dtype,shape,options,ms,gflops,max_error");
     for shape in flag("--shapes", "1x512x768x12").split(',') {
         for option in flag("--options", "plain,causal").split(',') {
-            let layer = layer(shape, option == "causal", dtype)?;
+            let causal = match option {
+                "plain" => None,
+                "causal" => Some(Align::TopLeft),
+                other => return Err(format!("--options {other}: want plain or causal").into()),
+            };
+            let layer = layer(shape, causal, dtype)?;
             let (ms, error) = measure(&layer, attention.as_ref(), repeat)?;
             let gpu = attention.as_ref().map(|attention| attention.caps().adapter.as_str());
             let adapter = format!("\"{}\"", gpu.unwrap_or("cpu"));
@@ -55,21 +62,21 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-fn layer(shape: &str, causal: bool, dtype: Dtype) -> Result<Layer> {
+fn layer(shape: &str, causal: Option<Align>, dtype: Dtype) -> Result<Layer> {
     let sizes: Vec<usize> = shape.split('x').map(str::parse).collect::<std::result::Result<_, _>>()?;
     let &[batch, tokens, width, heads] = sizes.as_slice() else {
         return Err(format!("{shape}: want BxSxExH").into());
     };
+    if heads == 0 || !width.is_multiple_of(heads) {
+        return Err(format!("{shape}: {heads} heads do not share a width of {width}").into());
+    }
     let attention = AttentionProblem {
-        causal: causal.then_some(Align::TopLeft),
+        causal,
         ..AttentionProblem::new(batch, heads, heads, tokens, tokens, width / heads, width / heads)
             .with_dtype(dtype)
     };
-    let weight_dtype = dtype;
-    let layer =
-        Layer { packed: true, bias: true, bias_o: true, weight_dtype, ..Layer::new(&attention, width) };
-    layer.validate()?;
-    Ok(layer)
+    let layer = Layer::new(&attention, width);
+    Ok(Layer { weight_dtype: dtype, packed: true, bias: true, bias_o: true, ..layer })
 }
 
 fn flops(layer: &Layer) -> f64 {
@@ -100,20 +107,31 @@ fn measure(layer: &Layer, attention: Option<&Attention>, repeat: usize) -> Resul
         Some(attention) => on_gpu(attention, layer, &x, &weights, repeat)?,
     };
     let golden = reference::layer(layer, &inputs)?;
-    let error = y.to_f32().iter().zip(&golden.y).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max);
+    let errors = y.to_f32().into_iter().zip(&golden.y).map(|(a, b)| (f64::from(a) - b).abs());
+    // NaN is the worst of all.
+    let error = errors.fold(0.0, |worst, x| if x > worst || x.is_nan() { x } else { worst });
     times.sort_by(f64::total_cmp);
     Ok((times[times.len() / 2] * 1e3, error))
 }
 
-fn on_cpu(layer: &Layer, inputs: &LayerInputs<'_>, repeat: usize) -> Result<(Tensor, Vec<f64>)> {
-    let mut y = cpu::layer(layer, inputs)?;
+/// Seconds of each of so many calls, after two that count for nothing: the first compiles.
+fn times(repeat: usize, mut call: impl FnMut() -> Result<()>) -> Result<Vec<f64>> {
     let mut times = Vec::new();
     for _ in 0..repeat + 2 {
         let start = Instant::now();
-        y = cpu::layer(layer, inputs)?;
+        call()?;
         times.push(start.elapsed().as_secs_f64());
     }
-    Ok((y, times.split_off(2)))
+    Ok(times.split_off(2))
+}
+
+fn on_cpu(layer: &Layer, inputs: &LayerInputs<'_>, repeat: usize) -> Result<(Tensor, Vec<f64>)> {
+    let mut y = Tensor::zeros(layer.attention.out_dtype, 0);
+    let times = times(repeat, || {
+        y = cpu::layer(layer, inputs)?;
+        Ok(())
+    })?;
+    Ok((y, times))
 }
 
 fn on_gpu(
@@ -142,15 +160,13 @@ fn on_gpu(
         b_o: biases[1].as_ref(),
         ..LayerOperands::new(&b[0], &b[1], &b[2], &b[3])
     };
-    let mut times = Vec::new();
-    for _ in 0..repeat + 2 {
-        let start = Instant::now();
+    let times = times(repeat, || {
         let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         attention.encode_layer(&mut encoder, layer, &operands)?;
         queue.submit([encoder.finish()]);
         device.poll(wgpu::PollType::wait_indefinitely())?;
-        times.push(start.elapsed().as_secs_f64());
-    }
+        Ok(())
+    })?;
     let bytes = pollster::block_on(wgpu_attention::read_buffer(device, queue, &b[3], 0..b[3].size()))?;
-    Ok((Tensor::from_bytes(layer.attention.out_dtype, &bytes), times.split_off(2)))
+    Ok((Tensor::from_bytes(layer.attention.out_dtype, &bytes), times))
 }
