@@ -128,6 +128,19 @@ impl Subject {
         }
     }
 
+    fn plan_options(family: Option<Family>, split: bool) -> PlanOptions {
+        // Where lengths lie on the GPU, splits without keys are not even launched.
+        PlanOptions { family, splits: split.then_some(3), indirect: split, ..PlanOptions::default() }
+    }
+
+    /// Whether its kernel fits the case, by the plan alone.
+    pub fn serves(self, case: &Case) -> bool {
+        let Self::Gpu { kind, checks, family, split, .. } = self else { return true };
+        let gpu = gpu::get(kind, checks).expect("subjects are listed where there is an adapter");
+        let planned = gpu.attention.plan_with(&self.asked(case).problem, &Self::plan_options(family, split));
+        !matches!(planned, Err(Error::KernelUnfit { .. }))
+    }
+
     pub fn run(self, case: &Case) -> Result<Outcome, Error> {
         self.run_within(case, None)
     }
@@ -143,11 +156,7 @@ impl Subject {
             }
             Self::Gpu { kind, checks, family, door, split } => {
                 let gpu = gpu::get(kind, checks).expect("subjects are listed where there is an adapter");
-                let mut options = PlanOptions::default();
-                (options.family, options.scratch_budget) = (family, scratch_budget);
-                options.splits = split.then_some(3);
-                // Where lengths lie on the GPU, splits without keys are not even launched.
-                options.indirect = split;
+                let options = PlanOptions { scratch_budget, ..Self::plan_options(family, split) };
                 match gpu.run(case, &options, door) {
                     Ok((out, gap)) => Ok(Outcome::Done(Box::new(out), gap)),
                     // A kernel that was forced may not fit; the plan's own choice always does.
