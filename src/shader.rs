@@ -290,9 +290,10 @@ pub(crate) fn compose_append(step: &AppendStep) -> String {
             constant("RMS", norm.rms.to_string());
         }
     }
-    if let Some((group, bits)) = s.to.and_then(|io| quant::format(io.dtype)) {
+    if let Some((io, (group, bits))) = s.to.and_then(|io| Some((io, quant::format(io.dtype)?))) {
         constant("GROUP", format!("{}u", group.min(s.width as usize)));
         constant("BITS", format!("{bits}u"));
+        constant("FITS", format!("{}u", quant::fits(io.dtype)));
     }
     let mut add = |text: &str| {
         out.push('\n');

@@ -213,6 +213,7 @@ fn rows_land_where_their_keys_belong() {
             assert!(bytes[end.next_multiple_of(4)..].chunks(4).all(|x| x == POISON.to_le_bytes()), "{name}");
             let got = Tensor::from_bytes(stored, &bytes[..end]);
             let rows = numbers(p, operand, dim, &got).into_iter().zip(numbers(p, operand, dim, want));
+            let (mut alike, mut all) = (0, 0);
             for (row, (got, want)) in rows.enumerate() {
                 // Rows that no key is in are poison on both sides. Codes may fall on either side of a tie, and a
                 // scale on either side of a bf16, where a device divides less exactly.
@@ -228,8 +229,12 @@ fn rows_land_where_their_keys_belong() {
                         same || (got - want).abs() <= step,
                         "{operand} row {row}: {got} {want} in {name}"
                     );
+                    alike += usize::from(same || (got - want).abs() <= 0.01 * step);
+                    all += 1;
                 }
             }
+            // Ties are few: the device finds the host's ranges.
+            assert!(alike as f64 >= 0.98 * f64::from(all), "{operand}: {alike} of {all} as wanted in {name}");
             let into = if operand == Operand::K { &mut data.k } else { &mut data.v };
             *into = Arc::new(got);
         }
