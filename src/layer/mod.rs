@@ -116,6 +116,13 @@ pub(crate) struct Places {
     pub(crate) v: usize,
 }
 
+/// The next row stride that is an odd number of cache lines (of f32). A head's keys, one of each row, would else
+/// fall into a few of a cache's sets and push each other out.
+fn spread(row: usize) -> usize {
+    const LINE: usize = 16;
+    (row.div_ceil(LINE) | 1) * LINE
+}
+
 impl Layer {
     /// A self-attention layer over contiguous rows of `width`, with f32 weights and no biases.
     pub fn new(attention: &AttentionProblem, width: usize) -> Self {
@@ -168,13 +175,13 @@ impl Layer {
     pub(crate) fn places(&self) -> Places {
         let [q, k, v] = self.widths();
         if self.context_width.is_none() {
-            let row = q + k + v;
+            let row = spread(q + k + v);
             return Places { len: self.tokens() * row, row_q: row, row_kv: row, k: q, v: q + k };
         }
         // At a multiple of four, so that vectors stay whole.
-        let first = (self.tokens() * q).next_multiple_of(4);
-        let len = first + self.tokens_kv() * (k + v);
-        Places { len, row_q: q, row_kv: k + v, k: first, v: first + k }
+        let (first, row_kv) = ((self.tokens() * q).next_multiple_of(4), spread(k + v));
+        let len = first + self.tokens_kv() * row_kv;
+        Places { len, row_q: q, row_kv, k: first, v: first + k }
     }
 
     /// Where q and k lie once they are normalised and turned: k behind q, and all elements.
