@@ -10,9 +10,13 @@ use pulp::Simd;
 /// Products of q and k, which differ in sign, that are added up in one register.
 const CHAIN_SCORES: usize = 128;
 
-/// Products of p and v that are added up in a pair of registers. Values and weights may all have
-/// one sign; rounding then drifts with the length of a chain of additions.
-const CHAIN_VALUES: usize = 32;
+/// Products of p and v that are added up in one register. Values and weights may all have one sign;
+/// rounding then drifts with the length of a chain of additions.
+const CHAIN_VALUES: usize = 16;
+
+/// Neighbouring scalars that are fetched with one check of the bounds: a branch for each would take longer
+/// than its products.
+const STEP: usize = 4;
 
 /// `(seq_kv, head_dim) @ (head_dim, tile_q) -> (seq_kv, tile_q)`: scores of `scores.len()` keys,
 /// row `j` of which starts at `keys[j * stride]`; `q` has `head_dim` rows. `row_max` becomes the
@@ -39,8 +43,10 @@ pub(super) fn scores<S: Simd, const NV: usize>(
     }
     if S::REGISTER_COUNT >= 32 {
         blocks_of!(8);
+    } else {
+        blocks_of!(6);
     }
-    blocks_of!(4);
+    blocks_of!(2);
     blocks_of!(1);
 }
 
@@ -58,15 +64,7 @@ fn score_rows<S: Simd, const MR: usize, const NV: usize>(
     for (chain, q) in q.chunks(CHAIN_SCORES).enumerate() {
         let rows: [&[f32]; MR] =
             core::array::from_fn(|r| &keys[r * stride + chain * CHAIN_SCORES..][..q.len()]);
-        let mut sum = [[zero; NV]; MR];
-        for (d, q) in q.iter().enumerate() {
-            for r in 0..MR {
-                let k = simd.splat_f32s(rows[r][d]);
-                for n in 0..NV {
-                    sum[r][n] = simd.mul_add_e_f32s(k, q[n], sum[r][n]);
-                }
-            }
-        }
+        let sum = dots::<S, MR, NV>(simd, rows, q);
         if chain == 0 {
             total = sum;
         } else {
@@ -79,6 +77,37 @@ fn score_rows<S: Simd, const MR: usize, const NV: usize>(
         }
         *row = *total;
     }
+}
+
+/// The products of scalars with vectors: `sum[r] = sum over i of rows[r][i] * x[i]`.
+#[inline(always)]
+pub(super) fn dots<S: Simd, const MR: usize, const NV: usize>(
+    simd: S,
+    rows: [&[f32]; MR],
+    x: &[[S::f32s; NV]],
+) -> [[S::f32s; NV]; MR] {
+    let mut sum = [[simd.splat_f32s(0.0); NV]; MR];
+    let (steps, rest) = x.as_chunks::<STEP>();
+    let scalars = rows.map(|row| row.as_chunks::<STEP>().0);
+    for (at, x) in steps.iter().enumerate() {
+        for i in 0..STEP {
+            for r in 0..MR {
+                let scalar = simd.splat_f32s(scalars[r][at][i]);
+                for n in 0..NV {
+                    sum[r][n] = simd.mul_add_e_f32s(scalar, x[i][n], sum[r][n]);
+                }
+            }
+        }
+    }
+    for (i, x) in rest.iter().enumerate() {
+        for r in 0..MR {
+            let scalar = simd.splat_f32s(rows[r][steps.len() * STEP + i]);
+            for n in 0..NV {
+                sum[r][n] = simd.mul_add_e_f32s(scalar, x[n], sum[r][n]);
+            }
+        }
+    }
+    sum
 }
 
 /// `(head_dim_v, seq_kv) @ (seq_kv, tile_q) -> (head_dim_v, tile_q)`, added to `acc`: values of
@@ -94,43 +123,48 @@ pub(super) fn weighted_sum<S: Simd, const NV: usize>(
     let mut at = 0;
     let n = acc.len();
     macro_rules! blocks_of {
-        ($rows:literal) => {
+        ($rows:literal, $chains:literal) => {
             while n - at >= $rows {
                 let rows = &mut acc[at..at + $rows];
-                value_rows::<S, $rows, NV>(simd, &values[at..], stride, p, rows);
+                value_rows::<S, $rows, $chains, NV>(simd, &values[at..], stride, p, rows);
                 at += $rows;
             }
         };
     }
     if S::REGISTER_COUNT >= 32 {
-        blocks_of!(4);
+        blocks_of!(4, 2);
+    } else {
+        blocks_of!(6, 1);
     }
-    blocks_of!(2);
-    blocks_of!(1);
+    blocks_of!(2, 2);
+    blocks_of!(1, 4);
 }
 
+/// `CHAINS` registers take turns for each sum.
 #[inline(always)]
-fn value_rows<S: Simd, const MR: usize, const NV: usize>(
+fn value_rows<S: Simd, const MR: usize, const CHAINS: usize, const NV: usize>(
     simd: S,
     values: &[f32],
     stride: usize,
     p: &[[S::f32s; NV]],
     acc: &mut [[S::f32s; NV]],
 ) {
-    for (chain, p) in p.chunks(CHAIN_VALUES).enumerate() {
-        let values = &values[chain * CHAIN_VALUES * stride..];
-        let mut even = [[simd.splat_f32s(0.0); NV]; MR];
-        let mut odd = even;
-        let mut pairs = p.chunks_exact(2);
-        for (j, pair) in pairs.by_ref().enumerate() {
-            add_products(simd, &values[2 * j * stride..][..MR], &pair[0], &mut even);
-            add_products(simd, &values[(2 * j + 1) * stride..][..MR], &pair[1], &mut odd);
+    for (chain, p) in p.chunks(CHAINS * CHAIN_VALUES).enumerate() {
+        let values = &values[chain * CHAINS * CHAIN_VALUES * stride..];
+        let mut sums = [[[simd.splat_f32s(0.0); NV]; MR]; CHAINS];
+        let (turns, rest) = p.as_chunks::<CHAINS>();
+        for (at, p) in turns.iter().enumerate() {
+            for i in 0..CHAINS {
+                let row = &values[(CHAINS * at + i) * stride..][..MR];
+                add_products(simd, row, &p[i], &mut sums[i]);
+            }
         }
-        if let [last] = pairs.remainder() {
-            add_products(simd, &values[(p.len() - 1) * stride..][..MR], last, &mut even);
+        for (i, p) in rest.iter().enumerate() {
+            add_products(simd, &values[(CHAINS * turns.len() + i) * stride..][..MR], p, &mut sums[0]);
         }
-        add_rows(simd, &mut even, &odd);
-        add_rows(simd, acc, &even);
+        for sum in &sums {
+            add_rows(simd, acc, sum);
+        }
     }
 }
 

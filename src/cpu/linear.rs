@@ -23,9 +23,8 @@ use crate::linear::{LinearInputs, LinearProblem};
 const LEVEL: usize = 64;
 const FAR: usize = 1024;
 
-/// Inputs of a block. With 12 outputs and two vectors of rows, what its products read again and again fits the
-/// first cache.
-const BLOCK_INPUTS: usize = 256;
+/// Elements of x that products with some outputs after the others read again and again: half of the first cache.
+const BLOCK: usize = 4096;
 
 /// Rows of a piece of work, and outputs: what of x it reads for each block of outputs, and its sums, fit the
 /// second cache. Multiples of every vector's length, and of 12.
@@ -254,21 +253,30 @@ impl Map<'_> {
         Rows { data: buffer, stride: inputs }
     }
 
-    /// Writes a row's sums of a piece.
-    fn write<T: Element>(
+    /// Writes the sums of a piece: those of each of its rows, as `sums` gives them.
+    #[inline(always)]
+    fn write<'s, T: Element, I: Iterator<Item = &'s f32>>(
         &self,
-        row: usize,
-        first_output: usize,
-        sums: impl Iterator<Item = f32>,
-        y: &mut [T],
+        piece: Piece<'_, T>,
+        buffer: &mut Vec<f32>,
+        sums: impl Fn(usize) -> I,
     ) {
-        match (self.problem.bias, self.inputs.bias) {
-            (Some(bias), Some(values)) => {
-                for (i, (y, sum)) in y.iter_mut().zip(sums).enumerate() {
-                    *y = T::of(sum + values.get(bias.layout.index([0, 0, row, first_output + i])));
-                }
+        let first_row = piece.first_row;
+        let (Some(bias), Some(values)) = (self.problem.bias, self.inputs.bias) else {
+            for (row, y) in piece.y.into_iter().enumerate() {
+                y.iter_mut().zip(sums(row)).for_each(|(y, sum)| *y = T::of(*sum));
             }
-            _ => y.iter_mut().zip(sums).for_each(|(y, sum)| *y = T::of(sum)),
+            return;
+        };
+        let [.., to_row, _] = bias.layout.strides;
+        for (row, y) in piece.y.into_iter().enumerate() {
+            buffer.resize(y.len(), 0.0);
+            // Most often all rows have one.
+            if row == 0 || to_row != 0 {
+                let at = bias.layout.index([0, 0, first_row + row, piece.first_output]);
+                read(&values, at, step(bias.layout, self.problem.outputs), buffer);
+            }
+            y.iter_mut().zip(sums(row)).zip(&*buffer).for_each(|((y, sum), bias)| *y = T::of(sum + bias));
         }
     }
 }
@@ -363,37 +371,36 @@ impl<T: Element, const NV: usize> WithSimd for Many<'_, '_, T, NV> {
         sums.fill(0.0);
         let far = scratch.far.get(if inputs > FAR { outputs * stride } else { 0 });
         far.fill(0.0);
-        for input in (0..inputs).step_by(BLOCK_INPUTS) {
+        let block = (BLOCK / width).min(FAR);
+        for input in (0..inputs).step_by(block) {
             if input > 0 && input % FAR == 0 {
                 fold(sums, far);
             }
-            let count = BLOCK_INPUTS.min(inputs - input);
+            let count = block.min(inputs - input);
             let w = map.w(piece.first_output, outputs, input, count, &mut scratch.w);
-            let mut at = 0;
-            macro_rules! blocks_of {
-                ($outputs:literal) => {
-                    while outputs - at >= $outputs {
-                        let w = Rows { data: &w.data[at * w.stride..], stride: w.stride };
-                        for group in 0..groups {
-                            let x = &x[(group * inputs + input) * width..][..count * width];
-                            let sums = &mut sums[at * stride + group * width..];
-                            products::<S, $outputs, NV>(simd, x, w, sums, stride);
+            for group in 0..groups {
+                let x = &x[(group * inputs + input) * width..][..count * width];
+                let sums = &mut sums[group * width..];
+                let mut at = 0;
+                macro_rules! blocks_of {
+                    ($outputs:literal) => {
+                        while outputs - at >= $outputs {
+                            let w = Rows { data: &w.data[at * w.stride..], stride: w.stride };
+                            products::<S, $outputs, NV>(simd, x, w, &mut sums[at * stride..], stride);
+                            at += $outputs;
                         }
-                        at += $outputs;
-                    }
-                };
+                    };
+                }
+                if S::REGISTER_COUNT >= 32 {
+                    blocks_of!(12);
+                }
+                blocks_of!(6);
+                blocks_of!(1);
             }
-            if S::REGISTER_COUNT >= 32 {
-                blocks_of!(12);
-            }
-            blocks_of!(6);
-            blocks_of!(1);
         }
         sums.iter_mut().zip(&*far).for_each(|(sum, far)| *sum += far);
-        for (row, y) in piece.y.into_iter().enumerate() {
-            let sums = sums[row..].iter().step_by(stride).copied();
-            map.write(piece.first_row + row, piece.first_output, sums, y);
-        }
+        let sums = &*sums;
+        map.write(piece, &mut scratch.w, |row| sums[row..].iter().step_by(stride));
     }
 }
 
@@ -409,15 +416,7 @@ fn products<S: Simd, const N: usize, const NV: usize>(
     let x = S::as_simd_f32s(x).0.as_chunks::<NV>().0;
     for (level, x) in x.chunks(LEVEL).enumerate() {
         let w: [&[f32]; N] = core::array::from_fn(|n| &w.data[n * w.stride + level * LEVEL..][..x.len()]);
-        let mut sum = [[simd.splat_f32s(0.0); NV]; N];
-        for (input, x) in x.iter().enumerate() {
-            for n in 0..N {
-                let w = simd.splat_f32s(w[n][input]);
-                for v in 0..NV {
-                    sum[n][v] = simd.mul_add_e_f32s(w, x[v], sum[n][v]);
-                }
-            }
-        }
+        let sum = super::kernel::dots::<S, N, NV>(simd, w, x);
         for n in 0..N {
             let to = S::as_mut_simd_f32s(&mut sums[n * stride..][..NV * S::F32_LANES]).0;
             for v in 0..NV {
@@ -521,10 +520,8 @@ impl<T: Element> WithSimd for Few<'_, '_, T> {
             }
             sums.iter_mut().zip(&*far).for_each(|(sum, far)| *sum += far);
         }
-        for (row, y) in piece.y.into_iter().enumerate() {
-            let sums = sums[row * outputs..][..outputs].iter().copied();
-            map.write(row, piece.first_output, sums, y);
-        }
+        let sums = &*sums;
+        map.write(piece, buffer, |row| sums[row * outputs..][..outputs].iter());
     }
 }
 

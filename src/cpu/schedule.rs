@@ -22,7 +22,7 @@ const SPLIT_KEYS: usize = 4 * TILE_KV;
 /// Computes every tile and writes it.
 pub(super) fn run(context: &Context<'_>, out: TileOut<'_, '_>, isa: Isa) {
     let p = context.problem;
-    let tiles = tiles(p, 3 * isa.dispatch(Lanes));
+    let tiles = tiles(p, isa.dispatch(Lanes));
     let serial = p.flops() / 2.0 < PARALLEL_WORK || rayon::current_num_threads() == 1;
     let splits = if serial || p.weights { 1 } else { splits(tiles.len(), p.seq_kv) };
 
@@ -114,13 +114,14 @@ fn part(keys: &Range<usize>, at: usize, parts: usize) -> Range<usize> {
     edge(at)..edge(at + 1)
 }
 
-/// f32 lanes of a vector.
+/// Query rows of a tile: two or three vectors of them, so that with as many keys as fill the registers no
+/// product waits for the one before.
 struct Lanes;
 
 impl WithSimd for Lanes {
     type Output = usize;
 
     fn with_simd<S: Simd>(self, _: S) -> usize {
-        S::F32_LANES
+        if S::REGISTER_COUNT >= 32 { 3 * S::F32_LANES } else { 2 * S::F32_LANES }
     }
 }
