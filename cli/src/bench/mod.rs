@@ -45,7 +45,8 @@ pub(crate) struct BenchArgs {
     shapes: Vec<Shape>,
     /// A step of decoding: one query a head against a cache (--cache, --kv-dtype). Gigabytes a second of the
     /// keys and values that queries see, in the type that they are stored in, by the adapter's clock if it has
-    /// one, and how that compares with a copy on the same adapter [default shape: 1x32/8x1/4096x128, default paths: cpu, fused]
+    /// one, and how that compares with a copy on the same adapter [default shape: 1x32/8x1/4096x128, default
+    /// paths: cpu, fused]
     #[arg(long)]
     decode: bool,
     /// Element type of q, k and v (several: separated by commas)
