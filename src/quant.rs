@@ -30,7 +30,10 @@ pub(crate) const fn format(dtype: Dtype) -> Option<(usize, usize)> {
 /// How often a group's range is fitted. Two find all that there is to find on real keys and values; 255 steps
 /// are so fine that one gains nothing.
 pub(crate) const fn fits(dtype: Dtype) -> usize {
-    matches!(dtype, Dtype::Int4) as usize * 2
+    match dtype {
+        Dtype::Int4 => 2,
+        _ => 0,
+    }
 }
 
 /// Stored elements of a row of `dim` numbers: `dim` of a float type, and the words of a quantised row. It is
@@ -94,8 +97,13 @@ impl Range {
         Self { lowest, scale, levels }
     }
 
+    /// 0 where the scale is 0 or NaN.
     fn code(self, x: f32) -> f32 {
-        ((x - self.lowest) / self.scale + 0.5).floor().clamp(0.0, self.levels)
+        if self.scale > 0.0 {
+            ((x - self.lowest) / self.scale + 0.5).floor().clamp(0.0, self.levels)
+        } else {
+            0.0
+        }
     }
 
     /// Squares of what the codes of `x` are wrong by, in steps of another range: never too large for f32.
@@ -148,13 +156,11 @@ fn quantize_row(dtype: Dtype, row: &[f32], words: &mut [u32]) {
     let (heads, codes) = words.split_at_mut(group_words(dtype, row.len()));
     let (group, per_word) = (group.min(row.len().max(1)), 32 / bits);
     for (at, (x, head)) in row.chunks(group).zip(heads).enumerate() {
-        let range = Range::of(x, levels);
-        let range = if range.scale > 0.0 { range.refined(x, fits(dtype)) } else { range };
+        let range = Range::of(x, levels).refined(x, fits(dtype));
         *head = (range.scale.to_bits() >> 16) | (range.lowest.to_bits() & 0xffff_0000);
         for (i, x) in x.iter().enumerate() {
-            let code = if range.scale > 0.0 { range.code(*x) } else { 0.0 };
             let d = at * group + i;
-            codes[d / per_word] |= (code as u32) << (bits * (d % per_word));
+            codes[d / per_word] |= (range.code(*x) as u32) << (bits * (d % per_word));
         }
     }
 }

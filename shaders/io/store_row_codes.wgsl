@@ -100,15 +100,16 @@ fn range_of(first: u32) -> Range {
     return best;
 }
 
+// A group begins with a word, whose thread also stores the group's range.
 fn store_row(to: u32, lane: u32) {
     let groups = div_ceil(WIDTH, GROUP);
-    for (var group = lane; group < groups; group += LANES) {
-        let range = range_of(group * GROUP);
-        k_data[to + group] = (bitcast<u32>(range.scale) >> 16u) | bitcast<u32>(range.lowest);
-    }
     for (var word = lane; word < div_ceil(WIDTH, CODES); word += LANES) {
         let first = word * CODES;
-        let range = range_of(first / GROUP * GROUP);
+        let group = first / GROUP;
+        let range = range_of(group * GROUP);
+        if first == group * GROUP {
+            k_data[to + group] = (bitcast<u32>(range.scale) >> 16u) | bitcast<u32>(range.lowest);
+        }
         var codes = 0u;
         if range.scale > 0.0 {
             for (var i = 0u; i < min(CODES, WIDTH - first); i += 1u) {
