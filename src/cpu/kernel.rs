@@ -7,6 +7,12 @@
 
 use pulp::Simd;
 
+/// Most vectors of query rows in a tile: as many as leave registers for enough keys, or dims of values, that no
+/// product waits for the one before.
+pub(super) const fn most_vectors<S: Simd>() -> usize {
+    if S::REGISTER_COUNT >= 32 { 3 } else { 2 }
+}
+
 /// Products of q and k, which differ in sign, that are added up in one register.
 const CHAIN_SCORES: usize = 128;
 
@@ -64,7 +70,7 @@ fn score_rows<S: Simd, const MR: usize, const NV: usize>(
     for (chain, q) in q.chunks(CHAIN_SCORES).enumerate() {
         let rows: [&[f32]; MR] =
             core::array::from_fn(|r| &keys[r * stride + chain * CHAIN_SCORES..][..q.len()]);
-        let sum = dots::<S, MR, NV>(simd, rows, q);
+        let sum = sum_products::<S, MR, NV>(simd, rows, q);
         if chain == 0 {
             total = sum;
         } else {
@@ -81,7 +87,7 @@ fn score_rows<S: Simd, const MR: usize, const NV: usize>(
 
 /// The products of scalars with vectors: `sum[r] = sum over i of rows[r][i] * x[i]`.
 #[inline(always)]
-pub(super) fn dots<S: Simd, const MR: usize, const NV: usize>(
+pub(super) fn sum_products<S: Simd, const MR: usize, const NV: usize>(
     simd: S,
     rows: [&[f32]; MR],
     x: &[[S::f32s; NV]],
@@ -92,22 +98,25 @@ pub(super) fn dots<S: Simd, const MR: usize, const NV: usize>(
     for (at, x) in steps.iter().enumerate() {
         for i in 0..STEP {
             for r in 0..MR {
-                let scalar = simd.splat_f32s(scalars[r][at][i]);
-                for n in 0..NV {
-                    sum[r][n] = simd.mul_add_e_f32s(scalar, x[i][n], sum[r][n]);
-                }
+                add_product(simd, scalars[r][at][i], &x[i], &mut sum[r]);
             }
         }
     }
     for (i, x) in rest.iter().enumerate() {
         for r in 0..MR {
-            let scalar = simd.splat_f32s(rows[r][steps.len() * STEP + i]);
-            for n in 0..NV {
-                sum[r][n] = simd.mul_add_e_f32s(scalar, x[n], sum[r][n]);
-            }
+            add_product(simd, rows[r][steps.len() * STEP + i], x, &mut sum[r]);
         }
     }
     sum
+}
+
+/// `sum += scalar * x`.
+#[inline(always)]
+fn add_product<S: Simd, const NV: usize>(simd: S, scalar: f32, x: &[S::f32s; NV], sum: &mut [S::f32s; NV]) {
+    let scalar = simd.splat_f32s(scalar);
+    for n in 0..NV {
+        sum[n] = simd.mul_add_e_f32s(scalar, x[n], sum[n]);
+    }
 }
 
 /// `(head_dim_v, seq_kv) @ (seq_kv, tile_q) -> (head_dim_v, tile_q)`, added to `acc`: values of
@@ -177,10 +186,7 @@ fn add_products<S: Simd, const MR: usize, const NV: usize>(
     sum: &mut [[S::f32s; NV]; MR],
 ) {
     for r in 0..MR {
-        let v = simd.splat_f32s(values[r]);
-        for n in 0..NV {
-            sum[r][n] = simd.mul_add_e_f32s(v, p[n], sum[r][n]);
-        }
+        add_product(simd, values[r], p, &mut sum[r]);
     }
 }
 

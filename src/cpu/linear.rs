@@ -11,6 +11,7 @@ use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::Isa;
+use super::kernel::sum_products;
 use super::load::{Rows, read};
 use super::scratch::Aligned;
 use crate::dtype::{Tensor, TensorRef};
@@ -416,7 +417,7 @@ fn products<S: Simd, const N: usize, const NV: usize>(
     let x = S::as_simd_f32s(x).0.as_chunks::<NV>().0;
     for (level, x) in x.chunks(LEVEL).enumerate() {
         let w: [&[f32]; N] = core::array::from_fn(|n| &w.data[n * w.stride + level * LEVEL..][..x.len()]);
-        let sum = super::kernel::dots::<S, N, NV>(simd, w, x);
+        let sum = sum_products::<S, N, NV>(simd, w, x);
         for n in 0..N {
             let to = S::as_mut_simd_f32s(&mut sums[n * stride..][..NV * S::F32_LANES]).0;
             for v in 0..NV {

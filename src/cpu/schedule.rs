@@ -6,6 +6,7 @@ use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::Isa;
+use super::kernel;
 use super::lanes::{Context, Tile};
 use super::output::TileOut;
 use super::scratch::Scratch;
@@ -22,7 +23,7 @@ const SPLIT_KEYS: usize = 4 * TILE_KV;
 /// Computes every tile and writes it.
 pub(super) fn run(context: &Context<'_>, out: TileOut<'_, '_>, isa: Isa) {
     let p = context.problem;
-    let tiles = tiles(p, isa.dispatch(Lanes));
+    let tiles = tiles(p, isa.dispatch(TileRows));
     let serial = p.flops() / 2.0 < PARALLEL_WORK || rayon::current_num_threads() == 1;
     let splits = if serial || p.weights { 1 } else { splits(tiles.len(), p.seq_kv) };
 
@@ -114,14 +115,13 @@ fn part(keys: &Range<usize>, at: usize, parts: usize) -> Range<usize> {
     edge(at)..edge(at + 1)
 }
 
-/// Query rows of a tile: two or three vectors of them, so that with as many keys as fill the registers no
-/// product waits for the one before.
-struct Lanes;
+/// Query rows of a tile.
+struct TileRows;
 
-impl WithSimd for Lanes {
+impl WithSimd for TileRows {
     type Output = usize;
 
     fn with_simd<S: Simd>(self, _: S) -> usize {
-        if S::REGISTER_COUNT >= 32 { 3 * S::F32_LANES } else { 2 * S::F32_LANES }
+        kernel::most_vectors::<S>() * S::F32_LANES
     }
 }

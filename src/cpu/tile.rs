@@ -87,8 +87,8 @@ impl WithSimd for Pass<'_, '_> {
     fn with_simd<S: Simd>(self, simd: S) {
         match self.run.tile.lanes.len().div_ceil(S::F32_LANES) {
             0 | 1 => self.run.pass::<S, 1>(simd, self.careful),
-            2 => self.run.pass::<S, 2>(simd, self.careful),
-            _ => self.run.pass::<S, 3>(simd, self.careful),
+            3 if kernel::most_vectors::<S>() == 3 => self.run.pass::<S, 3>(simd, self.careful),
+            _ => self.run.pass::<S, 2>(simd, self.careful),
         }
     }
 }
