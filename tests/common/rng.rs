@@ -61,6 +61,20 @@ pub fn env_number(name: &str) -> Option<u64> {
     Some(number.unwrap_or_else(|_| panic!("{name}={text} is not a number")))
 }
 
+/// `WGPU_ATTENTION_TABLE=N`: one row of N is tried, for slow adapters and for hunting planted bugs.
+pub fn every() -> usize {
+    env_number("WGPU_ATTENTION_TABLE").unwrap_or(1).max(1) as usize
+}
+
+/// Every Nth row of a table from row `WGPU_ATTENTION_FIRST` on: adapters that cannot try all of them in time
+/// try different ones.
+pub fn slice<T>(table: impl IntoIterator<Item = T>) -> impl Iterator<Item = T> {
+    let first = env_number("WGPU_ATTENTION_FIRST").unwrap_or(0) as usize;
+    let table: Vec<T> = table.into_iter().collect();
+    let turns = every().min(table.len()).max(1);
+    table.into_iter().skip(first % turns).step_by(every())
+}
+
 /// A seed that no run has seen before, or the one in `WGPU_ATTENTION_SEED`.
 pub fn fresh_seed() -> u64 {
     env_number("WGPU_ATTENTION_SEED").unwrap_or_else(|| {

@@ -6,6 +6,7 @@ use wgpu_attention::{Dtype, Error, Family, Outputs, Path, PlanOptions, Similarit
 use super::case::Case;
 use super::check::{Expected, Gap};
 use super::gpu::{self, Door, Kind};
+use super::rng::every;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Subject {
@@ -214,13 +215,8 @@ fn oracle_outputs(case: &Case) -> Result<Outputs, Error> {
     Ok(Outputs { o, lse: p.lse.then(|| narrow(reference.lse)), weights: reference.weights.map(narrow) })
 }
 
-/// `WGPU_ATTENTION_TABLE=N` takes every Nth row of the covering table, and each other case on every Nth
-/// of its GPU subjects, by turns: for slow adapters, and for hunting planted bugs.
-pub fn every() -> usize {
-    super::rng::env_number("WGPU_ATTENTION_TABLE").unwrap_or(1).max(1) as usize
-}
-
-/// The share of the subjects that is a case's turn.
+/// The share of the subjects that is a case's turn: its GPU subjects take turns where [`every`] case cannot try
+/// all of them.
 fn in_turn(number: usize, subjects: &[Subject]) -> Vec<Subject> {
     let gpus = subjects.iter().filter(|subject| matches!(subject, Subject::Gpu { .. })).count();
     let every = every().min(gpus.max(1));
