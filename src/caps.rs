@@ -155,12 +155,15 @@ impl Caps {
             missing.push("SHADER_F16: f16 tensors are unpacked from pairs, which costs a little".into());
         }
         if self.subgroup.is_none() {
-            missing.push("SUBGROUP: no kernel of the family fused:tile_subgroup".into());
+            missing.push("SUBGROUP: no kernel fused:tile_subgroup or linear_few_subgroup".into());
         }
         match &self.matrix {
-            None => missing.push("cooperative matrices of f16: no kernel fused:tile_matrix".into()),
+            None => missing
+                .push("cooperative matrices of f16: no kernel fused:tile_matrix or linear_matrix".into()),
             Some(MatrixUnits { tested: Some(Err(why)), .. }) => {
-                missing.push(format!("cooperative matrices that work: no kernel fused:tile_matrix ({why})"));
+                missing.push(format!(
+                    "cooperative matrices that work: no kernel fused:tile_matrix or linear_matrix ({why})"
+                ));
             }
             Some(_) => {}
         }

@@ -342,6 +342,10 @@ pub(crate) mod reflection {
             .unwrap_or_else(|e| panic!("{recipe:?}: {}", e.emit_to_string(&wgsl)));
         let mut capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
         capabilities.set(Capabilities::SHADER_FLOAT16, shader_f16);
+        // Only what asks for them by name has them.
+        let matrices = wgsl.contains("enable wgpu_cooperative_matrix;");
+        capabilities.set(Capabilities::COOPERATIVE_MATRIX, matrices);
+        capabilities.set(Capabilities::SUBGROUP, matrices || recipe.name().contains("subgroup"));
         let info = Validator::new(ValidationFlags::all(), capabilities)
             .validate(&module)
             .unwrap_or_else(|e| panic!("{recipe:?}: {}", e.emit_to_string(&wgsl)));

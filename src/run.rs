@@ -123,7 +123,8 @@ impl Attention {
         Ok(outputs)
     }
 
-    fn upload(&self, operand: Operand, bytes: &[u8]) -> wgpu::Buffer {
+    /// A new buffer with an operand's bytes.
+    pub(crate) fn upload(&self, operand: Operand, bytes: &[u8]) -> wgpu::Buffer {
         let size = bytes.len().next_multiple_of(4).max(4);
         let buffer = self.device().create_buffer(&wgpu::BufferDescriptor {
             label: Some(&operand.to_string()),
@@ -139,7 +140,11 @@ impl Attention {
     }
 
     fn output(&self, problem: &AttentionProblem, operand: Operand) -> wgpu::Buffer {
-        let bytes = problem.extent(operand) as u64 * problem.element_bytes(operand) as u64;
+        self.target(operand, problem.extent(operand) as u64 * problem.element_bytes(operand) as u64)
+    }
+
+    /// A new buffer that a kernel writes and the host reads.
+    pub(crate) fn target(&self, operand: Operand, bytes: u64) -> wgpu::Buffer {
         self.device().create_buffer(&wgpu::BufferDescriptor {
             label: Some(&operand.to_string()),
             size: bytes.next_multiple_of(4).max(4),

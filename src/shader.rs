@@ -228,6 +228,7 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
     if b.kernel.is_fused_tile() {
         // (Browsers want `enable subgroups;` first, which naga refuses; wgpu offers none there.)
         let subgroup = b.tiles.fused.subgroup;
+        add(if subgroup { part!("exchange/place_subgroup") } else { part!("exchange/place_workgroup") });
         add(if subgroup { part!("exchange/subgroup") } else { part!("exchange/workgroup") });
     }
     add(match b.kernel {
@@ -251,6 +252,7 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         Kernel::Merge => part!("kernel/merge"),
         Kernel::FusedTile | Kernel::FusedSubgroup => part!("kernel/fused_tile"),
         Kernel::FusedMatrix => {
+            add(part!("exchange/place_subgroup"));
             add(part!("exchange/subgroup"));
             let edge = b.tiles.matrix.edge;
             let text = unroll(part!("kernel/fused_matrix"), &constants(b));

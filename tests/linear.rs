@@ -8,7 +8,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 
 use common::check::poison;
 use common::gpu::{self, Gpu, Kind, download, upload};
-use common::rng::{Rng, env_number, fresh_seed};
+use common::rng::{Rng, fresh_seed, slice};
 use wgpu_attention::reference::{LinearReference, linear};
 use wgpu_attention::{
     Attention, Bias, Dtype, Error, Layout, LinearInputs, LinearKernel, LinearOperands, LinearProblem,
@@ -26,10 +26,25 @@ fn gpus() -> Vec<[&'static Gpu; 2]> {
     kinds.filter_map(|kind| Some([gpu::get(kind, false)?, gpu::get(kind, true)?])).collect()
 }
 
-/// Every Nth of a table, where the environment asks for that.
-fn slice<T>(table: impl IntoIterator<Item = T>) -> impl Iterator<Item = T> {
-    let step = env_number("WGPU_ATTENTION_TABLE").unwrap_or(1).max(1) as usize;
-    table.into_iter().step_by(step)
+/// The kernels that some device here has.
+fn kernels() -> Vec<LinearKernel> {
+    let gpus = gpus();
+    let mut all = LinearKernel::ALL.to_vec();
+    all.retain(|&kernel| gpus.iter().all(|[gpu, _]| gpu.kind == Kind::Minimal || !lacks(kernel, gpu)));
+    all
+}
+
+fn lacks(kernel: LinearKernel, gpu: &Gpu) -> bool {
+    kernel.lacks(gpu.attention.caps()).is_some()
+}
+
+/// The problem by a kernel, in types that it multiplies.
+fn by(kernel: Option<LinearKernel>, problem: LinearProblem) -> LinearProblem {
+    let p = LinearProblem { kernel, ..problem };
+    match kernel {
+        Some(LinearKernel::Matrix) => LinearProblem { dtype: Dtype::F16, weight_dtype: Dtype::F16, ..p },
+        _ => p,
+    }
 }
 
 /// Runs a law on numbers from a seed of its own, which a failure prints.
@@ -111,7 +126,8 @@ impl Map {
         #[cfg(feature = "cpu")]
         self.check_cpu(&want);
         let mut last = None;
-        let gpus = gpus();
+        let mut gpus = gpus();
+        gpus.retain(|[gpu, _]| !self.problem.kernel.is_some_and(|kernel| lacks(kernel, gpu)));
         // Each compiles anew, which takes longer than all the rest.
         if let Some(both) = gpus.get(self.turn() % gpus.len().max(1)) {
             let [y, checked] = both.map(|gpu| self.run(gpu));
@@ -260,8 +276,8 @@ fn shapes_around_tile_edges() {
     hold(|rng| {
         for (i, [rows, inputs, outputs]) in slice(shapes.into_iter().enumerate()) {
             let p = LinearProblem::new(rows, inputs, outputs);
-            for kernel in LinearKernel::ALL.map(Some).into_iter().chain([None]) {
-                let p = LinearProblem { kernel, ..p };
+            for kernel in kernels().into_iter().map(Some).chain([None]) {
+                let p = by(kernel, p);
                 let (with, without) = (p.with_bias(Dtype::F32), p.with_transposed_weights());
                 // Alternately, not to compile every kernel twice.
                 let maps = match i % 2 {
@@ -279,6 +295,9 @@ fn shapes_around_tile_edges() {
 /// x, W, bias and y of every type, together and apart.
 #[test]
 fn every_type() {
+    let kernels = kernels();
+    let of_floats: Vec<_> =
+        kernels.iter().copied().filter(|&kernel| kernel != LinearKernel::Matrix).collect();
     let mut maps = Vec::new();
     for (i, dtype) in FLOATS.into_iter().enumerate() {
         for (j, weight_dtype) in FLOATS.into_iter().enumerate() {
@@ -289,10 +308,15 @@ fn every_type() {
                     let p = LinearProblem { dtype, weight_dtype, out_dtype, ..p };
                     let p = if (i + j) % 2 == 0 { p } else { p.with_transposed_weights() };
                     if i == j && j == k {
-                        maps.extend(LinearKernel::ALL.map(|kernel| (p, kernel)));
-                        maps.push((p.with_transposed_weights(), LinearKernel::ALL[i]));
+                        maps.extend(of_floats.iter().map(|&kernel| (p, kernel)));
+                        let n = of_floats.len();
+                        maps.push((p.with_transposed_weights(), of_floats[(i + rows) % n]));
                     } else {
-                        maps.push((p, LinearKernel::ALL[(i + k + rows) % 3]));
+                        maps.push((p, of_floats[(i + k + rows) % of_floats.len()]));
+                    }
+                    if kernels.contains(&LinearKernel::Matrix) && [dtype, weight_dtype] == [Dtype::F16; 2] {
+                        maps.push((p, LinearKernel::Matrix));
+                        maps.push((p.with_transposed_weights(), LinearKernel::Matrix));
                     }
                 }
             }
@@ -308,8 +332,9 @@ fn every_type() {
 /// Offsets and gaps, in quads or anyhow; elements apart; residuals.
 #[test]
 fn any_layout() {
+    let kernels = kernels();
     hold(|rng| {
-        for i in slice(0..30) {
+        for i in slice(0..40) {
             let quads = rng.chance(0.5);
             let unit = if quads { 4 } else { 1 };
             let gap = |rng: &mut Rng| unit * rng.below(4);
@@ -339,10 +364,9 @@ fn any_layout() {
                 w: matrix(outputs, inputs, rng),
                 y: matrix(rows, outputs, rng),
                 bias: bias.map(|layout| Bias { dtype, layout }),
-                kernel: Some(LinearKernel::ALL[i % 3]),
                 ..LinearProblem::new(rows, inputs, outputs)
             };
-            Map::draw(p, rng).check();
+            Map::draw(by(Some(kernels[i % kernels.len()]), p), rng).check();
         }
     });
 }
@@ -351,9 +375,9 @@ fn any_layout() {
 #[test]
 fn long_sums_stay_exact() {
     hold(|rng| {
-        for kernel in LinearKernel::ALL {
+        for kernel in kernels() {
             for (rows, inputs) in slice([(20, 1 << 14), (3, 4096)]) {
-                let p = LinearProblem { kernel: Some(kernel), ..LinearProblem::new(rows, inputs, 8) };
+                let p = by(Some(kernel), LinearProblem::new(rows, inputs, 8));
                 for p in slice([p, p.with_transposed_weights()]) {
                     Map::fill(p, || 0.5 + rng.uniform() as f32).check();
                     // All products alike: each addition of a chain may err in the same direction.
@@ -362,8 +386,8 @@ fn long_sums_stay_exact() {
             }
         }
         // The longest: a thread has to reach the end on adapters that count its iterations.
-        for kernel in LinearKernel::ALL {
-            let p = LinearProblem { kernel: Some(kernel), ..LinearProblem::new(1, 1 << 17, 3) };
+        for kernel in kernels() {
+            let p = by(Some(kernel), LinearProblem::new(1, 1 << 17, 3));
             Map::draw(p, rng).check();
             Map::draw(p.with_transposed_weights(), rng).check();
         }
@@ -374,10 +398,11 @@ fn long_sums_stay_exact() {
 #[test]
 fn nan_stays_in_its_row() {
     hold(|rng| {
-        for kernel in LinearKernel::ALL {
+        for kernel in kernels() {
             for (dtype, [rows, inputs, outputs]) in [(Dtype::F32, [37, 24, 40]), (Dtype::Bf16, [7, 11, 13])] {
-                let p = LinearProblem { kernel: Some(kernel), ..LinearProblem::new(rows, inputs, outputs) };
-                let clean = Map::draw(p.with_dtype(dtype).with_bias(Dtype::F32), rng);
+                let p = LinearProblem::new(rows, inputs, outputs).with_dtype(dtype).with_bias(Dtype::F32);
+                let p = by(Some(kernel), p);
+                let clean = Map::draw(p, rng);
                 let Some(before) = clean.check() else { return };
                 for bad in [f32::NAN, f32::INFINITY] {
                     let (mut in_x, mut in_w) = (clean.clone(), clean.clone());
@@ -641,11 +666,19 @@ fn forced_kernels_that_do_not_fit() {
     hold(|rng| {
         let map = Map::draw(LinearProblem::new(20, 8, 12), rng);
         near(&map.problem, &map.run(&small), &map.oracle()).unwrap_or_else(|what| panic!("{what}"));
-        for (kernel, need) in [(LinearKernel::Tile, 128), (LinearKernel::Few, 64)] {
+        let threads = |need: u32| format!("it needs {need} threads a workgroup, the device has 32");
+        for (kernel, why) in [
+            (LinearKernel::Tile, threads(128)),
+            (LinearKernel::Few, threads(64)),
+            (LinearKernel::FewSubgroup, "it needs subgroup operations (SUBGROUP)".into()),
+            (
+                LinearKernel::Matrix,
+                "it needs cooperative matrices of f16 with f32 sums (EXPERIMENTAL_COOPERATIVE_MATRIX)".into(),
+            ),
+        ] {
             let problem = LinearProblem { kernel: Some(kernel), ..map.problem };
             let buffers = Buffers::new(&device, &map);
             let error = small.attention.prepare_linear(&problem, &buffers.operands()).expect_err("too small");
-            let why = format!("it needs {need} threads a workgroup, the device has 32");
             assert_eq!(error, Error::KernelUnfit { kernel: kernel.to_string(), why });
         }
     });

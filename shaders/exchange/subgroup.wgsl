@@ -1,20 +1,7 @@
 // What the LANES threads of a query row tell one another, by subgroup operations: no workgroup memory,
 // and no barrier. LANES is a power of two and at most the device's smallest subgroup; which size a
-// subgroup has is asked here, at run time. Rows are made of neighbours in a subgroup: WGSL does not say
-// how the indices in a workgroup are dealt out to subgroups.
-
-struct Place {
-    @builtin(subgroup_id) subgroup: u32,
-    @builtin(num_subgroups) subgroups: u32,
-    @builtin(subgroup_invocation_id) lane: u32,
-}
-
-// THREADS is a multiple of every subgroup size of the device, so that all subgroups are whole. Their size
-// is taken from their number: some drivers report the largest size in the place of the real one. The
-// remainder keeps addresses inside, whatever a driver reports.
-fn thread_of(place: Place) -> u32 {
-    return (place.subgroup * (THREADS / place.subgroups) + place.lane) % THREADS;
-}
+// subgroup has is asked at run time (shaders/exchange/place_subgroup.wgsl). Rows are made of neighbours in a
+// subgroup.
 
 fn offer(row: u32, x: u32, mine: f32) {}
 

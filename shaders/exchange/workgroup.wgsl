@@ -5,14 +5,6 @@ const P_SKEW = LANES + 1u;
 var<workgroup> wg_p: array<vec4<f32>, TILE_Q * P_SKEW>;
 var<workgroup> wg_mine: array<f32, TILE_Q * LANES>;
 
-struct Place {
-    @builtin(local_invocation_index) index: u32,
-}
-
-fn thread_of(place: Place) -> u32 {
-    return place.index;
-}
-
 // Offers a number of lane `x` to the other lanes of its row (of the tile). A barrier has to follow.
 fn offer(row: u32, x: u32, mine: f32) {
     wg_mine[row * LANES + x] = mine;

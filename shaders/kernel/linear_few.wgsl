@@ -2,16 +2,20 @@
 //
 // A workgroup owns ROWS rows and QUADS quads of outputs. LANES threads share a quad, each a LANES-th of the
 // inputs; those that are neighbours read neighbours of W, whichever way it lies. Their sums, in two levels of
-// LEVEL quads, meet in workgroup memory.
+// LEVEL quads, meet in workgroup memory; first, where there are subgroup operations, those of SHARE threads
+// meet without (shaders/io/linear_share_*.wgsl).
 
-var<workgroup> wg_sums: array<vec4<f32>, ROWS * QUADS * LANES>;
+const PARTS = LANES / SHARE;
 
-@compute @workgroup_size(LANES * QUADS)
+var<workgroup> wg_sums: array<vec4<f32>, ROWS * QUADS * PARTS>;
+
+@compute @workgroup_size(THREADS)
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
-    @builtin(local_invocation_index) thread: u32,
+    place: Place,
 ) {
+    let thread = thread_of(place);
     let tiles_n = div_ceil(params.outputs, 4u * QUADS);
     let tile = linear_group(group, groups);
     if tile >= params.groups {
@@ -48,13 +52,16 @@ fn main(
         //$ end
     }
     //$ for r in 0..ROWS
-    wg_sums[($ru * QUADS + quad) * LANES + lane] = total_$r;
+    total_$r = shared_sum(total_$r);
+    if lane % SHARE == 0u {
+        wg_sums[($ru * QUADS + quad) * PARTS + lane / SHARE] = total_$r;
+    }
     //$ end
     workgroupBarrier();
-    for (var at = thread; at < ROWS * QUADS; at += LANES * QUADS) {
+    for (var at = thread; at < ROWS * QUADS; at += THREADS) {
         var sum = vec4<f32>();
-        for (var i = 0u; i < LANES; i += 1u) {
-            sum += wg_sums[at * LANES + i];
+        for (var i = 0u; i < PARTS; i += 1u) {
+            sum += wg_sums[at * PARTS + i];
         }
         end_quad(first_row + at / QUADS, first_quad + at % QUADS, sum);
     }

@@ -26,6 +26,13 @@ const STEP: u32 = 4;
 /// Threads of the direct kernel: a vector of most processors.
 const LANES: u32 = 8;
 
+/// Threads of the kernel for few rows, and the smallest subgroup that there is.
+const FEW_THREADS: u32 = 64;
+const LEAST_SUBGROUP: u32 = 4;
+
+/// Most registers of a thread that fragments may take; a GPU has 255 or 256.
+const MOST_REGISTERS: u32 = 176;
+
 /// Inputs of a chain of products, and inputs of which the outer sums take care before the third level does:
 /// the error of a sum grows with the square root of its terms, or with their number where all are alike.
 const LEVEL: u32 = 64;
@@ -36,10 +43,71 @@ const FAR: u32 = 1024;
 enum Sizes {
     /// Rows of a thread.
     Tile { rows: u32 },
-    /// Rows and quads of outputs of a workgroup, and threads that share a quad.
-    Few { rows: u32, quads: u32, lanes: u32 },
+    /// Rows and quads of outputs of a workgroup, and threads that share a quad; how many of them a subgroup
+    /// covers, if it is asked to.
+    Few { rows: u32, quads: u32, lanes: u32, share: Option<u32> },
+    /// On cooperative matrices.
+    Matrix(Matrix),
     /// Rows and quads of outputs of a thread; which of the two differ from thread to thread.
     Direct { rows: u32, quads: u32, over_rows: bool },
+}
+
+/// Sizes of the kernel on cooperative matrices: subgroups of a workgroup along the rows and along the
+/// outputs, and fragments of each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Matrix {
+    edge: u32,
+    subgroup: u32,
+    down: u32,
+    across: u32,
+    bands: u32,
+    columns: u32,
+    /// Inputs that are staged at a time.
+    step: u32,
+}
+
+impl Matrix {
+    /// Of a device that has none.
+    const NONE: Self = Self { edge: 0, subgroup: 0, down: 0, across: 0, bands: 0, columns: 0, step: 0 };
+
+    /// The most rows that there are, and that registers and workgroup memory take.
+    fn of(rows: u32, far: bool, by_outputs: bool, caps: &Caps) -> Self {
+        let (Some(units), Some((subgroup, _))) = (&caps.matrix, caps.subgroup) else { return Self::NONE };
+        let edge = units.edge;
+        let sized = |bands| Self { edge, subgroup, down: 2, across: 2, bands, columns: 2, step: 32 };
+        let suits = |matrix: &Self| {
+            matrix.registers(far) <= MOST_REGISTERS
+                && matrix.workgroup_bytes(by_outputs) <= caps.max_workgroup_bytes
+        };
+        let wanted = rows.div_ceil(2 * edge).next_power_of_two();
+        [4, 2].map(sized).into_iter().find(|m| m.bands <= wanted && suits(m)).unwrap_or(sized(1))
+    }
+
+    fn subgroups(self) -> u32 {
+        self.down * self.across
+    }
+
+    fn rows(self) -> u32 {
+        self.down * self.bands * self.edge
+    }
+
+    fn outputs(self) -> u32 {
+        self.across * self.columns * self.edge
+    }
+
+    /// Sums of two levels or three, and what is multiplied.
+    fn registers(self, far: bool) -> u32 {
+        let of_a_fragment = (self.edge * self.edge).div_ceil(self.subgroup.max(1));
+        let sums = self.bands * self.columns * (2 + u32::from(far));
+        of_a_fragment * (sums + (self.bands + 1).div_ceil(2))
+    }
+
+    /// Tiles of x and W as f16 and a fragment of y for each subgroup as f32, rows skewed by 16 bytes.
+    fn workgroup_bytes(self, by_outputs: bool) -> u32 {
+        let (edge, step) = (self.edge, self.step);
+        let w = if by_outputs { step * (self.outputs() + 8) } else { self.outputs() * (step + 8) };
+        2 * (self.rows() * (step + 8) + w) + 4 * self.subgroups() * edge * (edge + 4)
+    }
 }
 
 /// Everything that is compiled into one pipeline of a linear map.
@@ -78,14 +146,23 @@ impl Linear {
         let x = io(p.dtype, matrix(p.x).is_vec4(p.inputs));
         let w = io(p.weight_dtype, w_vec4);
         let rows = p.rows.clamp(1, 1 << 16) as u32;
+        let far = p.inputs > FAR as usize;
+        let few = |subgroup: bool| {
+            // The wider the vectors of neighbours the better the reads of W.
+            let (quads, lanes) = if by_outputs { (8, FEW_THREADS / 8) } else { (2, FEW_THREADS / 2) };
+            let share = subgroup.then(|| {
+                let least = caps.subgroup.map_or(LEAST_SUBGROUP, |(least, _)| least);
+                let apart = if by_outputs { quads } else { 1 };
+                (least / apart).clamp(1, lanes)
+            });
+            Sizes::Few { rows: rows.next_power_of_two().min(super::FEW_ROWS as u32), quads, lanes, share }
+        };
         let sizes = match kernel {
             // No more rows than there are.
             LinearKernel::Tile => Sizes::Tile { rows: rows.div_ceil(SIDE_Y).next_power_of_two().min(8) },
-            // 64 threads, and the wider the vectors of neighbours the better the reads of W.
-            LinearKernel::Few => {
-                let (quads, lanes) = if by_outputs { (8, 16) } else { (2, 32) };
-                Sizes::Few { rows: rows.next_power_of_two().min(super::FEW_ROWS as u32), quads, lanes }
-            }
+            LinearKernel::Matrix => Sizes::Matrix(Matrix::of(rows, far, by_outputs, caps)),
+            LinearKernel::Few => few(false),
+            LinearKernel::FewSubgroup => few(true),
             LinearKernel::Direct => direct(rows, x.vec4 && w.vec4),
         };
         Self {
@@ -97,24 +174,22 @@ impl Linear {
             bias: p.bias.map(|bias| io(bias.dtype, false)),
             y: io(p.out_dtype, matrix(p.y).is_vec4(p.outputs)),
             whole: p.inputs.is_multiple_of(4),
-            far: p.inputs > FAR as usize,
+            far,
         }
     }
 
     pub(crate) fn kernel(&self) -> LinearKernel {
         match self.sizes {
             Sizes::Tile { .. } => LinearKernel::Tile,
-            Sizes::Few { .. } => LinearKernel::Few,
+            Sizes::Matrix(_) => LinearKernel::Matrix,
+            Sizes::Few { share: None, .. } => LinearKernel::Few,
+            Sizes::Few { share: Some(_), .. } => LinearKernel::FewSubgroup,
             Sizes::Direct { .. } => LinearKernel::Direct,
         }
     }
 
     pub(crate) fn name(&self) -> &'static str {
-        match self.sizes {
-            Sizes::Tile { .. } => "linear_tile",
-            Sizes::Few { .. } => "linear_few",
-            Sizes::Direct { .. } => "linear_direct",
-        }
+        self.kernel().name()
     }
 
     /// Rows and quads of outputs of a workgroup.
@@ -122,6 +197,7 @@ impl Linear {
         match self.sizes {
             Sizes::Tile { rows } => [SIDE_Y * rows, SIDE_X],
             Sizes::Few { rows, quads, .. } => [rows, quads],
+            Sizes::Matrix(matrix) => [matrix.rows().max(1), (matrix.outputs() / 4).max(1)],
             Sizes::Direct { rows, quads, over_rows: true } => [LANES * rows, quads],
             Sizes::Direct { rows, quads, over_rows: false } => [rows, LANES * quads],
         }
@@ -137,12 +213,24 @@ impl Linear {
 
     /// Why the device cannot run this; `None` where it can.
     pub(crate) fn unfit(&self, caps: &Caps) -> Option<String> {
+        if let Some(why) = self.kernel().lacks(caps) {
+            return Some(why);
+        }
         let (size, bytes) = match self.sizes {
             Sizes::Tile { rows } => {
                 let w = if self.by_outputs { 4 * SIDE_X * STEP } else { 4 * SIDE_X * (STEP + 1) };
                 ([SIDE_X, SIDE_Y], 16 * (SIDE_Y * rows * (STEP + 1) + w))
             }
-            Sizes::Few { rows, quads, lanes } => ([quads * lanes, 1], 16 * rows * quads * lanes),
+            Sizes::Few { rows, quads, lanes, share } => {
+                ([quads * lanes, 1], 16 * rows * quads * lanes / share.unwrap_or(1))
+            }
+            Sizes::Matrix(_) if self.x.dtype != Dtype::F16 || self.w.dtype != Dtype::F16 => {
+                let [x, w] = [self.x.dtype, self.w.dtype];
+                return Some(format!("matrix units take f16, not {}", if x == Dtype::F16 { w } else { x }));
+            }
+            Sizes::Matrix(matrix) => {
+                ([matrix.subgroup * matrix.subgroups(), 1], matrix.workgroup_bytes(self.by_outputs))
+            }
             Sizes::Direct { .. } => ([LANES, 1], 0),
         };
         let storage = self.storage().len() as u32;
@@ -171,6 +259,9 @@ impl Linear {
         let ios = [Some(self.x), Some(self.w), self.bias, Some(self.y)];
         if ios.iter().flatten().any(|io| io.native) {
             out.push_str("enable f16;\n");
+        }
+        if matches!(self.sizes, Sizes::Matrix(_)) {
+            out.push_str("enable wgpu_cooperative_matrix;\n");
         }
         out.push_str(&format!("// {}, composed from shaders/\n", self.name()));
         for (name, value) in self.constants() {
@@ -225,7 +316,29 @@ impl Linear {
                 });
                 part!("kernel/linear_tile")
             }
-            Sizes::Few { .. } => part!("kernel/linear_few"),
+            Sizes::Few { share: None, .. } => {
+                add(part!("exchange/place_workgroup"));
+                add(part!("io/linear_share_none"));
+                part!("kernel/linear_few")
+            }
+            Sizes::Few { share: Some(_), .. } => {
+                add(part!("exchange/place_subgroup"));
+                add(part!("io/linear_share_subgroup"));
+                part!("kernel/linear_few")
+            }
+            Sizes::Matrix(matrix) => {
+                add(part!("exchange/place_subgroup"));
+                let (stage, load) = if self.by_outputs {
+                    (part!("io/linear_matrix_by_outputs"), "coopLoadT")
+                } else {
+                    (part!("io/linear_matrix_by_inputs"), "coopLoad")
+                };
+                add(stage);
+                let fragment = format!("coop_mat{0}x{0}", matrix.edge);
+                let text = part!("kernel/linear_matrix").replace("FRAGMENT", &fragment);
+                add(&unroll(&text.replace("LOAD_W", load), &self.constants()));
+                return out;
+            }
             Sizes::Direct { .. } => part!("kernel/linear_direct"),
         };
         add(&unroll(text, &self.constants()));
@@ -242,8 +355,29 @@ impl Linear {
                 let own = [("SIDE_X", SIDE_X), ("SIDE_Y", SIDE_Y), ("STEP", STEP), ("ROWS", rows)];
                 [&own[..], &levels(4 * STEP)].concat()
             }
-            Sizes::Few { rows, quads, lanes } => {
-                [&[("ROWS", rows), ("QUADS", quads), ("LANES", lanes)][..], &levels(4)].concat()
+            Sizes::Few { rows, quads, lanes, share } => {
+                let own = [
+                    ("ROWS", rows),
+                    ("QUADS", quads),
+                    ("LANES", lanes),
+                    ("THREADS", quads * lanes),
+                    ("SHARE", share.unwrap_or(1)),
+                    ("NEXT", if self.by_outputs { quads } else { 1 }),
+                ];
+                [&own[..], &levels(4)].concat()
+            }
+            Sizes::Matrix(m) => {
+                let own = [
+                    ("EDGE", m.edge),
+                    ("SUBGROUP", m.subgroup),
+                    ("THREADS", m.subgroup * m.subgroups()),
+                    ("DOWN", m.down),
+                    ("ACROSS", m.across),
+                    ("BANDS", m.bands),
+                    ("COLUMNS", m.columns),
+                    ("STEP", m.step),
+                ];
+                [&own[..], &levels(1)].concat()
             }
             Sizes::Direct { rows, quads, over_rows } => {
                 let [tile_rows, tile_quads] = self.tile();
@@ -275,6 +409,17 @@ fn direct(rows: u32, vec4: bool) -> Sizes {
         1..=16 => Sizes::Direct { rows: rows.next_power_of_two(), quads: 2, over_rows: false },
         _ if !vec4 => Sizes::Direct { rows: 4, quads: 4, over_rows: true },
         _ => Sizes::Direct { rows: 4, quads: 8, over_rows: true },
+    }
+}
+
+/// What a device lacks for the kernel that shares sums in subgroups.
+pub(crate) fn lacks_subgroups(caps: &Caps) -> Option<String> {
+    match caps.subgroup {
+        None => Some("it needs subgroup operations (SUBGROUP)".into()),
+        Some((least, most)) if least < LEAST_SUBGROUP || most > FEW_THREADS => Some(format!(
+            "it needs subgroups of {LEAST_SUBGROUP} to {FEW_THREADS}, the device has {least} to {most}"
+        )),
+        Some(_) => None,
     }
 }
 
@@ -331,14 +476,20 @@ impl LinearParams {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::caps::MatrixUnits;
     use crate::pipeline::{Recipe, reflection};
 
     /// Every kernel that there is: families x types x alignments x orders of W x bias, with and without the
     /// shader's own f16.
-    fn every_kernel() -> Vec<(Linear, bool)> {
+    fn every_kernel() -> Vec<(Linear, Caps)> {
         let mut all = Vec::new();
         for shader_f16 in [false, true] {
-            let caps = Caps { shader_f16, ..Caps::minimal() };
+            let caps = Caps {
+                shader_f16,
+                subgroup: Some((32, 32)),
+                matrix: Some(MatrixUnits { edge: 16, tested: None }),
+                ..Caps::minimal()
+            };
             for kernel in LinearKernel::ALL {
                 for (dtype, weight_dtype, out_dtype) in [
                     (Dtype::F32, Dtype::F32, Dtype::F32),
@@ -347,7 +498,13 @@ mod tests {
                     (Dtype::F32, Dtype::F16, Dtype::Bf16),
                     (Dtype::Bf16, Dtype::F32, Dtype::F16),
                     (Dtype::F16, Dtype::Bf16, Dtype::F32),
+                    (Dtype::F16, Dtype::F16, Dtype::F32),
                 ] {
+                    if kernel == LinearKernel::Matrix
+                        && (!shader_f16 || [dtype, weight_dtype] != [Dtype::F16; 2])
+                    {
+                        continue;
+                    }
                     for (rows, inputs, outputs) in [(1, 8, 8), (6, 8, 7), (40, 7, 8), (100, 64, 36)] {
                         let p = LinearProblem::new(rows, inputs, outputs);
                         let p = LinearProblem { dtype, weight_dtype, out_dtype, kernel: Some(kernel), ..p };
@@ -356,7 +513,7 @@ mod tests {
                             let linear = Linear::new(&p, &caps);
                             assert_eq!((linear.kernel(), linear.unfit(&caps)), (kernel, None));
                             assert_eq!(linear.name(), kernel.to_string());
-                            all.push((linear, shader_f16));
+                            all.push((linear, caps.clone()));
                         }
                     }
                 }
@@ -367,10 +524,10 @@ mod tests {
 
     #[test]
     fn every_kernel_is_valid_wgsl_with_the_bindings_that_it_says() {
-        for (kernel, shader_f16) in every_kernel() {
-            let bytes = reflection::check(Recipe::Linear(kernel), shader_f16);
+        for (kernel, caps) in every_kernel() {
+            let bytes = reflection::check(Recipe::Linear(kernel), caps.shader_f16);
             // What it says of its workgroup memory is what it has.
-            let exact = Caps { max_workgroup_bytes: bytes, ..Caps::minimal() };
+            let exact = Caps { max_workgroup_bytes: bytes, ..caps };
             assert_eq!(kernel.unfit(&exact), None);
             let less = Caps { max_workgroup_bytes: bytes.saturating_sub(1), ..exact };
             assert_eq!(kernel.unfit(&less).is_some(), bytes > 0, "{kernel:?}");

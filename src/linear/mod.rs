@@ -11,6 +11,7 @@ pub use oracle::LinearInputs;
 use crate::caps::Caps;
 use crate::dtype::Dtype;
 use crate::error::{Error, Operand, Result};
+use crate::fused_matrix;
 use crate::layout::Layout;
 use crate::problem::{Bias, MAX_SEQ};
 
@@ -27,24 +28,50 @@ const FEW_ROWS: usize = 8;
 pub enum LinearKernel {
     /// By tiles through workgroup memory: for GPUs.
     Tile,
+    /// By products of cooperative matrices, f16 x and W alone: for GPUs with matrix units. See
+    /// [`Attention::self_test`](crate::Attention::self_test).
+    Matrix,
     /// With the inputs split over the threads: for few rows on a GPU, where reading W is all the work.
     Few,
+    /// The same with subgroup operations in the place of most of the workgroup memory.
+    FewSubgroup,
     /// Straight from storage, without workgroup memory: for adapters on a CPU.
     Direct,
 }
 
 impl LinearKernel {
     /// Every kernel.
-    pub const ALL: [Self; 3] = [Self::Tile, Self::Few, Self::Direct];
+    pub const ALL: [Self; 5] = [Self::Tile, Self::Matrix, Self::Few, Self::FewSubgroup, Self::Direct];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Tile => "linear_tile",
+            Self::Matrix => "linear_matrix",
+            Self::Few => "linear_few",
+            Self::FewSubgroup => "linear_few_subgroup",
+            Self::Direct => "linear_direct",
+        }
+    }
+
+    /// What a device lacks for this kernel whatever the problem; `None` where it lacks nothing.
+    ///
+    /// ```
+    /// use wgpu_attention::{Caps, LinearKernel};
+    /// let least = Caps::minimal();
+    /// assert!(LinearKernel::Tile.lacks(&least).is_none() && LinearKernel::Matrix.lacks(&least).is_some());
+    /// ```
+    pub fn lacks(self, caps: &Caps) -> Option<String> {
+        match self {
+            Self::Matrix => fused_matrix::lacks(caps),
+            Self::FewSubgroup => kernel::lacks_subgroups(caps),
+            Self::Tile | Self::Few | Self::Direct => None,
+        }
+    }
 }
 
 impl std::fmt::Display for LinearKernel {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.pad(match self {
-            Self::Tile => "linear_tile",
-            Self::Few => "linear_few",
-            Self::Direct => "linear_direct",
-        })
+        f.pad(self.name())
     }
 }
 
@@ -167,16 +194,20 @@ impl LinearProblem {
     ///
     /// A GPU shares what it reads between threads, through workgroup memory; where rows are too few for
     /// tiles, it splits the inputs instead, so that there are threads enough to read W with. On a processor
-    /// both cost more than they save.
+    /// both cost more than they save. Matrix units multiply f16 where a test has found them right.
     pub fn kernel_on(&self, caps: &Caps) -> LinearKernel {
-        let wanted = match self.rows {
-            _ if caps.on_cpu() => LinearKernel::Direct,
-            0..=FEW_ROWS => LinearKernel::Few,
-            _ => LinearKernel::Tile,
+        let wanted: &[LinearKernel] = match self.rows {
+            _ if caps.on_cpu() => &[],
+            0..=FEW_ROWS => &[LinearKernel::FewSubgroup, LinearKernel::Few],
+            _ => &[LinearKernel::Matrix, LinearKernel::Tile],
         };
-        // Without the threads or the memory for it, what needs neither.
-        let wanted = kernel::Linear::of(self, wanted, caps);
-        if wanted.unfit(caps).is_none() { wanted.kernel() } else { LinearKernel::Direct }
+        let trusted = caps.matrix.as_ref().is_some_and(|matrix| matrix.tested == Some(Ok(())));
+        let suits = |kernel: &&LinearKernel| {
+            (trusted || **kernel != LinearKernel::Matrix)
+                && kernel::Linear::of(self, **kernel, caps).unfit(caps).is_none()
+        };
+        // Without the threads or the memory for any of them, what needs neither.
+        wanted.iter().find(suits).copied().unwrap_or(LinearKernel::Direct)
     }
 
     /// An operand's matrix, as the last two of four dimensions.
@@ -257,12 +288,20 @@ pub(crate) const OPERANDS: [Operand; 4] = [Operand::X, Operand::W, Operand::Bias
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::caps::MatrixUnits;
 
     #[test]
     fn each_device_its_kernel() {
         let gpu = Caps::minimal();
         let cpu = Caps { device_type: wgpu::DeviceType::Cpu, ..Caps::minimal() };
         let small = Caps { max_invocations: 32, ..Caps::minimal() };
+        let subgroups = Caps { subgroup: Some((32, 32)), ..Caps::minimal() };
+        let card = |tested| Caps {
+            shader_f16: true,
+            matrix: Some(MatrixUnits { edge: 16, tested }),
+            ..subgroups.clone()
+        };
+        let (trusted, untested) = (card(Some(Ok(()))), card(None));
         for (caps, rows, want) in [
             (&gpu, 1, LinearKernel::Few),
             (&gpu, 8, LinearKernel::Few),
@@ -274,6 +313,17 @@ mod tests {
             (&small, 64, LinearKernel::Direct),
         ] {
             assert_eq!(LinearProblem::new(rows, 512, 512).kernel_on(caps), want, "{rows}");
+        }
+        for (caps, dtype, rows, want) in [
+            (&subgroups, Dtype::F32, 1, LinearKernel::FewSubgroup),
+            (&subgroups, Dtype::F16, 64, LinearKernel::Tile),
+            (&untested, Dtype::F16, 64, LinearKernel::Tile),
+            (&trusted, Dtype::F16, 64, LinearKernel::Matrix),
+            (&trusted, Dtype::F32, 64, LinearKernel::Tile),
+            (&trusted, Dtype::F16, 8, LinearKernel::FewSubgroup),
+        ] {
+            let problem = LinearProblem::new(rows, 512, 512).with_dtype(dtype);
+            assert_eq!(problem.kernel_on(caps), want, "{rows} {dtype}");
         }
     }
 

@@ -4,8 +4,8 @@
 use std::sync::{Arc, OnceLock};
 
 use wgpu_attention::{
-    Attention, Caps, DeviceRequest, Dtype, Error, Family, Layout, MatrixUnits, Operand, Operands, Options,
-    Outputs, PlanOptions, Tensor,
+    Attention, Caps, DeviceRequest, Dtype, Error, Family, Layout, LinearKernel, MatrixUnits, Operand,
+    Operands, Options, Outputs, PlanOptions, Tensor,
 };
 
 use super::case::Case;
@@ -77,9 +77,11 @@ fn open() -> Result<Vec<(bool, Gpu)>, Error> {
     let offered = adapter.features() & Caps::FEATURES;
     assert!(full.device().features().contains(offered), "{offered:?} were not asked for");
     assert_eq!(full.caps().matrix.is_some(), MatrixUnits::of_adapter(&adapter).is_some());
-    for family in Family::ALL {
-        if let Some(why) = family.lacks(full.caps()) {
-            super::say(&format!("NOT TESTED: {family}: {why}"));
+    let families = Family::ALL.map(|family| (family.to_string(), family.lacks(full.caps())));
+    let linear = LinearKernel::ALL.map(|kernel| (kernel.to_string(), kernel.lacks(full.caps())));
+    for (name, lacks) in families.into_iter().chain(linear) {
+        if let Some(why) = lacks {
+            super::say(&format!("NOT TESTED: {name}: {why}"));
         }
     }
     let (device, queue) = minimal_device(&full)?;

@@ -1,0 +1,13 @@
+// A thread by its place in a subgroup: WGSL does not say how the indices in a workgroup are dealt out to those.
+struct Place {
+    @builtin(subgroup_id) subgroup: u32,
+    @builtin(num_subgroups) subgroups: u32,
+    @builtin(subgroup_invocation_id) lane: u32,
+}
+
+// THREADS is a multiple of every subgroup size of the device, so that all subgroups are whole. Their size
+// is taken from their number: some drivers report the largest size in the place of the real one. The
+// remainder keeps addresses inside, whatever a driver reports.
+fn thread_of(place: Place) -> u32 {
+    return (place.subgroup * (THREADS / place.subgroups) + place.lane) % THREADS;
+}

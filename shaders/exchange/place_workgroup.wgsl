@@ -1,0 +1,8 @@
+// A thread by its index in the workgroup.
+struct Place {
+    @builtin(local_invocation_index) index: u32,
+}
+
+fn thread_of(place: Place) -> u32 {
+    return place.index;
+}
