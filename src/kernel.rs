@@ -6,6 +6,7 @@ use crate::dtype::Dtype;
 use crate::error::Operand;
 use crate::fused::{self, FusedRow, FusedTile};
 use crate::fused_matrix::{self, FusedMatrix};
+use crate::linear::kernel::Linear;
 use crate::mask_map::{self, MapTile};
 use crate::plan::Path;
 use crate::problem::{AttentionProblem, KeyTerms};
@@ -414,6 +415,8 @@ pub(crate) struct Blueprint {
     pub(crate) split: bool,
     /// [`Kernel::Count`] has counted the splits that have keys: no others are launched, and joined.
     pub(crate) counted: bool,
+    /// How a kernel that is a product of matrices computes it.
+    pub(crate) product: Option<Linear>,
 }
 
 impl Blueprint {
@@ -438,9 +441,18 @@ impl Blueprint {
         // Additive scores are of keys that lie in scratch, one after the other.
         let of_terms = scores && problem.key_terms() == KeyTerms::Projected;
         let finds = (scores && !of_terms) || values || lengths || bundles || of_keys;
+        let product = |operand, rows, inputs| {
+            let sizes = [rows, inputs, problem.compared_dim()];
+            Some(Linear::product(Io::of(problem, caps, operand)?, sizes, kernel == Kernel::Project, caps))
+        };
         Self {
             kernel,
             tiles,
+            product: match kernel {
+                Kernel::Project | Kernel::ProjectQ => product(Operand::Q, problem.seq_q, problem.query_dim()),
+                Kernel::ProjectK => product(Operand::K, problem.seq_kv, problem.head_dim),
+                _ => None,
+            },
             q: io(of_queries || (scores && !problem.projects()), Operand::Q),
             k: io((scores && !of_terms) || of_keys, Operand::K),
             v: io(values, Operand::V),
@@ -525,11 +537,11 @@ impl Blueprint {
     pub(crate) fn threads(&self) -> u32 {
         let t = &self.tiles;
         match self.kernel {
-            Kernel::Project
-            | Kernel::NormalizeQ
+            Kernel::Project | Kernel::ProjectQ | Kernel::ProjectK => {
+                self.product.map_or(0, |product| product.workgroup_size().iter().product())
+            }
+            Kernel::NormalizeQ
             | Kernel::KeyNorms
-            | Kernel::ProjectQ
-            | Kernel::ProjectK
             | Kernel::Weights
             | Kernel::Lengths
             | Kernel::Bundle
@@ -551,6 +563,9 @@ impl Blueprint {
     pub(crate) fn workgroup_bytes(&self) -> u32 {
         let t = &self.tiles;
         match self.kernel {
+            Kernel::Project | Kernel::ProjectQ | Kernel::ProjectK => {
+                self.product.map_or(0, |product| product.workgroup_bytes())
+            }
             Kernel::ScoresTile => 16 * 2 * t.scores_rows * (t.scores_step + 1),
             Kernel::SoftmaxRow => 4 * self.threads(),
             // A bit for each tile of a word, twice.
@@ -571,17 +586,13 @@ impl Blueprint {
         let keys = problem.seq_kv as u64;
         let tiles = |n: u64, tile: u32| n.div_ceil(u64::from(tile));
         let group = if self.packed { problem.group_size() as u64 } else { 1 };
+        let product = |rows| self.product.map_or(0, |of| of.tiles(rows, problem.compared_dim() as u64));
         let fused = |tile: u32| heads / group * tiles(rows * group, tile.max(1));
         match self.kernel {
-            Kernel::Project | Kernel::ProjectQ => {
-                tiles(heads * rows * (problem.compared_dim() as u64).div_ceil(4), ELEMENT_LANES)
-            }
+            Kernel::Project | Kernel::ProjectQ => heads * product(rows),
             Kernel::NormalizeQ => tiles(heads * rows, ELEMENT_LANES),
             Kernel::KeyNorms => problem.key_term_heads(heads) * tiles(keys, ELEMENT_LANES),
-            Kernel::ProjectK => {
-                let quads = problem.key_term_width() as u64 / 4;
-                tiles(problem.key_term_heads(heads) * keys * quads, ELEMENT_LANES)
-            }
+            Kernel::ProjectK => problem.key_term_heads(heads) * product(keys),
             Kernel::ScoresTile | Kernel::ScoresDirect => {
                 heads * tiles(rows, t.scores_rows) * tiles(keys, t.scores_keys)
             }
@@ -634,6 +645,10 @@ impl Blueprint {
         match self.kernel {
             Kernel::ScoresTile => [self.tiles.scores_lanes, self.tiles.scores_lanes, 1],
             Kernel::ValuesTile => [self.tiles.values_lanes, self.tiles.values_lanes, 1],
+            Kernel::Project | Kernel::ProjectQ | Kernel::ProjectK => {
+                let [x, y] = self.product.map_or([0; 2], |product| product.workgroup_size());
+                [x, y, 1]
+            }
             _ => [self.threads(), 1, 1],
         }
     }

@@ -87,11 +87,15 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
                 add(part!("norm"));
                 add(part!("kernel/normalize_q"));
             }
-            Kernel::ProjectQ => {
-                add(&product(Operand::Q, Operand::Wq, "query_dim"));
-                add(part!("kernel/project_q"));
+            _ => {
+                let (w, out) = match b.kernel {
+                    Kernel::Project => (Operand::W, "head_dim"),
+                    _ => (Operand::Wq, "hidden"),
+                };
+                let number = Slot::Projected.number().to_string();
+                let to = part!("io/product_queries").replace("BINDING", &number);
+                add(&product(b, &to, w, ["query_dim", out]));
             }
-            _ => add(part!("kernel/project")),
         }
         return out;
     }
@@ -128,8 +132,8 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
             add(part!("norm"));
             add(part!("kernel/key_norms"));
         } else {
-            add(&product(Operand::K, Operand::Wk, "head_dim"));
-            add(part!("kernel/project_k"));
+            let to = part!("io/product_keys").replace("BINDING", &Slot::KeyTerms.number().to_string());
+            add(&product(b, &to, Operand::Wk, ["head_dim", "hidden"]));
         }
         return out;
     }
@@ -410,11 +414,10 @@ fn constants(b: &Blueprint) -> Vec<(&'static str, u32)> {
     let values = [("VALUES_ROWS", t.values_rows), ("VALUES_STEP", t.values_step)];
     let plain = !b.softcap && b.bias.is_none() && !b.alibi && !b.mask && b.key_terms == KeyTerms::None;
     let own: &[(&str, u32)] = match b.kernel {
-        Kernel::Project
-        | Kernel::NormalizeQ
+        // The linear map's.
+        Kernel::Project | Kernel::ProjectQ | Kernel::ProjectK => &[],
+        Kernel::NormalizeQ
         | Kernel::KeyNorms
-        | Kernel::ProjectQ
-        | Kernel::ProjectK
         | Kernel::Lengths
         | Kernel::Bundle
         | Kernel::MaskMap
@@ -473,9 +476,13 @@ fn constants(b: &Blueprint) -> Vec<(&'static str, u32)> {
     all
 }
 
-/// Rows of q or k, times a matrix.
-fn product(of: Operand, by: Operand, width: &str) -> String {
-    named(part!("io/product"), by).replace("ROWS", &of.to_string()).replace("WIDTH", width)
+/// A product of rows by the matrix `w`: what takes them and keeps what comes out, and the kernel. The widths
+/// are parameters.
+fn product(b: &Blueprint, to: &str, w: Operand, [width, out]: [&str; 2]) -> String {
+    let number = Slot::Operand(w).number();
+    let kernel = b.product.map_or(String::new(), |product| product.product_wgsl(number, [width, out]));
+    let owners = part!("io/product").replace("OUT", out);
+    [to, &owners, &kernel].join("\n")
 }
 
 fn named(text: &str, operand: Operand) -> String {

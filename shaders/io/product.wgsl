@@ -1,17 +1,21 @@
-// A matrix [hidden, WIDTH] or one for each query head.
-@group(0) @binding(BINDING) var<storage, read> OPERAND_data: array<f32>;
+// Products of rows and a matrix, for each of several owners of both: what the kernels of a linear map ask for
+// (shaders/kernel/linear_*.wgsl), (product_rows, width) @ (width, OUT).
+var<private> owner: u32;
 
-// Four neighbours of the product of the matrix that begins at `matrix` and the row at `row`; 0 beyond hidden.
-fn product4(row: u32, matrix: u32, d: u32) -> vec4<f32> {
-    var acc = vec4<f32>();
-    for (var c = 0u; c < params.WIDTH; c += 4u) {
-        let x = load4_ROWS(row, c);
-        for (var e = 0u; e < min(4u, params.hidden - d); e += 1u) {
-            let at = matrix + (d + e) * params.WIDTH + c;
-            for (var i = 0u; i < min(4u, params.WIDTH - c); i += 1u) {
-                acc[e] = fma(x[i], OPERAND_data[at + i], acc[e]);
-            }
-        }
-    }
-    return acc;
+// Where a workgroup's rows are among those of its owner, in tiles.
+fn band_of(band: u32) -> u32 {
+    let bands = div_ceil(product_rows(), TILE_ROWS);
+    owner = band / bands;
+    enter_owner();
+    return band % bands;
+}
+
+fn product_tiles() -> u32 {
+    return product_owners() * div_ceil(product_rows(), TILE_ROWS) * div_ceil(params.OUT, 4u * TILE_QUADS);
+}
+
+// What is stored of a quad: 0 beyond the row's width.
+fn kept(quad: u32, sum: vec4<f32>) -> vec4<f32> {
+    let d = 4u * quad;
+    return select(vec4<f32>(), sum, vec4<u32>(d, d + 1u, d + 2u, d + 3u) < vec4<u32>(params.OUT));
 }

@@ -20,7 +20,7 @@ fn main(
         return;
     }
     // One of the two steps is 0.
-    let first_row = tile / tiles_n * TILE_ROWS + lane * LANE_ROWS;
+    let first_row = band_of(tile / tiles_n) * TILE_ROWS + lane * LANE_ROWS;
     let first_quad = tile % tiles_n * TILE_QUADS + lane * LANE_QUADS;
 
     // Past the edges the last row and output are read again, and nothing is written.

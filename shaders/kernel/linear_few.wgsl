@@ -21,7 +21,7 @@ fn main(
     if tile >= params.groups {
         return;
     }
-    let first_row = tile / tiles_n * ROWS;
+    let first_row = band_of(tile / tiles_n) * TILE_ROWS;
     let first_quad = tile % tiles_n * QUADS;
     let quad = select(thread / LANES, thread % QUADS, BY_OUTPUTS);
     let lane = select(thread % LANES, thread / QUADS, BY_OUTPUTS);

@@ -9,8 +9,7 @@
 //
 // A fragment has no elements that a thread could name: at the end each goes through workgroup memory.
 
-const TILE_ROWS = DOWN * BANDS * EDGE;
-const TILE_OUTPUTS = ACROSS * COLUMNS * EDGE;
+const TILE_OUTPUTS = 4u * TILE_QUADS;
 // Rows of workgroup memory, skewed by 16 bytes so that they begin in different banks, in quads (y: f32).
 const X_STRIDE = STEP / 4u + 2u;
 const Y_STRIDE = EDGE + 4u;
@@ -30,8 +29,8 @@ fn main(
     // arrive at the operations on fragments).
     let asked = linear_group(group, groups);
     let tile = min(asked, params.groups - 1u);
-    let first_row = tile / tiles_n * TILE_ROWS;
-    let first_quad = tile % tiles_n * (TILE_OUTPUTS / 4u);
+    let first_row = band_of(tile / tiles_n) * TILE_ROWS;
+    let first_quad = tile % tiles_n * TILE_QUADS;
     // The subgroup's own, in the tile.
     let band = place.subgroup / ACROSS * BANDS * EDGE;
     let column = place.subgroup % ACROSS * COLUMNS * EDGE;

@@ -22,7 +22,7 @@ fn main(
     if tile >= params.groups {
         return;
     }
-    let first_row = tile / tiles_n * SIDE_Y * ROWS;
+    let first_row = band_of(tile / tiles_n) * TILE_ROWS;
     let first_quad = tile % tiles_n * SIDE_X;
 
     //$ for r in 0..ROWS

@@ -178,6 +178,18 @@ impl Linear {
         }
     }
 
+    /// What multiplies rows that attention reads, as `x` says, by f32 matrices of a head:
+    /// `[inputs, outputs]`, or `[outputs, inputs]`.
+    pub(crate) fn product(x: Io, [rows, inputs, outputs]: [usize; 3], by_outputs: bool, caps: &Caps) -> Self {
+        let p = LinearProblem { dtype: x.dtype, ..LinearProblem::new(rows.max(1), inputs, outputs) };
+        let all = Self::new(&if by_outputs { p.with_transposed_weights() } else { p }, caps);
+        let sizes = match all.sizes {
+            Sizes::Direct { .. } => direct(p.rows.min(1 << 16) as u32, x.vec4 && all.w.vec4),
+            sizes => sizes,
+        };
+        Self { sizes, x, ..all }
+    }
+
     pub(crate) fn kernel(&self) -> LinearKernel {
         match self.sizes {
             Sizes::Tile { .. } => LinearKernel::Tile,
@@ -206,9 +218,36 @@ impl Linear {
     /// Workgroups that own a tile. Fits a u32: y's elements are no more than that, all of them in different
     /// places, and each tile has one.
     pub(crate) fn groups(&self, problem: &LinearProblem) -> u64 {
-        let [rows, quads] = self.tile();
-        let outputs = (problem.outputs as u64).div_ceil(4 * u64::from(quads));
-        (problem.rows as u64).div_ceil(rows.into()) * outputs
+        self.tiles(problem.rows as u64, problem.outputs as u64)
+    }
+
+    /// The same for any matrix of outputs.
+    pub(crate) fn tiles(&self, rows: u64, outputs: u64) -> u64 {
+        let [tile_rows, quads] = self.tile().map(u64::from);
+        rows.div_ceil(tile_rows) * outputs.div_ceil(4 * quads)
+    }
+
+    /// Threads of a workgroup along x and y.
+    pub(crate) fn workgroup_size(&self) -> [u32; 2] {
+        match self.sizes {
+            Sizes::Tile { .. } => [SIDE_X, SIDE_Y],
+            Sizes::Few { quads, lanes, .. } => [quads * lanes, 1],
+            Sizes::Matrix(matrix) => [matrix.subgroup * matrix.subgroups(), 1],
+            Sizes::Direct { .. } => [LANES, 1],
+        }
+    }
+
+    /// Bytes of workgroup memory.
+    pub(crate) fn workgroup_bytes(&self) -> u32 {
+        match self.sizes {
+            Sizes::Tile { rows } => {
+                let w = if self.by_outputs { 4 * SIDE_X * STEP } else { 4 * SIDE_X * (STEP + 1) };
+                16 * (SIDE_Y * rows * (STEP + 1) + w)
+            }
+            Sizes::Few { rows, quads, lanes, share } => 16 * rows * quads * lanes / share.unwrap_or(1),
+            Sizes::Matrix(matrix) => matrix.workgroup_bytes(self.by_outputs),
+            Sizes::Direct { .. } => 0,
+        }
     }
 
     /// Why the device cannot run this; `None` where it can.
@@ -216,29 +255,17 @@ impl Linear {
         if let Some(why) = self.kernel().lacks(caps) {
             return Some(why);
         }
-        let (size, bytes) = match self.sizes {
-            Sizes::Tile { rows } => {
-                let w = if self.by_outputs { 4 * SIDE_X * STEP } else { 4 * SIDE_X * (STEP + 1) };
-                ([SIDE_X, SIDE_Y], 16 * (SIDE_Y * rows * (STEP + 1) + w))
-            }
-            Sizes::Few { rows, quads, lanes, share } => {
-                ([quads * lanes, 1], 16 * rows * quads * lanes / share.unwrap_or(1))
-            }
-            Sizes::Matrix(_) if self.x.dtype != Dtype::F16 || self.w.dtype != Dtype::F16 => {
-                let [x, w] = [self.x.dtype, self.w.dtype];
-                return Some(format!("matrix units take f16, not {}", if x == Dtype::F16 { w } else { x }));
-            }
-            Sizes::Matrix(matrix) => {
-                ([matrix.subgroup * matrix.subgroups(), 1], matrix.workgroup_bytes(self.by_outputs))
-            }
-            Sizes::Direct { .. } => ([LANES, 1], 0),
-        };
+        let [x, w] = [self.x.dtype, self.w.dtype];
+        if matches!(self.sizes, Sizes::Matrix(_)) && [x, w] != [Dtype::F16; 2] {
+            return Some(format!("matrix units take f16, not {}", if x == Dtype::F16 { w } else { x }));
+        }
+        let size = self.workgroup_size();
         let storage = self.storage().len() as u32;
         for (what, need, got) in [
             ("threads a workgroup", size[0] * size[1], caps.max_invocations),
             ("threads along x", size[0], caps.max_workgroup_size[0]),
             ("threads along y", size[1], caps.max_workgroup_size[1]),
-            ("bytes of workgroup memory", bytes, caps.max_workgroup_bytes),
+            ("bytes of workgroup memory", self.workgroup_bytes(), caps.max_workgroup_bytes),
             ("storage buffers", storage, caps.max_storage_buffers),
         ] {
             if need > got {
@@ -264,11 +291,7 @@ impl Linear {
             out.push_str("enable wgpu_cooperative_matrix;\n");
         }
         out.push_str(&format!("// {}, composed from shaders/\n", self.name()));
-        for (name, value) in self.constants() {
-            out.push_str(&format!("const {name}: u32 = {value}u;\n"));
-        }
-        out.push_str(&format!("const BY_OUTPUTS: bool = {};\n", self.by_outputs));
-        out.push_str(&format!("const WHOLE: bool = {};\n", self.whole));
+        out.push_str(&self.header());
         let mut add = |text: &str| {
             out.push('\n');
             out.push_str(text);
@@ -291,12 +314,7 @@ impl Linear {
         }
         add(part!("io/linear_x"));
         let along = if self.by_outputs { "outputs" } else { "inputs" };
-        add(&named(load_part(self.w), Operand::W, self.w, along));
-        if !self.w.vec4 {
-            let text = if self.by_outputs { &by_element.replace("stride_d", "stride_s") } else { by_element };
-            add(&named(text, Operand::W, self.w, along));
-        }
-        add(if self.by_outputs { part!("io/linear_w_by_outputs") } else { part!("io/linear_w_by_inputs") });
+        add(&named(&self.load_w(), Operand::W, self.w, along));
         match self.bias {
             Some(io) => {
                 add(&named(load_part(io), Operand::Bias, io, "outputs"));
@@ -306,6 +324,65 @@ impl Linear {
         }
         add(&named(&store_part(self.y), Operand::Y, self.y, "outputs"));
         add(part!("io/linear_end"));
+        add(part!("io/linear_band"));
+        add(&self.kernel_text());
+        out
+    }
+
+    /// The WGSL of a product but its rows and where it goes (shaders/io/product*.wgsl), of parameters that
+    /// are the widths of x and of the output.
+    pub(crate) fn product_wgsl(&self, w: u32, [inputs, outputs]: [&str; 2]) -> String {
+        let [inputs, outputs] = [inputs, outputs].map(|name| format!("params.{name}"));
+        let (along, to_input, to_output) =
+            if self.by_outputs { (&outputs, &*outputs, "1u") } else { (&inputs, "1u", &*inputs) };
+        let load = self.load_w().replace("OPERAND", "w").replace("BINDING", &w.to_string());
+        let text = [load.replace("params.WIDTH", along), self.kernel_text()].join("\n");
+        let text = text
+            .replace("params.rows", "product_rows()")
+            .replace("params.groups", "product_tiles()")
+            .replace("params.w_offset", "product_w()")
+            .replace("params.w_stride_d", to_input)
+            .replace("params.w_stride_s", to_output)
+            .replace("params.inputs", &inputs)
+            .replace("params.outputs", &outputs);
+        [self.header(), text].join("\n")
+    }
+
+    /// The compile-time sizes.
+    fn header(&self) -> String {
+        let mut out = String::new();
+        for (name, value) in self.constants() {
+            out.push_str(&format!("const {name}: u32 = {value}u;\n"));
+        }
+        out.push_str(&format!("const BY_OUTPUTS: bool = {};\n", self.by_outputs));
+        out.push_str(&format!("const WHOLE: bool = {};\n", self.whole));
+        out
+    }
+
+    /// How W is read, as it lies.
+    fn load_w(&self) -> String {
+        let mut out = load_part(self.w).to_string();
+        let by_element = part!("io/load4_by_element");
+        if !self.w.vec4 && self.by_outputs {
+            out.push_str(&by_element.replace("stride_d", "stride_s"));
+        } else if !self.w.vec4 {
+            out.push_str(by_element);
+        }
+        out.push_str(if self.by_outputs {
+            part!("io/linear_w_by_outputs")
+        } else {
+            part!("io/linear_w_by_inputs")
+        });
+        out
+    }
+
+    /// The kernel, between what it reads and what it writes.
+    fn kernel_text(&self) -> String {
+        let mut out = String::new();
+        let mut add = |text: &str| {
+            out.push('\n');
+            out.push_str(text);
+        };
         let text = match self.sizes {
             Sizes::Tile { .. } => {
                 let by_outputs = self.by_outputs;
@@ -350,10 +427,12 @@ impl Linear {
         let levels = |step: u32| {
             [("LEVEL", (LEVEL / step).max(1)), ("FAR_LEVELS", FAR / LEVEL), ("FAR", self.far.into())]
         };
+        let [tile_rows, tile_quads] = self.tile();
+        let tile = [("TILE_ROWS", tile_rows), ("TILE_QUADS", tile_quads)];
         match self.sizes {
             Sizes::Tile { rows } => {
                 let own = [("SIDE_X", SIDE_X), ("SIDE_Y", SIDE_Y), ("STEP", STEP), ("ROWS", rows)];
-                [&own[..], &levels(4 * STEP)].concat()
+                [&own[..], &tile, &levels(4 * STEP)].concat()
             }
             Sizes::Few { rows, quads, lanes, share } => {
                 let own = [
@@ -364,7 +443,7 @@ impl Linear {
                     ("SHARE", share.unwrap_or(1)),
                     ("NEXT", if self.by_outputs { quads } else { 1 }),
                 ];
-                [&own[..], &levels(4)].concat()
+                [&own[..], &tile, &levels(4)].concat()
             }
             Sizes::Matrix(m) => {
                 let own = [
@@ -377,20 +456,17 @@ impl Linear {
                     ("COLUMNS", m.columns),
                     ("STEP", m.step),
                 ];
-                [&own[..], &levels(1)].concat()
+                [&own[..], &tile, &levels(1)].concat()
             }
             Sizes::Direct { rows, quads, over_rows } => {
-                let [tile_rows, tile_quads] = self.tile();
                 let own = [
                     ("LANES", LANES),
                     ("ROWS", rows),
                     ("QUADS", quads),
-                    ("TILE_ROWS", tile_rows),
-                    ("TILE_QUADS", tile_quads),
                     ("LANE_ROWS", if over_rows { rows } else { 0 }),
                     ("LANE_QUADS", if over_rows { 0 } else { quads }),
                 ];
-                [&own[..], &levels(1)].concat()
+                [&own[..], &tile, &levels(1)].concat()
             }
         }
     }

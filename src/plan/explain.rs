@@ -40,12 +40,10 @@ impl std::fmt::Display for Plan {
                     4 * t.values_lanes,
                     t.values_step
                 ),
-                Kernel::Project
-                | Kernel::ProjectQ
-                | Kernel::ProjectK
-                | Kernel::Weights
-                | Kernel::Bundle
-                | Kernel::Merge => "element by element".into(),
+                Kernel::Project | Kernel::ProjectQ | Kernel::ProjectK => {
+                    stage.product.map_or(String::new(), |product| format!("as {}", product.kernel()))
+                }
+                Kernel::Weights | Kernel::Bundle | Kernel::Merge => "element by element".into(),
                 Kernel::NormalizeQ => "a query each".into(),
                 Kernel::KeyNorms => "a key each".into(),
                 Kernel::Lengths => "an entry each".into(),
