@@ -21,6 +21,7 @@ fn gpus() -> Vec<&'static Gpu> {
 }
 
 /// A layer with all that it reads.
+#[derive(Clone)]
 struct Case {
     name: String,
     layer: Layer,
@@ -106,6 +107,34 @@ impl Case {
             list_k: list_k.filter(|_| matches!(p.cache, Cache::Ragged { .. })),
             layer,
         }
+    }
+
+    /// The same with a matrix and a bias for each of q, k and v in the place of packed ones.
+    fn apart(&self) -> Self {
+        let (layer, p) = (&self.layer, &self.layer.attention);
+        let widths = [p.heads_q * p.head_dim, p.heads_kv * p.head_dim, p.heads_kv * p.head_dim_v];
+        let (total, inputs) = (widths.iter().sum::<usize>(), layer.width);
+        let firsts = [0, widths[0], widths[0] + widths[1]];
+        let numbers = |from: &Tensor, at: &[usize]| {
+            let picked: Vec<f32> = at.iter().map(|&at| from.as_ref().get(at)).collect();
+            Tensor::from_f32(layer.weight_dtype, &picked)
+        };
+        let [w_q, w_k, w_v] = [0, 1, 2].map(|part| {
+            let outputs = firsts[part]..firsts[part] + widths[part];
+            let at: Vec<usize> = if layer.transposed {
+                (0..inputs).flat_map(|i| outputs.clone().map(move |n| i * total + n)).collect()
+            } else {
+                outputs.flat_map(|n| (0..inputs).map(move |i| n * inputs + i)).collect()
+            };
+            numbers(&self.weights.w_q, &at)
+        });
+        let [b_q, b_k, b_v] = [0, 1, 2].map(|part| {
+            let at: Vec<usize> = (firsts[part]..firsts[part] + widths[part]).collect();
+            self.weights.b_q.as_ref().map(|bias| numbers(bias, &at))
+        });
+        let weights =
+            HostWeights { w_q, w_k: Some(w_k), w_v: Some(w_v), b_q, b_k, b_v, ..self.weights.clone() };
+        Self { layer: Layer { packed: false, ..layer.clone() }, weights, ..self.clone() }
     }
 
     /// The layer on a device, from buffers to y.
@@ -288,6 +317,11 @@ fn layers() -> Vec<(String, Layer, Lists)> {
 fn layers_of_every_kind() {
     for (i, (name, layer, lists)) in layers().into_iter().enumerate() {
         let case = Case::new(&name, layer, lists, i as u64);
+        if case.layer.packed {
+            // The oracle asks the layer where a packed matrix's parts begin, as all else does.
+            let [packed, apart] = [&case, &case.apart()].map(|case| oracle(&case.layer, &case.inputs()));
+            assert_eq!(packed, apart, "{name}");
+        }
         #[cfg(feature = "cpu")]
         case.check("CPU", &wgpu_attention::cpu::layer(&case.layer, &case.inputs()).expect("served"));
         for gpu in gpus() {
