@@ -83,12 +83,14 @@ fn naive_row(p: &AttentionProblem, inputs: &Inputs<'_>, row: usize) -> Result<Ve
     let keys = p.kv_range(i, len_k);
     let similarity = match p.similarity {
         Similarity::Bilinear { query_dim, .. } => Similarity::Bilinear { query_dim, per_head: false },
+        Similarity::Additive { query_dim, hidden, .. } => {
+            Similarity::Additive { query_dim, hidden, per_head: false }
+        }
         other => other,
     };
-    let w_at = match p.similarity {
-        Similarity::Bilinear { query_dim, per_head: true } => h * query_dim * p.head_dim,
-        _ => 0,
-    };
+    let per_head = similarity != p.similarity;
+    // Where the head's own matrices begin.
+    let own = |operand| if per_head { p.extent(operand) as usize / p.heads_q * h } else { 0 };
     // ALiBi depends on where the query stands among all keys: here it is a part of the bias.
     let slope = p.alibi.then(|| inputs.alibi_slopes.map_or(0.0, |slopes| slopes[h]));
     let position = i as i64 + p.alibi_align().offset(p.seq_q, len_k);
@@ -120,7 +122,10 @@ fn naive_row(p: &AttentionProblem, inputs: &Inputs<'_>, row: usize) -> Result<Ve
     let inputs = Inputs {
         k: TensorRef::F32(&k),
         v: TensorRef::F32(&v),
-        w: inputs.w.map(|w| &w[w_at..]),
+        w: inputs.w.map(|all| &all[own(Operand::W)..]),
+        wq: inputs.wq.map(|all| &all[own(Operand::Wq)..]),
+        wk: inputs.wk.map(|all| &all[own(Operand::Wk)..]),
+        score_v: inputs.score_v.map(|all| &all[own(Operand::ScoreV)..]),
         bias: biases.as_deref().map(TensorRef::F32).or(inputs.bias),
         sinks: inputs.sinks.map(|sinks| &sinks[h..]),
         alibi_slopes: None,
@@ -157,6 +162,16 @@ mod tests {
         let whole = reference::naive(&p, &data.inputs()).unwrap();
         for row in 0..p.rows() {
             assert_eq!(naive_row(&p, &data.inputs(), row).unwrap(), whole.o[row * 3..][..3], "row {row}");
+        }
+        for per_head in [true, false] {
+            let similarity = Similarity::Additive { query_dim: 6, hidden: 5, per_head };
+            let p = AttentionProblem { similarity, ..p.clone() };
+            let p = AttentionProblem { q: Layout::bhsd(4, 5, 6), ..p };
+            let data = Data::random(&p, &mut Prng::new(1));
+            let whole = reference::naive(&p, &data.inputs()).unwrap();
+            for row in 0..p.rows() {
+                assert_eq!(naive_row(&p, &data.inputs(), row).unwrap(), whole.o[row * 3..][..3], "row {row}");
+            }
         }
         // Wherever its keys are kept, and in whatever type.
         for (kept, kv_dtype) in [

@@ -11,6 +11,9 @@ pub(crate) struct Data {
     pub(crate) k: Tensor,
     pub(crate) v: Tensor,
     pub(crate) w: Option<Vec<f32>>,
+    pub(crate) wq: Option<Vec<f32>>,
+    pub(crate) wk: Option<Vec<f32>>,
+    pub(crate) score_v: Option<Vec<f32>>,
     pub(crate) bias: Option<Tensor>,
     pub(crate) mask: Option<Vec<u8>>,
     pub(crate) alibi_slopes: Option<Vec<f32>>,
@@ -26,6 +29,9 @@ impl Data {
     pub(crate) fn inputs(&self) -> Inputs<'_> {
         Inputs {
             w: self.w.as_deref(),
+            wq: self.wq.as_deref(),
+            wk: self.wk.as_deref(),
+            score_v: self.score_v.as_deref(),
             bias: self.bias.as_ref().map(Tensor::as_ref),
             mask: self.mask.as_deref(),
             alibi_slopes: self.alibi_slopes.as_deref(),
@@ -46,10 +52,6 @@ impl Data {
         let normals =
             |n: usize, scale: f32, prng: &mut Prng| (0..n).map(|_| scale * prng.normal()).collect::<Vec<_>>();
         // Widths of q at which scores have the spread that trained models have.
-        let w_scale = match p.similarity {
-            Similarity::Bilinear { query_dim, .. } => 1.0 / ((query_dim * p.head_dim) as f32).sqrt(),
-            _ => 1.0,
-        };
         let q_scale = if p.similarity == Similarity::Dot { 1.0 / (p.head_dim as f32).sqrt() } else { 1.0 };
         let q = Tensor::from_f32(p.dtype, &normals(extent(Operand::Q), q_scale, prng));
         let rows = |operand: Operand, dim: usize, prng: &mut Prng| {
@@ -59,8 +61,19 @@ impl Data {
         };
         let k = rows(Operand::K, p.head_dim, prng);
         let v = rows(Operand::V, p.head_dim_v, prng);
-        let has_w = matches!(p.similarity, Similarity::Bilinear { .. });
-        let w = has_w.then(|| normals(extent(Operand::W), w_scale, prng));
+        let root = |width: usize| 1.0 / (width as f32).sqrt();
+        let (mut w, mut wq, mut wk, mut score_v) = (None, None, None, None);
+        match p.similarity {
+            Similarity::Bilinear { query_dim, .. } => {
+                w = Some(normals(extent(Operand::W), root(query_dim * p.head_dim), prng));
+            }
+            Similarity::Additive { query_dim, hidden, .. } => {
+                wq = Some(normals(extent(Operand::Wq), root(query_dim), prng));
+                wk = Some(normals(extent(Operand::Wk), root(p.head_dim), prng));
+                score_v = Some(normals(extent(Operand::ScoreV), 2.0 * root(hidden), prng));
+            }
+            _ => {}
+        }
         let bias =
             p.bias.map(|bias| Tensor::from_f32(bias.dtype, &normals(extent(Operand::Bias), 1.0, prng)));
         let mask =
@@ -82,6 +95,22 @@ impl Data {
             None
         };
         let (cu_seqlens_q, cu_seqlens_k) = (None, None);
-        Self { q, k, v, w, bias, mask, alibi_slopes, sinks, kv_lens, block_table, cu_seqlens_q, cu_seqlens_k }
+        Self {
+            q,
+            k,
+            v,
+            w,
+            wq,
+            wk,
+            score_v,
+            bias,
+            mask,
+            alibi_slopes,
+            sinks,
+            kv_lens,
+            block_table,
+            cu_seqlens_q,
+            cu_seqlens_k,
+        }
     }
 }

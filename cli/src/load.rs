@@ -83,6 +83,9 @@ pub(crate) fn load(
         k: rows(archive, k, problem.stored_kv(), problem.head_dim)?,
         v: rows(archive, v, problem.stored_kv(), problem.head_dim_v)?,
         w: floats("w", archive)?,
+        wq: floats("w_q", archive)?,
+        wk: floats("w_k", archive)?,
+        score_v: floats("score_v", archive)?,
         bias: optional("bias", archive).then(|| archive.floats("bias")).transpose()?,
         mask: optional("mask", archive).then(|| archive.booleans("mask")).transpose()?,
         alibi_slopes: floats("alibi_slopes", archive)?,
@@ -235,7 +238,7 @@ fn problem(
     };
     let (cu_q, cu_k) = (lists.cu_seqlens_q.as_ref(), lists.cu_seqlens_k.as_ref());
     let (q, k, v) = (shape("q", cu_q)?, shape(names[0], cu_k)?, shape(names[1], cu_k)?);
-    let bilinear = similarity_fits(archive, contract)?;
+    similarity_fits(archive, contract)?;
     let agree = |name: &str, what: &str, need: usize, of: &str, got: usize| {
         if need == got {
             return Ok(());
@@ -277,7 +280,8 @@ fn problem(
     for (dim, what) in sizes.into_iter().enumerate() {
         agree(names[1], what, k[dim], names[0], v[dim])?;
     }
-    if !bilinear {
+    let matrices = matrices(contract.similarity);
+    if matrices.is_empty() {
         agree(names[0], "width", q[3], "q", k[3])?;
     }
     if v[3] > MAX_WIDTH {
@@ -287,7 +291,7 @@ fn problem(
         return Err(archive.fail(why));
     }
     let base = AttentionProblem::new(batch, q[1], k[1], seq_q, seq_kv, k[3], v[3]).with_dtype(dtype);
-    let per_head = if bilinear { w_is_per_head(archive, q, k)? } else { false };
+    let (hidden, per_head) = matrix_sizes(archive, matrices, q, k)?;
     let pairs = [batch, q[1], seq_q, seq_kv];
     let (bias, mask) = (broadcast(archive, "bias", pairs)?, broadcast(archive, "mask", pairs)?);
     let bias = match bias {
@@ -303,7 +307,7 @@ fn problem(
     let problem = AttentionProblem {
         out_dtype: out_dtype.unwrap_or(dtype),
         kv_dtype: (kv_dtype != dtype).then_some(kv_dtype),
-        similarity: contract.similarity(q[3], per_head),
+        similarity: contract.similarity(q[3], hidden, per_head),
         bias,
         mask,
         alibi: vector(archive, "alibi_slopes", "query heads", q[1])?,
@@ -321,26 +325,66 @@ fn problem(
     Ok(problem)
 }
 
-/// A matrix that is silently ignored, or one that is missing, would give wrong numbers.
-fn similarity_fits(archive: &Archive, contract: &ContractArgs) -> Result<bool> {
-    let bilinear = contract.similarity == Some(SimilarityArg::Bilinear);
-    match (bilinear, archive.info("w").is_some()) {
-        (true, false) => Err(archive.fail("w: --similarity bilinear needs it, the file does not have it")),
-        (false, true) => {
-            Err(archive.fail("w: the file has it, only --similarity bilinear uses it; say so or remove it"))
-        }
-        _ => Ok(bilinear),
+/// The tensors that a similarity has beside q and k.
+fn matrices(similarity: Option<SimilarityArg>) -> &'static [&'static str] {
+    match similarity {
+        Some(SimilarityArg::Bilinear) => &["w"],
+        Some(SimilarityArg::Additive) => &["score_v", "w_q", "w_k"],
+        _ => &[],
     }
 }
 
-fn w_is_per_head(archive: &Archive, q: [usize; 4], k: [usize; 4]) -> Result<bool> {
-    archive.float_dtype("w")?;
-    let (one, each) = ([q[3], k[3]], [q[1], q[3], k[3]]);
-    let got = archive.need("w")?.shape.as_slice();
-    if got != one && got != each {
-        return Err(archive.fail(format!("w: need {one:?} or {each:?}, got {got:?}")));
+/// A matrix that is silently ignored, or one that is missing, would give wrong numbers.
+fn similarity_fits(archive: &Archive, contract: &ContractArgs) -> Result<()> {
+    for (kind, name) in [(SimilarityArg::Bilinear, "bilinear"), (SimilarityArg::Additive, "additive")] {
+        for tensor in matrices(Some(kind)) {
+            match (contract.similarity == Some(kind), archive.info(tensor).is_some()) {
+                (true, false) => {
+                    let why = format!("{tensor}: --similarity {name} needs it, the file does not have it");
+                    return Err(archive.fail(why));
+                }
+                (false, true) => {
+                    let why = format!(
+                        "{tensor}: the file has it, only --similarity {name} uses it; say so or remove it"
+                    );
+                    return Err(archive.fail(why));
+                }
+                _ => {}
+            }
+        }
     }
-    Ok(got.len() == 3)
+    Ok(())
+}
+
+/// The width of an additive similarity, and whether each query head has matrices of its own.
+fn matrix_sizes(archive: &Archive, names: &[&str], q: [usize; 4], k: [usize; 4]) -> Result<(usize, bool)> {
+    let (mut hidden, mut per_head) = (0, None);
+    for &name in names {
+        archive.float_dtype(name)?;
+        let got = archive.need(name)?.shape.as_slice();
+        if name == "score_v" {
+            hidden = got.last().copied().unwrap_or(0);
+        }
+        let one = match name {
+            "w" => vec![q[3], k[3]],
+            "w_q" => vec![hidden, q[3]],
+            "w_k" => vec![hidden, k[3]],
+            _ => vec![hidden],
+        };
+        let each = [&[q[1]], &*one].concat();
+        let (of_one, of_each) =
+            (got == one && per_head != Some(true), got == each && per_head != Some(false));
+        if !of_one && !of_each {
+            let need = match per_head {
+                None => format!("{one:?} or {each:?}"),
+                Some(true) => format!("{each:?}"),
+                Some(false) => format!("{one:?}"),
+            };
+            return Err(archive.fail(format!("{name}: need {need}, got {got:?}")));
+        }
+        per_head = Some(of_each);
+    }
+    Ok((hidden, per_head.unwrap_or(false)))
 }
 
 /// The layout of a tensor that is repeated along dimensions of size 1, as numpy does.

@@ -21,6 +21,8 @@ pub(crate) enum SimilarityArg {
     Bilinear,
     /// scale * (q . k) / (|q| |k|), scale 1 unless given
     Cosine,
+    /// scale * vT tanh(Wq q + Wk k), scale 1 unless given; no fused kernel has it
+    Additive,
 }
 
 /// Where query 0 stands among the keys.
@@ -188,11 +190,12 @@ impl ContractArgs {
         }
     }
 
-    /// The similarity for widths `query_dim` (of q) and that of `problem`'s k.
-    pub(crate) fn similarity(&self, query_dim: usize, per_head: bool) -> Similarity {
+    /// The similarity for a width of q, and one of what both are made into where it is additive.
+    pub(crate) fn similarity(&self, query_dim: usize, hidden: usize, per_head: bool) -> Similarity {
         match self.similarity {
             Some(SimilarityArg::Dot) => Similarity::Dot,
             Some(SimilarityArg::Bilinear) => Similarity::Bilinear { query_dim, per_head },
+            Some(SimilarityArg::Additive) => Similarity::Additive { query_dim, hidden, per_head },
             Some(SimilarityArg::Cosine) => Similarity::Cosine,
             Some(SimilarityArg::ScaledDot) | None => Similarity::ScaledDot,
         }
@@ -239,7 +242,7 @@ impl SyntheticArgs {
         let has = |extra| self.with.contains(&extra);
         let pairs = [1, shape.heads_q, shape.seq_q, shape.seq_kv];
         let problem = AttentionProblem {
-            similarity: self.contract.similarity(shape.head_dim, false),
+            similarity: self.contract.similarity(shape.head_dim, shape.head_dim, false),
             bias: has(Extra::Bias).then(|| Bias { dtype, layout: Layout::broadcast(pairs) }),
             mask: if has(Extra::BlockMask) {
                 Some(Layout::broadcast([1, 1, shape.seq_q, shape.seq_kv]))
@@ -288,6 +291,9 @@ pub(crate) fn describe(p: &AttentionProblem) -> String {
         Similarity::Cosine => words.push("cosine".to_string()),
         Similarity::Bilinear { per_head, .. } => {
             words.push(if per_head { "bilinear-per-head" } else { "bilinear" }.to_string());
+        }
+        Similarity::Additive { per_head, .. } => {
+            words.push(if per_head { "additive-per-head" } else { "additive" }.to_string());
         }
         _ => {}
     }

@@ -24,7 +24,8 @@ enum OutDtype {
 /// Attention on the tensors of a safetensors file.
 ///
 /// Reads q, k, v (F32, F16 or BF16; [B,H,S,D], rank 3 means B = 1, rank 2 B = H = 1) and, where the
-/// file has them, w ([Dq,Dk] or [H,Dq,Dk]), bias and mask (broadcast to [B,Hq,Sq,Sk]), alibi_slopes
+/// file has them, w ([Dq,Dk] or [H,Dq,Dk]), score_v, w_q and
+/// w_k ([E], [E,Dq] and [E,Dk], or [H,...] each), bias and mask (broadcast to [B,Hq,Sq,Sk]), alibi_slopes
 /// [Hq], sinks [Hq] and kv_lens [B]. Writes o (as q), lse [B,Hq,Sq] and, if asked, weights
 /// [B,Hq,Sq,Sk].
 ///

@@ -171,6 +171,24 @@ fn a_matrix_that_does_not_fit_is_refused() {
         let line = refuse(what, &["run", &from, "-o", &to, "--similarity", "bilinear", "--path", "cpu"]);
         assert!(line.contains("w:"), "{what}: {line}");
     }
+    let all = |v: &[usize], w_q: &[usize], w_k: &[usize]| {
+        with([("score_v", zeros(v)), ("w_q", zeros(w_q)), ("w_k", zeros(w_k))])
+    };
+    for (what, bytes, name) in [
+        ("additive without score_v", with([("w_q", zeros(&[6, 8])), ("w_k", zeros(&[6, 8]))]), "score_v"),
+        ("additive without w_k", with([("score_v", zeros(&[6])), ("w_q", zeros(&[6, 8]))]), "w_k"),
+        ("score_v of rank 0", all(&[], &[6, 8], &[6, 8]), "score_v"),
+        ("score_v of other heads", all(&[3, 6], &[6, 8], &[6, 8]), "score_v"),
+        ("score_v of width 0", all(&[0], &[0, 8], &[0, 8]), "hidden"),
+        ("w_q of another hidden width", all(&[6], &[5, 8], &[6, 8]), "w_q"),
+        ("w_k of another width", all(&[6], &[6, 8], &[6, 7]), "w_k"),
+        ("w_k of each head, score_v of none", all(&[6], &[6, 8], &[4, 6, 8]), "w_k"),
+    ] {
+        let from = folder.write("in.safetensors", bytes);
+        let line = refuse(what, &["run", &from, "-o", &to, "--similarity", "additive", "--path", "cpu"]);
+        assert!(line.contains(name), "{what}: {line}");
+        refuse(what, &["run", &from, "-o", &to, "--path", "cpu"]);
+    }
 }
 
 #[test]

@@ -54,6 +54,15 @@ fn every_option_gives_what_the_oracle_gives() {
         all
     };
     let mask: Vec<u8> = (0..sq * sk).map(|i| u8::from(i % 3 != 0)).collect();
+    let e = 6;
+    let additive = |heads: &[usize], [e, d_q, d_k]: [usize; 3]| {
+        let matrix = |seed, shape: &[usize]| {
+            let shape = [heads, shape].concat();
+            Stored::f32(&shape, &noise(seed, shape.iter().product()))
+        };
+        let v = matrix(6, &[e]);
+        with(&[("score_v", v), ("w_q", matrix(7, &[e, d_q])), ("w_k", matrix(8, &[e, d_k]))])
+    };
     let cases: Vec<(&str, Tensors, Vec<&str>)> = vec![
         ("plain", plain.clone(), vec![]),
         ("dot", plain.clone(), vec!["--similarity", "dot"]),
@@ -82,6 +91,12 @@ fn every_option_gives_what_the_oracle_gives() {
             with(&[("w", Stored::bf16(&[hq, d, d], &noise(5, hq * d * d)))]),
             vec!["--similarity", "bilinear"],
         ),
+        ("one v, Wq and Wk", additive(&[], [e, d, d]), vec!["--similarity", "additive"]),
+        (
+            "additive for each head",
+            additive(&[hq], [e, d, d]),
+            vec!["--similarity", "additive", "--scale", "2"],
+        ),
         ("others are left alone", with(&[("hidden", Stored::i64(&[1]))]), vec![]),
     ];
     let paths = paths();
@@ -91,6 +106,16 @@ fn every_option_gives_what_the_oracle_gives() {
         let want = run("oracle", &input, &flags("oracle"));
         assert!(name.starts_with("others") || !seen.contains(&want), "{name} changes something");
         for path in paths.iter().filter(|path| **path != "oracle") {
+            // No product of matrices gives additive scores.
+            if flags(path).contains(&"additive") && ["fused", "decode"].contains(path) {
+                let folder = Folder::new();
+                let (from, to) =
+                    (folder.write("in.safetensors", file(&input)), folder.text("out.safetensors"));
+                let output = program(&["run", &from, "-o", &to, "--path", path, "--similarity", "additive"]);
+                assert_eq!(output.status.code(), Some(2), "{name} {path}: {output:?}");
+                assert!(String::from_utf8_lossy(&output.stderr).contains("additive"), "{output:?}");
+                continue;
+            }
             let got = run(path, &input, &flags(path));
             assert_eq!(got.len(), want.len() - usize::from(weights_flag(path).is_empty()), "{name} {path}");
             for output in got.keys().map(String::as_str) {

@@ -155,6 +155,9 @@ impl OnDevice<'_> {
         use Operand::*;
         Ok(Operands {
             w: self.buffer(W),
+            wq: self.buffer(Wq),
+            wk: self.buffer(Wk),
+            score_v: self.buffer(ScoreV),
             bias: self.buffer(Bias),
             mask: self.buffer(Mask),
             alibi_slopes: self.buffer(AlibiSlopes),
@@ -260,6 +263,9 @@ fn bytes_of<'a>(inputs: &Inputs<'a>, operand: Operand) -> Option<&'a [u8]> {
         Operand::K => Some(inputs.k.bytes()),
         Operand::V => Some(inputs.v.bytes()),
         Operand::W => inputs.w.map(|x| F32(x).bytes()),
+        Operand::Wq => inputs.wq.map(|x| F32(x).bytes()),
+        Operand::Wk => inputs.wk.map(|x| F32(x).bytes()),
+        Operand::ScoreV => inputs.score_v.map(|x| F32(x).bytes()),
         Operand::Bias => inputs.bias.map(|x| x.bytes()),
         Operand::Mask => inputs.mask,
         Operand::AlibiSlopes => inputs.alibi_slopes.map(|x| F32(x).bytes()),

@@ -59,6 +59,10 @@ fn options(prng: &mut Prng, p: &mut AttentionProblem) {
             Similarity::Bilinear { query_dim, per_head: prng.one_in(2) }
         }
         4 => Similarity::Cosine,
+        5 => {
+            let query_dim = if prng.one_in(2) { p.head_dim } else { prng.pick(&WIDTHS[..11]) };
+            Similarity::Additive { query_dim, hidden: 1 + prng.below(24), per_head: prng.one_in(2) }
+        }
         _ => Similarity::ScaledDot,
     };
     p.scale = prng.one_in(4).then(|| prng.pick(&[0.5, 0.125, -0.3, 1.0, 0.0]));

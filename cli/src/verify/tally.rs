@@ -56,10 +56,12 @@ impl Tally {
     /// What a problem has, for the line that says what was covered.
     pub(crate) fn seen(&mut self, p: &AttentionProblem) {
         let bilinear = matches!(p.similarity, Similarity::Bilinear { .. });
+        let additive = matches!(p.similarity, Similarity::Additive { .. });
         for (present, name) in [
             (p.similarity == Similarity::Dot, "dot"),
             (p.similarity == Similarity::Cosine, "cosine"),
             (bilinear, "bilinear"),
+            (additive, "additive"),
             (p.scale.is_some(), "scale"),
             (p.softcap.is_some(), "softcap"),
             (p.bias.is_some(), "bias"),
