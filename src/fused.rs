@@ -241,7 +241,7 @@ impl FusedRow {
 /// to stay inside a processor's instruction cache (32 KiB, some 5000 instructions), and the variables
 /// inside its data cache. Found by trial on lavapipe 26.1. Each score's own finish, and elements that
 /// are loaded one by one, are text as well, which drivers take seconds to compile: then one key a step.
-pub(crate) fn row(problem: &AttentionProblem) -> FusedRow {
+pub(crate) fn row(problem: &AttentionProblem, caps: &Caps) -> FusedRow {
     let (width, width_v) = (problem.head_dim as u32, problem.head_dim_v as u32);
     let p = problem;
     let finish = p.softcap.is_some() || p.bias.is_some() || p.alibi || p.mask.is_some();
@@ -259,6 +259,9 @@ pub(crate) fn row(problem: &AttentionProblem) -> FusedRow {
         201..=264 if p.stored_kv() == Dtype::F32 => (3, 1),
         _ => (2, 1),
     };
+    // SwiftShader's compiler takes 19 seconds for six rows of 8 elements and two keys and a quarter of one for four
+    // rows and one key, which are no slower.
+    let (rows, keys) = if caps.adapter.contains("SwiftShader") { (rows.min(4), 1) } else { (rows, keys) };
     // No more rows than there are.
     let rows = rows.min((problem.owned_rows() as u32).div_ceil(FusedRow::LANES).max(1));
     let widest = if vec4 { MOST_ROW_WIDTH } else { MOST_ROW_WIDTH_BY_ELEMENT };

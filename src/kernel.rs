@@ -334,7 +334,7 @@ pub(crate) fn tiles(family: Family, problem: &AttentionProblem, caps: &Caps) -> 
             Tiles { fused, ..Tiles::none(family) }
         }
         Family::FusedMatrix => Tiles { matrix: fused_matrix::sizes(problem, caps), ..Tiles::none(family) },
-        Family::FusedRow => Tiles { row: fused::row(problem), ..Tiles::none(family) },
+        Family::FusedRow => Tiles { row: fused::row(problem, caps), ..Tiles::none(family) },
     }
 }
 
@@ -447,7 +447,8 @@ impl Blueprint {
         };
         Self {
             kernel,
-            tiles,
+            // What becomes of queries and keys before they are compared is the same for every family.
+            tiles: if of_queries || of_keys { Tiles::none(Family::StagedDirect) } else { tiles },
             product: match kernel {
                 Kernel::Project | Kernel::ProjectQ => product(Operand::Q, problem.seq_q, problem.query_dim()),
                 Kernel::ProjectK => product(Operand::K, problem.seq_kv, problem.head_dim),
