@@ -1,6 +1,13 @@
 // Products of rows and a matrix, for each of several owners of both: what the kernels of a linear map ask for
 // (shaders/kernel/linear_*.wgsl), (product_rows, width) @ (width, OUT).
 var<private> owner: u32;
+// Its batch entry and (first) query head, and where its matrix begins: found once.
+var<private> owner_bh: vec2<u32>;
+var<private> owner_w: u32;
+
+fn product_w() -> u32 {
+    return owner_w;
+}
 
 // Where a workgroup's rows are among those of its owner, in tiles.
 fn band_of(band: u32) -> u32 {

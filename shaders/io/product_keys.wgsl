@@ -7,7 +7,9 @@
 var<private> owner_keys: u32;
 
 fn enter_owner() {
-    owner_keys = key_length(entry_and_head(owner).x);
+    owner_bh = entry_and_head(owner);
+    owner_w = owner_bh.y * params.wk_head_stride;
+    owner_keys = key_length(owner_bh.x);
 }
 
 fn product_owners() -> u32 {
@@ -18,17 +20,11 @@ fn product_rows() -> u32 {
     return params.seq_kv;
 }
 
-// Where the matrix begins.
-fn product_w() -> u32 {
-    return entry_and_head(owner).y * params.wk_head_stride;
-}
-
 fn x4(row: u32, k: u32) -> vec4<f32> {
     if row >= owner_keys {
         return vec4<f32>();
     }
-    let bh = entry_and_head(owner);
-    return load4_k(row_k(bh.x, bh.y / params.group_size, row), k);
+    return load4_k(row_k(owner_bh.x, owner_bh.y / params.group_size, row), k);
 }
 
 fn end_quad(row: u32, quad: u32, sum: vec4<f32>) {

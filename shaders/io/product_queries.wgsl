@@ -3,7 +3,10 @@
 // (query_dim, hidden) (Bahdanau 2014).
 @group(0) @binding(BINDING) var<storage, read_write> projected: array<vec4<f32>>;
 
-fn enter_owner() {}
+fn enter_owner() {
+    owner_bh = batch_head(owner);
+    owner_w = owner_bh.y * params.w_head_stride;
+}
 
 fn product_owners() -> u32 {
     return params.head_count;
@@ -13,13 +16,8 @@ fn product_rows() -> u32 {
     return params.row_count;
 }
 
-// Where the matrix begins.
-fn product_w() -> u32 {
-    return batch_head(owner).y * params.w_head_stride;
-}
-
 fn x4(row: u32, k: u32) -> vec4<f32> {
-    return load4_q(query_row(owner, row), k);
+    return load4_q(row_q(owner_bh.x, owner_bh.y, params.row_first + row), k);
 }
 
 fn end_quad(row: u32, quad: u32, sum: vec4<f32>) {
