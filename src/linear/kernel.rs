@@ -26,7 +26,11 @@ const STEP: u32 = 4;
 /// Threads of the direct kernel: a vector of most processors.
 const LANES: u32 = 8;
 
-/// Threads of the kernel for few rows, and the smallest subgroup that there is.
+/// Rows from which on its largest tile pays, which takes twice as long to compile.
+const MANY_ROWS: u32 = 8 * LANES;
+
+/// Fewest threads of the kernel for few rows: whole subgroups, of any size up to that. And the smallest subgroup
+/// that there is.
 const FEW_THREADS: u32 = 64;
 const LEAST_SUBGROUP: u32 = 4;
 
@@ -149,7 +153,7 @@ impl Linear {
         let far = p.inputs > FAR as usize;
         let few = |subgroup: bool| {
             // The wider the vectors of neighbours the better the reads of W.
-            let (quads, lanes) = if by_outputs { (8, FEW_THREADS / 8) } else { (2, FEW_THREADS / 2) };
+            let (quads, lanes) = if by_outputs { (8, 16) } else { (2, FEW_THREADS / 2) };
             let share = subgroup.then(|| {
                 let least = caps.subgroup.map_or(LEAST_SUBGROUP, |(least, _)| least);
                 let apart = if by_outputs { quads } else { 1 };
@@ -163,7 +167,7 @@ impl Linear {
             LinearKernel::Matrix => Sizes::Matrix(Matrix::of(rows, far, by_outputs, caps)),
             LinearKernel::Few => few(false),
             LinearKernel::FewSubgroup => few(true),
-            LinearKernel::Direct => direct(rows, x.vec4 && w.vec4),
+            LinearKernel::Direct => direct(rows, x, w, by_outputs),
         };
         Self {
             sizes,
@@ -184,7 +188,7 @@ impl Linear {
         let p = LinearProblem { dtype: x.dtype, ..LinearProblem::new(rows.max(1), inputs, outputs) };
         let all = Self::new(&if by_outputs { p.with_transposed_weights() } else { p }, caps);
         let sizes = match all.sizes {
-            Sizes::Direct { .. } => direct(p.rows.min(1 << 16) as u32, x.vec4 && all.w.vec4),
+            Sizes::Direct { .. } => direct(p.rows.min(1 << 16) as u32, x, all.w, all.by_outputs),
             sizes => sizes,
         };
         Self { sizes, x, ..all }
@@ -474,17 +478,20 @@ impl Linear {
 
 /// The direct kernel's sizes. Each row or quad that differs from thread to thread is gathered, lane by lane,
 /// which costs as much as some 100 products; the more of the other kind use it the better, until the text
-/// leaves a processor's instruction cache (some 500 products) or its compiler's patience. Found by trial on
+/// leaves a processor's instruction cache (some 1000 products) or its compiler's patience. Found by trial on
 /// lavapipe 26.1.
-fn direct(rows: u32, vec4: bool) -> Sizes {
+fn direct(rows: u32, x: Io, w: Io, by_outputs: bool) -> Sizes {
+    let over_rows = |rows, quads| Sizes::Direct { rows, quads, over_rows: true };
+    let over_quads = |rows, quads| Sizes::Direct { rows, quads, over_rows: false };
+    let vec4 = x.vec4 && w.vec4;
     match rows {
-        // Elements that are loaded one by one are text as well.
-        1..=16 if !vec4 => {
-            Sizes::Direct { rows: rows.next_power_of_two().min(8), quads: 1, over_rows: false }
-        }
-        1..=16 => Sizes::Direct { rows: rows.next_power_of_two(), quads: 2, over_rows: false },
-        _ if !vec4 => Sizes::Direct { rows: 4, quads: 4, over_rows: true },
-        _ => Sizes::Direct { rows: 4, quads: 8, over_rows: true },
+        // Elements that are loaded one by one are text as well, and so is what unpacks them.
+        1..=16 if !vec4 => over_quads(rows.next_power_of_two().min(8), 1),
+        1..=16 => over_quads(rows.next_power_of_two(), 2),
+        _ if !vec4 => over_rows(4, 4),
+        // Where W has to be transposed in registers, more rows share that.
+        MANY_ROWS.. if [x.dtype, w.dtype] == [Dtype::F32; 2] && !by_outputs => over_rows(8, 8),
+        _ => over_rows(4, 8),
     }
 }
 
