@@ -36,18 +36,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 continue;
             }
             if p.flops() <= MOST_ON_CPU {
-                let numbers = |n: usize| {
-                    Tensor::from_f32(p.dtype, &(0..n).map(|i| (i as f32).sin()).collect::<Vec<_>>())
-                };
-                let (x, w) = (numbers(rows * inputs), numbers(outputs * inputs));
-                let mut y = Tensor::zeros(p.out_dtype, rows * outputs);
-                let mut best = f64::INFINITY;
-                for _ in 0..ROUNDS {
-                    let start = Instant::now();
-                    cpu::linear_into(&p, &LinearInputs { x: x.as_ref(), w: w.as_ref(), bias: None }, &mut y)?;
-                    best = best.min(start.elapsed().as_secs_f64());
-                }
-                report(&p, name, "cpu", best, "");
+                report(&p, name, "cpu", measure_cpu(&p)?, "");
             }
             for kernel in LinearKernel::ALL {
                 if std::env::var("LINEAR_KERNEL").is_ok_and(|only| only != kernel.to_string()) {
@@ -75,6 +64,20 @@ fn report(p: &LinearProblem, name: &str, kernel: &str, seconds: f64, more: &str)
         p.flops() / seconds / 1e9,
         seconds * 1e3
     );
+}
+
+/// Seconds of the CPU path's best run.
+fn measure_cpu(p: &LinearProblem) -> wgpu_attention::Result<f64> {
+    let numbers = |n: usize| Tensor::from_f32(p.dtype, &(0..n).map(|i| (i as f32).sin()).collect::<Vec<_>>());
+    let (x, w) = (numbers(p.rows * p.inputs), numbers(p.outputs * p.inputs));
+    let mut y = Tensor::zeros(p.out_dtype, p.rows * p.outputs);
+    let mut best = f64::INFINITY;
+    for _ in 0..ROUNDS {
+        let start = Instant::now();
+        cpu::linear_into(p, &LinearInputs { x: x.as_ref(), w: w.as_ref(), bias: None }, &mut y)?;
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    Ok(best)
 }
 
 /// Seconds of the first run, which compiles, and of the best.

@@ -102,7 +102,7 @@ const MOST_THREADS: u32 = 128;
 const LEAST_THREADS: u32 = 64;
 
 /// The smallest subgroup there is.
-const LEAST_SUBGROUP: u32 = 4;
+pub(crate) const LEAST_SUBGROUP: u32 = 4;
 
 /// The tile kernels' sizes for a problem: the widest step of keys whose tiles fit the device's workgroup
 /// memory (barriers dominate small steps), then keys and values together, then the widest slice.

@@ -51,7 +51,7 @@ impl Data {
         let extent = |operand| p.extent(operand) as usize;
         let normals =
             |n: usize, scale: f32, prng: &mut Prng| (0..n).map(|_| scale * prng.normal()).collect::<Vec<_>>();
-        // Widths of q at which scores have the spread that trained models have.
+        // Here and below: widths at which scores have the spread that trained models have.
         let q_scale = if p.similarity == Similarity::Dot { 1.0 / (p.head_dim as f32).sqrt() } else { 1.0 };
         let q = Tensor::from_f32(p.dtype, &normals(extent(Operand::Q), q_scale, prng));
         let rows = |operand: Operand, dim: usize, prng: &mut Prng| {

@@ -4,6 +4,7 @@ use super::{LinearKernel, LinearProblem, OPERANDS};
 use crate::caps::Caps;
 use crate::dtype::Dtype;
 use crate::error::Operand;
+use crate::fused::LEAST_SUBGROUP;
 use crate::kernel::Io;
 use crate::layout::Layout;
 use crate::params::ParamLayout;
@@ -29,10 +30,8 @@ const LANES: u32 = 8;
 /// Rows from which on its largest tile pays, which takes twice as long to compile.
 const MANY_ROWS: u32 = 8 * LANES;
 
-/// Fewest threads of the kernel for few rows: whole subgroups, of any size up to that. And the smallest subgroup
-/// that there is.
+/// Fewest threads of the kernel for few rows: whole subgroups, of any size up to that.
 const FEW_THREADS: u32 = 64;
-const LEAST_SUBGROUP: u32 = 4;
 
 /// Most registers of a thread that fragments may take; a GPU has 255 or 256.
 const MOST_REGISTERS: u32 = 176;

@@ -80,7 +80,7 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<()> {
         for &backend in &backends {
             match attempt(backend, engine.as_ref(), &problem, &inputs) {
                 Ok((kernels, outputs)) => {
-                    let worst = truth.judge(&problem, &outputs);
+                    let worst = truth.judge(&problem, &kernels, &outputs);
                     tally.result(&kernels, problem.dtype, worst.ratio());
                     if worst.ratio() > 1.0 {
                         tally.fault(format!("case {case}, {backend}, {what}: {worst}"));
@@ -178,7 +178,7 @@ impl Truth {
         Ok(Self { o_budget: reference::tolerance(problem, &reference, naive), reference })
     }
 
-    fn judge(&self, problem: &AttentionProblem, outputs: &Outputs) -> Worst {
+    fn judge(&self, problem: &AttentionProblem, kernels: &[String], outputs: &Outputs) -> Worst {
         let r = &self.reference;
         let widened = |x: &[f32]| x.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
         let o = widened(&outputs.o_contiguous(problem));
@@ -191,7 +191,8 @@ impl Truth {
         // largest score, and of the logarithm itself.
         let rounding = 64.0 * 2f64.powi(-24);
         // Matrix units take a key's codes as f16.
-        let halves = !problem.stored_kv().is_float() && problem.dtype == Dtype::F16;
+        let halves =
+            !problem.stored_kv().is_float() && kernels.iter().any(|name| name == "fused_tile_matrix");
         let of_keys = if halves { 2f64.powi(-11) * r.max_score } else { 0.0 };
         let largest_lse = r.lse.iter().filter(|x| x.is_finite()).fold(1.0, |m: f64, x| m.max(x.abs()));
         if let Some(lse) = &outputs.lse {
