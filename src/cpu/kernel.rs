@@ -68,8 +68,10 @@ fn score_rows<S: Simd, const MR: usize, const NV: usize>(
     let zero = simd.splat_f32s(0.0);
     let mut total = [[zero; NV]; MR];
     for (chain, q) in q.chunks(CHAIN_SCORES).enumerate() {
-        let rows: [&[f32]; MR] =
-            core::array::from_fn(|r| &keys[r * stride + chain * CHAIN_SCORES..][..q.len()]);
+        let mut rows: [&[f32]; MR] = [&[]; MR];
+        for (r, row) in rows.iter_mut().enumerate() {
+            *row = &keys[r * stride + chain * CHAIN_SCORES..][..q.len()];
+        }
         let sum = sum_products::<S, MR, NV>(simd, rows, q);
         if chain == 0 {
             total = sum;
@@ -94,7 +96,11 @@ pub(super) fn sum_products<S: Simd, const MR: usize, const NV: usize>(
 ) -> [[S::f32s; NV]; MR] {
     let mut sum = [[simd.splat_f32s(0.0); NV]; MR];
     let (steps, rest) = x.as_chunks::<STEP>();
-    let scalars = rows.map(|row| row.as_chunks::<STEP>().0);
+    // Loops: a closure might not be inlined, and would be called for every chain.
+    let mut scalars: [&[[f32; STEP]]; MR] = [&[]; MR];
+    for (scalars, row) in scalars.iter_mut().zip(rows) {
+        *scalars = row.as_chunks().0;
+    }
     for (at, x) in steps.iter().enumerate() {
         for i in 0..STEP {
             for r in 0..MR {

@@ -28,7 +28,7 @@ const FAR: usize = 1024;
 const BLOCK: usize = 4096;
 
 /// Rows of a piece of work, and outputs: what of x it reads for each block of outputs, and its sums, fit the
-/// second cache. Multiples of every vector's length, and of 12.
+/// second cache. Multiples of every vector's length, and of 6 and 8.
 const BLOCK_ROWS: usize = 256;
 const BLOCK_OUTPUTS: usize = 96;
 
@@ -392,8 +392,9 @@ impl<T: Element, const NV: usize> WithSimd for Many<'_, '_, T, NV> {
                         }
                     };
                 }
+                // With more of them the sums might not stay in registers: the compiler does not unroll so far.
                 if S::REGISTER_COUNT >= 32 {
-                    blocks_of!(12);
+                    blocks_of!(8);
                 }
                 blocks_of!(6);
                 blocks_of!(1);
@@ -416,8 +417,11 @@ fn products<S: Simd, const N: usize, const NV: usize>(
 ) {
     let x = S::as_simd_f32s(x).0.as_chunks::<NV>().0;
     for (level, x) in x.chunks(LEVEL).enumerate() {
-        let w: [&[f32]; N] = core::array::from_fn(|n| &w.data[n * w.stride + level * LEVEL..][..x.len()]);
-        let sum = sum_products::<S, N, NV>(simd, w, x);
+        let mut scalars: [&[f32]; N] = [&[]; N];
+        for (n, scalars) in scalars.iter_mut().enumerate() {
+            *scalars = &w.data[n * w.stride + level * LEVEL..][..x.len()];
+        }
+        let sum = sum_products::<S, N, NV>(simd, scalars, x);
         for n in 0..N {
             let to = S::as_mut_simd_f32s(&mut sums[n * stride..][..NV * S::F32_LANES]).0;
             for v in 0..NV {
