@@ -51,7 +51,7 @@ fn main() -> Result<()> {
             let layer = layer(shape, causal, dtype)?;
             let (ms, error) = measure(&layer, attention.as_ref(), repeat)?;
             let gpu = attention.as_ref().map(|attention| attention.caps().adapter.as_str());
-            let adapter = format!("\"{}\"", gpu.unwrap_or("cpu"));
+            let adapter = format!("\"{}\"", gpu.map_or_else(processor, str::to_string));
             let gflops = flops(&layer) / ms / 1e6;
             let version = env!("CARGO_PKG_VERSION");
             println!(
@@ -60,6 +60,17 @@ fn main() -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// What the system calls the processor; `cpu` where it does not say.
+fn processor() -> String {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = text.lines().find(|line| line.starts_with("model name"));
+    let name = model.and_then(|line| Some(line.split_once(':')?.1.trim())).unwrap_or("cpu");
+    match std::thread::available_parallelism() {
+        Ok(threads) => format!("{name}, {threads} threads"),
+        Err(_) => name.to_string(),
+    }
 }
 
 fn layer(shape: &str, causal: Option<Align>, dtype: Dtype) -> Result<Layer> {
