@@ -118,7 +118,7 @@ fn bad_models_are_refused_by_name() {
     says(&Checkpoint::read(&path.join("nowhere")).err().unwrap(), &["nowhere", "not a folder"]);
 }
 
-/// Checkpoints in half the bytes, and with the model's name before each tensor.
+/// Checkpoints in half the bytes, with the model's name before each tensor, and TensorFlow's names of norms.
 #[test]
 fn checkpoints_differ_in_names_and_types() {
     let mut model = TinyBert::new();
@@ -127,6 +127,8 @@ fn checkpoints_differ_in_names_and_types() {
         .iter()
         .map(|(name, tensor)| {
             let values: Vec<f32> = tensor.values().into_iter().map(|x| x as f32).collect();
+            let name = name.replace("LayerNorm.weight", "LayerNorm.gamma");
+            let name = name.replace("LayerNorm.bias", "LayerNorm.beta");
             (format!("bert.{name}"), Stored::bf16(&tensor.shape, &values))
         })
         .collect();
@@ -137,6 +139,11 @@ fn checkpoints_differ_in_names_and_types() {
         f64::from(checkpoint.layers[1].up.0[7]),
         model.tensors["bert.encoder.layer.1.intermediate.dense.weight"].values()[7]
     );
+    let norm = &checkpoint.layers[1].norm_output;
+    for (got, name) in [(norm.gain[3], "gamma"), (norm.bias[3], "beta")] {
+        let want = model.tensors[&format!("bert.encoder.layer.1.output.LayerNorm.{name}")].values()[3];
+        assert_eq!(f64::from(got), want, "{name}");
+    }
 }
 
 /// The model's weights on the first text, by the test's own forward pass.

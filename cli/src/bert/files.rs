@@ -190,8 +190,11 @@ fn weights(config: &Config, bytes: &[u8]) -> Result<(Embeddings, Vec<LayerWeight
         return Err("its tensors are not named as BERT's are".into());
     }
     let norm = |name: String| -> Result<Norm> {
+        // Files that began as TensorFlow's have its words for the two.
+        let old = find(&tensors, &format!("{name}.LayerNorm.gamma")).is_some();
+        let [gain, bias] = if old { ["gamma", "beta"] } else { ["weight", "bias"] };
         let part = |part: &str| read(&tensors, &format!("{name}.LayerNorm.{part}"), &[hidden]);
-        Ok(Norm { gain: part("weight")?, bias: part("bias")?, eps: config.layer_norm_eps })
+        Ok(Norm { gain: part(gain)?, bias: part(bias)?, eps: config.layer_norm_eps })
     };
     let map = |name: String, outputs: usize, inputs: usize| -> Result<Map> {
         let w = read(&tensors, &format!("{name}.weight"), &[outputs, inputs])?;
@@ -221,10 +224,14 @@ fn weights(config: &Config, bytes: &[u8]) -> Result<(Embeddings, Vec<LayerWeight
     Ok((embeddings, layers))
 }
 
-/// A tensor, as f32, with or without the model's own name before it.
+/// A tensor, with or without the model's own name before it.
+fn find<'a>(tensors: &SafeTensors<'a>, name: &str) -> Option<safetensors::tensor::TensorView<'a>> {
+    ["", "bert."].iter().find_map(|prefix| tensors.tensor(&format!("{prefix}{name}")).ok())
+}
+
+/// The same as f32.
 fn read(tensors: &SafeTensors<'_>, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
-    let view = ["", "bert."].iter().find_map(|prefix| tensors.tensor(&format!("{prefix}{name}")).ok());
-    let Some(view) = view else { return Err(format!("{name}: it is not there")) };
+    let Some(view) = find(tensors, name) else { return Err(format!("{name}: it is not there")) };
     if view.shape() != shape {
         return Err(format!("{name}: its shape is {:?}, config.json asks for {shape:?}", view.shape()));
     }
