@@ -312,13 +312,19 @@ pub enum Error {
         /// Pages of the cache.
         pages: u32,
     },
-    /// Something about one part of an attention layer.
-    #[error("{part}: {why}")]
+    /// A layer that there is not.
+    #[error("the layer: {why}")]
     Layer {
-        /// Which part.
+        /// What is wrong with it.
+        why: String,
+    },
+    /// Something is wrong with one of a layer's linear maps, whose operands are x, w, bias and y.
+    #[error("{part}: {error}")]
+    Projection {
+        /// Which one.
         part: &'static str,
         /// What is wrong there.
-        why: String,
+        error: Box<Error>,
     },
     /// A checkpoint lacks a tensor, or has another one than the layer needs.
     #[error("checkpoint: {tensor}: {why}")]

@@ -126,28 +126,7 @@ impl<'a> Inputs<'a> {
             CuSeqlensK,
         ];
         for operand in inputs {
-            let wanted = problem.layout(operand).is_some();
-            let Some((dtype, len, _)) = operand.brought(wanted, self.get(operand))? else { continue };
-            let need = match operand {
-                Bias => problem.bias.map(|bias| bias.dtype),
-                K | V => Some(problem.stored_kv()),
-                _ => Some(problem.dtype),
-            };
-            if let (Some(got), Some(need)) = (dtype, need)
-                && got != need
-            {
-                return Err(Error::DtypeMismatch { operand, need, got });
-            }
-            let need = problem.extent(operand);
-            if need > len as u128 {
-                return Err(Error::OutOfBounds {
-                    operand,
-                    need: need as u64,
-                    got: len as u64,
-                    unit: "elements",
-                    container: "slice",
-                });
-            }
+            self.check_operand(problem, operand)?;
         }
         for (batch, &got) in self.kv_lens.iter().flat_map(|lens| lens[..problem.batch].iter().enumerate()) {
             if got as usize > problem.seq_kv {
@@ -166,6 +145,35 @@ impl<'a> Inputs<'a> {
             }
         }
         Ok(())
+    }
+
+    /// An operand is there if the problem wants it, has its type, and is long enough.
+    fn check_operand(&self, problem: &AttentionProblem, operand: Operand) -> Result<()> {
+        let wanted = problem.layout(operand).is_some();
+        let Some((dtype, len, _)) = operand.brought(wanted, self.get(operand))? else { return Ok(()) };
+        let need = match operand {
+            Operand::Bias => problem.bias.map(|bias| bias.dtype),
+            Operand::K | Operand::V => Some(problem.stored_kv()),
+            _ => Some(problem.dtype),
+        };
+        if let (Some(got), Some(need)) = (dtype, need)
+            && got != need
+        {
+            return Err(Error::DtypeMismatch { operand, need, got });
+        }
+        let need = problem.extent(operand);
+        if need > len as u128 {
+            let (need, got, unit, container) = (need as u64, len as u64, "elements", "slice");
+            return Err(Error::OutOfBounds { operand, need, got, unit, container });
+        }
+        Ok(())
+    }
+
+    /// The lists of ragged sequences alone, for those who read them before attention does.
+    pub(crate) fn check_lists(&self, problem: &AttentionProblem) -> Result<()> {
+        self.check_operand(problem, Operand::CuSeqlensQ)?;
+        self.check_operand(problem, Operand::CuSeqlensK)?;
+        self.check_ragged(problem)
     }
 
     /// Offsets of ragged sequences rise, stay inside the rows, and leave no entry longer than stated.

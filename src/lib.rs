@@ -23,7 +23,8 @@
 //! - [`Attention`] holds a device's pipelines and scratch. [`Attention::encode`] records into your
 //!   encoder and never submits; [`Attention::run`] goes from slices to vectors.
 //! - [`Attention::merge_states`] makes one result of partial results over disjoint keys.
-//! - [`Attention::encode_linear`] is the projections around attention: linear maps of any layout.
+//! - [`Layer`] is a whole attention layer, from a sequence to its attended output, and
+//!   [`Attention::encode_layer`] records it; [`Attention::encode_linear`] is one of its linear maps by itself.
 //! - [`Append`] writes new keys and values into a [`Cache`] on the GPU; [`Prepared`] work is encoded again
 //!   and again. [`PageAllocator`] and [`Sequence`] keep the books of a paged cache, on the host. The page
 //!   [`generation`] puts these together: prefill, append, decode.
@@ -40,6 +41,7 @@
 //! # Features
 //! - `backends` (default): wgpu's default backends.
 //! - `cpu` (default): the `cpu` module. Not on wasm32.
+//! - `safetensors`: [`HostWeights`] from checkpoints.
 //!
 //! # Sources
 //! Bahdanau 2014 (arXiv 1409.0473), Graves 2014 (NTM, 1410.5401), Luong 2015 (1508.04025), Vaswani

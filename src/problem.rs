@@ -459,35 +459,7 @@ impl AttentionProblem {
     /// [`Error::DtypeUnfit`], [`Error::Cache`] and [`Error::OutputOverlaps`]. `batch`, `seq_q` and `seq_kv` may
     /// be 0.
     pub fn validate(&self) -> Result<()> {
-        for (what, size) in [
-            ("heads_q", self.heads_q),
-            ("heads_kv", self.heads_kv),
-            ("head_dim", self.head_dim),
-            ("head_dim_v", self.head_dim_v),
-            ("query_dim", self.query_dim()),
-            ("hidden", self.compared_dim()),
-        ] {
-            if size == 0 {
-                return Err(Error::ZeroSize { what });
-            }
-        }
-        if !self.heads_q.is_multiple_of(self.heads_kv) {
-            return Err(Error::HeadGroups { heads_q: self.heads_q, heads_kv: self.heads_kv });
-        }
-        for (what, size) in [
-            ("batch", self.batch),
-            ("heads_q", self.heads_q),
-            ("seq_q", self.seq_q),
-            ("seq_kv", self.seq_kv),
-            ("head_dim", self.head_dim),
-            ("head_dim_v", self.head_dim_v),
-            ("query_dim", self.query_dim()),
-            ("hidden", self.compared_dim()),
-        ] {
-            if size > MAX_SEQ {
-                return Err(Error::TooLarge { what: what.into(), got: size as u128, max: MAX_SEQ as u64 });
-            }
-        }
+        self.validate_sizes()?;
         self.validate_storage()?;
         if let Some(scale) = self.scale.filter(|scale| !scale.is_finite()) {
             return Err(Error::BadNumber { what: "scale", got: scale, need: "finite" });
@@ -521,6 +493,42 @@ impl AttentionProblem {
         Ok(())
     }
 
+    /// The rules of sizes, each by itself: products of two of those that pass are far from overflowing.
+    pub(crate) fn validate_sizes(&self) -> Result<()> {
+        for (what, size) in [
+            ("heads_q", self.heads_q),
+            ("heads_kv", self.heads_kv),
+            ("head_dim", self.head_dim),
+            ("head_dim_v", self.head_dim_v),
+            ("query_dim", self.query_dim()),
+            ("hidden", self.compared_dim()),
+        ] {
+            if size == 0 {
+                return Err(Error::ZeroSize { what });
+            }
+        }
+        if !self.heads_q.is_multiple_of(self.heads_kv) {
+            return Err(Error::HeadGroups { heads_q: self.heads_q, heads_kv: self.heads_kv });
+        }
+        for (what, size) in [
+            ("batch", self.batch),
+            ("heads_q", self.heads_q),
+            ("seq_q", self.seq_q),
+            ("seq_kv", self.seq_kv),
+            ("head_dim", self.head_dim),
+            ("head_dim_v", self.head_dim_v),
+            ("query_dim", self.query_dim()),
+            ("hidden", self.compared_dim()),
+            ("total_q", self.total_q.unwrap_or(0)),
+            ("total", if let Cache::Ragged { total } = self.cache { total } else { 0 }),
+        ] {
+            if size > MAX_SEQ {
+                return Err(Error::TooLarge { what: what.into(), got: size as u128, max: MAX_SEQ as u64 });
+            }
+        }
+        Ok(())
+    }
+
     /// The rules of element types and of caches.
     fn validate_storage(&self) -> Result<()> {
         let bias = self.bias.map_or(Dtype::F32, |bias| bias.dtype);
@@ -544,7 +552,6 @@ impl AttentionProblem {
             let (what, got) = (what.to_string(), got as u128);
             if got > max as u128 { Err(Error::TooLarge { what, got, max: max as u64 }) } else { Ok(()) }
         };
-        too_large("total_q", self.total_q.unwrap_or(0), MAX_SEQ)?;
         match self.cache {
             Cache::Contiguous => Ok(()),
             Cache::Ring { capacity } => {
@@ -576,8 +583,7 @@ impl AttentionProblem {
                 }
                 Ok(())
             }
-            Cache::Ragged { total } => {
-                too_large("total", total, MAX_SEQ)?;
+            Cache::Ragged { .. } => {
                 if self.kv_lens {
                     let why = "ragged keys have their lengths from cu_seqlens_k, not from kv_lens".into();
                     return Err(Error::Cache { why });

@@ -9,8 +9,8 @@ use common::npy::Npy;
 use common::rng::Rng;
 use wgpu_attention::reference::{layer as oracle, layer_naive, max_error};
 use wgpu_attention::{
-    Align, AttentionProblem, Cache, Dtype, Error, HostWeights, Layer, LayerInputs, LayerOperands,
-    LayerOptions, Layout, Pairing, QkNorm, Rope, Tensor, Window,
+    Align, AttentionProblem, Bias, Cache, Dtype, Error, HostWeights, Layer, LayerInputs, LayerOperands,
+    LayerOptions, Layout, Pairing, QkNorm, Rope, Similarity, Tensor, Window,
 };
 
 fn gpus() -> Vec<&'static Gpu> {
@@ -35,6 +35,11 @@ struct Case {
     lens: Option<Vec<u32>>,
     list_q: Option<Vec<u32>>,
     list_k: Option<Vec<u32>>,
+    w: Option<Vec<f32>>,
+    wq: Option<Vec<f32>>,
+    wk: Option<Vec<f32>>,
+    score_v: Option<Vec<f32>>,
+    bias: Option<Tensor>,
 }
 
 impl Case {
@@ -48,6 +53,11 @@ impl Case {
             kv_lens: self.lens.as_deref(),
             cu_seqlens_q: self.list_q.as_deref(),
             cu_seqlens_k: self.list_k.as_deref(),
+            w: self.w.as_deref(),
+            wq: self.wq.as_deref(),
+            wk: self.wk.as_deref(),
+            score_v: self.score_v.as_deref(),
+            bias: self.bias.as_ref().map(Tensor::as_ref),
             ..LayerInputs::new(self.x.as_ref(), &self.weights)
         }
     }
@@ -67,7 +77,7 @@ impl Case {
         let bias = |rng: &mut Rng, there: bool, n: usize| {
             there.then(|| Tensor::from_f32(layer.weight_dtype, &normals(rng, n, 0.3)))
         };
-        let (q, k, v) = (p.heads_q * p.head_dim, p.heads_kv * p.head_dim, p.heads_kv * p.head_dim_v);
+        let (q, k, v) = (p.heads_q * p.query_dim(), p.heads_kv * p.head_dim, p.heads_kv * p.head_dim_v);
         let width_kv = layer.context_width.unwrap_or(layer.width);
         let o = matrix(&mut rng, layer.out_width, p.heads_q * p.head_dim_v);
         let mut weights = if layer.packed {
@@ -84,7 +94,7 @@ impl Case {
         weights.b_v = bias(&mut rng, layer.bias && !layer.packed, v);
         weights.b_o = bias(&mut rng, layer.bias_o, layer.out_width);
         if matches!(layer.norm, Some(QkNorm::Rms { .. })) {
-            weights.q_gain = Some(normals(&mut rng, p.head_dim, 1.0));
+            weights.q_gain = Some(normals(&mut rng, p.query_dim(), 1.0));
             weights.k_gain = Some(normals(&mut rng, p.head_dim, 1.0));
         }
         let rows = |rng: &mut Rng, tokens: usize, width: usize| {
@@ -92,6 +102,23 @@ impl Case {
         };
         let x = rows(&mut rng, layer.tokens(), layer.width);
         let context = layer.context_width.map(|width| rows(&mut rng, layer.tokens_kv(), width));
+        let [mut w, mut wq, mut wk, mut score_v] = [None, None, None, None];
+        match p.similarity {
+            Similarity::Bilinear { query_dim, per_head } => {
+                let heads = if per_head { p.heads_q } else { 1 };
+                w = Some(normals(&mut rng, heads * query_dim * p.head_dim, 0.2));
+            }
+            Similarity::Additive { query_dim, hidden, per_head } => {
+                let heads = if per_head { p.heads_q } else { 1 };
+                wq = Some(normals(&mut rng, heads * hidden * query_dim, 0.2));
+                wk = Some(normals(&mut rng, heads * hidden * p.head_dim, 0.2));
+                score_v = Some(normals(&mut rng, heads * hidden, 1.0));
+            }
+            _ => {}
+        }
+        let bias = p.bias.map(|bias| {
+            Tensor::from_f32(bias.dtype, &normals(&mut rng, p.heads_q * p.seq_q * p.seq_kv, 1.0))
+        });
         let [list_q, list_k] = lists.map_or([None, None], |[q, k]| [Some(q), Some(k)]);
         Self {
             name: name.into(),
@@ -105,6 +132,11 @@ impl Case {
             lens: p.kv_lens.then(|| (0..p.batch).map(|b| (p.seq_kv - b * 3) as u32).collect()),
             list_q: list_q.filter(|_| p.total_q.is_some()),
             list_k: list_k.filter(|_| matches!(p.cache, Cache::Ragged { .. })),
+            w,
+            wq,
+            wk,
+            score_v,
+            bias,
             layer,
         }
     }
@@ -153,6 +185,9 @@ impl Case {
         let (alibi_slopes, sinks, kv_lens) = (floats(&self.slopes), floats(&self.sinks), words(&self.lens));
         let (cu_seqlens_q, cu_seqlens_k) = (words(&self.list_q), words(&self.list_k));
         let mask = self.mask.as_ref().map(|mask| upload(device, "mask", mask, USAGE));
+        let (bilinear, wq, wk, score_v) =
+            (floats(&self.w), floats(&self.wq), floats(&self.wk), floats(&self.score_v));
+        let bias = maybe(&self.bias);
         let dtype = self.layer.attention.out_dtype;
         let elements = self.layer.tokens() * self.layer.out_width;
         let y = up(&Tensor::from_f32(dtype, &vec![f32::NAN; elements.next_multiple_of(2)]));
@@ -168,6 +203,11 @@ impl Case {
             k_gain: k_gain.as_ref(),
             rope: rope.as_ref(),
             options: LayerOptions {
+                w: bilinear.as_ref(),
+                wq: wq.as_ref(),
+                wk: wk.as_ref(),
+                score_v: score_v.as_ref(),
+                bias: bias.as_ref(),
                 mask: mask.as_ref(),
                 alibi_slopes: alibi_slopes.as_ref(),
                 sinks: sinks.as_ref(),
@@ -294,6 +334,31 @@ fn layers() -> Vec<(String, Layer, Lists)> {
             None,
         ),
     ];
+    let similar = |similarity| AttentionProblem { similarity, ..plain.clone() };
+    let cosine = AttentionProblem { scale: Some(7.0), ..similar(Similarity::Cosine) };
+    let bias = Bias { layout: Layout::broadcast([1, 4, 19, 19]), dtype: Dtype::F32 };
+    let bilinear = similar(Similarity::Bilinear { query_dim: 12, per_head: true });
+    let additive = similar(Similarity::Additive { query_dim: 12, hidden: 9, per_head: false });
+    let norm = Some(QkNorm::Rms { epsilon: 1e-6 });
+    let all_of = |problem: &AttentionProblem| Layer {
+        norm,
+        rope: rope(8, Pairing::HalfSplit),
+        ..Layer::new(problem, 24)
+    };
+    all.push(("cosine and a bias".into(), all_of(&AttentionProblem { bias: Some(bias), ..cosine }), None));
+    all.push(("bilinear of other widths".into(), all_of(&bilinear), None));
+    all.push(("additive".into(), all_of(&additive), None));
+    // Rows of q are narrower than the quad that k begins at.
+    let narrow = Layer { norm, ..Layer::new(&AttentionProblem::new(1, 1, 1, 3, 3, 2, 2), 4) };
+    all.push(("narrow".into(), narrow, None));
+    // No key to turn.
+    let nothing = AttentionProblem::new(1, 2, 2, 5, 0, 8, 8);
+    let cross = |p| {
+        Layer { bias_o: true, norm, rope: rope(8, Pairing::HalfSplit), ..Layer::new(&p, 16) }.with_context(16)
+    };
+    all.push(("an empty context".into(), cross(nothing.clone()), None));
+    let none = AttentionProblem { seq_kv: 4, cache: Cache::Ragged { total: 0 }, ..nothing };
+    all.push(("an empty ragged context".into(), cross(none), Some([vec![0, 5], vec![0, 0]])));
     // Three entries of 5, 0 and 12 tokens, and as many keys.
     let list = vec![0_u32, 5, 5, 17];
     let ragged = AttentionProblem {
@@ -437,6 +502,70 @@ fn minilm_from_a_checkpoint() {
     assert!(wrong(&Layer { packed: true, ..layer }, 0).contains("[out, in]"));
 }
 
+/// A checkpoint by the names of Llama's kin: grouped heads, norms of queries and keys, stored in bf16 with f32 norms.
+/// The names are written out here, as those models' files have them.
+#[cfg(feature = "safetensors")]
+#[test]
+fn weights_by_the_names_of_llama() {
+    use safetensors::tensor::{Dtype as Stored, TensorView};
+    use wgpu_attention::Naming;
+
+    let p = AttentionProblem {
+        causal: Some(Align::TopLeft),
+        ..AttentionProblem::new(1, 4, 2, 9, 9, 8, 8).with_dtype(Dtype::Bf16)
+    };
+    let layer = Layer {
+        weight_dtype: Dtype::Bf16,
+        norm: Some(QkNorm::Rms { epsilon: 1e-6 }),
+        rope: Some(Rope { positions: 9, ..Rope::new(8) }),
+        ..Layer::new(&p, 24)
+    };
+    let case = Case::new("Llama", layer.clone(), None, 3);
+    let w = &case.weights;
+    let gain = |gain: &Option<Vec<f32>>| Tensor::F32(gain.clone().expect("it has one"));
+    let (w_k, w_v) = (w.w_k.clone().expect("apart"), w.w_v.clone().expect("apart"));
+    let (q_gain, k_gain) = (gain(&w.q_gain), gain(&w.k_gain));
+    let tensors: Vec<(&str, &Tensor, Vec<usize>, Stored)> = vec![
+        ("q_proj", &w.w_q, vec![32, 24], Stored::BF16),
+        ("k_proj", &w_k, vec![16, 24], Stored::BF16),
+        ("v_proj", &w_v, vec![16, 24], Stored::BF16),
+        ("o_proj", &w.w_o, vec![24, 32], Stored::BF16),
+        ("q_norm", &q_gain, vec![8], Stored::F32),
+        ("k_norm", &k_gain, vec![8], Stored::F32),
+    ];
+    let file = |prefix: &str, left_out: &str| {
+        let views = tensors.iter().filter(|(name, ..)| *name != left_out).flat_map(
+            |(name, tensor, shape, stored)| {
+                // The first layer's are there as well, and are not meant.
+                [0, 5].map(|layer| {
+                    let bytes = tensor.as_ref().bytes();
+                    let bytes = if layer == 5 { bytes } else { &[0; 4096][..bytes.len()] };
+                    let view = TensorView::new(*stored, shape.clone(), bytes).expect("it fits");
+                    (format!("{prefix}layers.{layer}.self_attn.{name}.weight"), view)
+                })
+            },
+        );
+        safetensors::serialize(views, None).expect("a file")
+    };
+    for prefix in ["model.", ""] {
+        let bytes = file(prefix, "");
+        let file = safetensors::SafeTensors::deserialize(&bytes).expect("safetensors");
+        assert_eq!(Naming::of(&file), Ok(Naming::Llama));
+        let read =
+            HostWeights::from_safetensors(&file, Naming::Llama, 5, &layer).expect("all of it is there");
+        assert_eq!(read, case.weights);
+    }
+    for (left_out, name) in [("v_proj", "v_proj"), ("k_norm", "k_norm")] {
+        let bytes = file("model.", left_out);
+        let file = safetensors::SafeTensors::deserialize(&bytes).expect("safetensors");
+        let error = HostWeights::from_safetensors(&file, Naming::Llama, 5, &layer).expect_err("refused");
+        assert_eq!(
+            error.to_string(),
+            format!("checkpoint: model.layers.5.self_attn.{name}.weight: it is not there")
+        );
+    }
+}
+
 #[test]
 fn wrong_layers_are_errors() {
     let attention = AttentionProblem::new(1, 2, 2, 5, 5, 8, 8);
@@ -451,6 +580,25 @@ fn wrong_layers_are_errors() {
     assert!(said(Layer { norm, ..layer.clone() }).contains("epsilon = 0"));
     let ring = attention.clone().with_cache(Cache::Ring { capacity: 5 }, Dtype::F32);
     assert!(said(Layer::new(&ring, 16)).contains("contiguous"));
+    // Where a packed matrix's second part begins is only known where both have rows of one width.
+    let cross = Layer { packed: true, ..layer.clone() }.with_context(8);
+    assert!(said(cross).contains("packed"));
+    // Sizes of which some product would overflow.
+    for sizes in [
+        AttentionProblem { heads_q: 1 << 40, head_dim: 1 << 40, ..attention.clone() },
+        AttentionProblem { head_dim: usize::MAX, ..attention.clone() },
+        AttentionProblem { cache: Cache::Ragged { total: usize::MAX }, ..attention.clone() }
+            .with_ragged_queries(usize::MAX),
+    ] {
+        assert!(matches!(Layer::new(&sizes, 16).validate(), Err(Error::TooLarge { .. })), "{sizes:?}");
+    }
+    for layer in [
+        Layer { width: usize::MAX, ..layer.clone() },
+        Layer { out_width: usize::MAX, ..layer.clone() },
+        Layer { rope: Some(Rope { positions: 1 << 58, width: 64, ..Rope::new(64) }), ..layer.clone() },
+    ] {
+        assert!(layer.validate().is_err(), "{layer:?}");
+    }
     assert!(said(Layer { width: 0, x: Layout::rows(0), ..layer.clone() }).contains("projection of q"));
 
     let case = Case::new("a layer", layer.clone(), None, 0);
@@ -463,6 +611,26 @@ fn wrong_layers_are_errors() {
     assert!(broken(&|case| case.weights.w_v = None).contains("projection of v"));
     assert!(broken(&|case| case.x = Tensor::F32(vec![0.0; 79])).contains("79"));
     assert!(broken(&|case| case.weights.q_gain = Some(vec![1.0; 8])).contains("q_gain"));
+    // Norm and rotation read the lists of ragged sequences before attention does.
+    let list = |list: &[u32], total: Option<usize>| {
+        let mut p =
+            AttentionProblem { causal: Some(Align::TopLeft), ..AttentionProblem::new(2, 2, 2, 4, 4, 8, 8) };
+        if let Some(total) = total {
+            p = AttentionProblem { cache: Cache::Ragged { total }, ..p }.with_ragged_queries(total);
+        }
+        let layer = Layer { rope: Some(Rope { positions: 4, ..Rope::new(8) }), ..Layer::new(&p, 16) };
+        let mut case = Case::new("ragged", layer, None, 0);
+        case.list_q = Some(list.to_vec());
+        case.list_k = total.map(|_| list.to_vec());
+        let said = oracle(&case.layer, &case.inputs()).map(drop);
+        #[cfg(feature = "cpu")]
+        assert_eq!(said, wgpu_attention::cpu::layer(&case.layer, &case.inputs()).map(drop));
+        said.expect_err("refused").to_string()
+    };
+    assert!(list(&[], Some(6)).contains("cu_seqlens_q"));
+    assert!(list(&[1, 3, 6], Some(6)).contains("cu_seqlens_q[0]"));
+    assert!(list(&[0, 2, 10], Some(10)).contains("cu_seqlens_q[2]"));
+    assert!(list(&[], None).contains("cu_seqlens_q"));
     let Some(gpu) = gpu::get(Kind::Full, true) else { return };
     let fails = |change: &dyn Fn(&mut Case)| {
         let mut case = Case::new("a layer", layer.clone(), None, 0);

@@ -35,14 +35,14 @@ pub fn layer(layer: &Layer, inputs: &LayerInputs<'_>) -> Result<Tensor> {
     let mut projected = Tensor::zeros(p.dtype, layer.places().len);
     for (of, problem) in layer.projections() {
         let done = linear_into(&problem, &inputs.of(layer, of)?, &mut projected);
-        done.map_err(|error| error.of_layer(of.name()))?;
+        done.map_err(|error| error.of(of))?;
     }
     let turned = layer.turns().then(|| turn(layer, inputs, projected.as_ref()));
     let qk = turned.as_ref().unwrap_or(&projected).as_ref();
     let found = attention(&p, &inputs.attention(qk, qk, projected.as_ref()))?;
     let (w, bias) = inputs.weights.of(Projection::O)?;
     let last = LinearInputs { bias, ..LinearInputs::new(found.o.as_ref(), w) };
-    linear(&layer.projection_o(), &last).map_err(|error| error.of_layer(Projection::O.name()))
+    linear(&layer.projection_o(), &last).map_err(|error| error.of(Projection::O))
 }
 
 /// q and k, normalised and turned, in the places that [`Layer::attention`] reads them from.
@@ -51,6 +51,8 @@ fn turn(layer: &Layer, inputs: &LayerInputs<'_>, projected: TensorRef<'_>) -> Te
     let ([q, k, _], places, [first_k, len]) = (layer.widths(), layer.places(), layer.turned());
     let mut all = vec![0.0_f32; len];
     let (to_q, to_k) = all.split_at_mut(first_k);
+    // What lies behind q, up to where k begins, is nobody's.
+    let to_q = &mut to_q[..layer.tokens() * q];
     let ragged_k = matches!(p.cache, Cache::Ragged { .. });
     for (to, width, dim, from, seq, list, gain) in [
         (
@@ -72,7 +74,6 @@ fn turn(layer: &Layer, inputs: &LayerInputs<'_>, projected: TensorRef<'_>) -> Te
             &inputs.weights.k_gain,
         ),
     ] {
-        // What lies behind q, up to where k begins, is nobody's.
         to.par_chunks_exact_mut(width).enumerate().for_each(|(token, row)| {
             let at = from.index([0, 0, token, 0]);
             match projected {

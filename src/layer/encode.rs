@@ -41,7 +41,8 @@ pub struct LayerOperands<'a> {
     pub k_gain: Option<&'a wgpu::Buffer>,
     /// Cosines and sines, f32.
     pub rope: Option<&'a wgpu::Buffer>,
-    /// The output.
+    /// The output. Its rows behind the last offset of a ragged batch belong to no entry, and what the layer
+    /// leaves there means nothing.
     pub y: &'a wgpu::Buffer,
     /// What attention's options want.
     pub options: LayerOptions<'a>,
@@ -52,6 +53,12 @@ pub struct LayerOperands<'a> {
 pub struct LayerOptions<'a> {
     /// The bilinear matrix.
     pub w: Option<&'a wgpu::Buffer>,
+    /// The additive similarity's matrix on queries.
+    pub wq: Option<&'a wgpu::Buffer>,
+    /// The additive similarity's matrix on keys.
+    pub wk: Option<&'a wgpu::Buffer>,
+    /// The additive similarity's weights.
+    pub score_v: Option<&'a wgpu::Buffer>,
     /// The additive bias.
     pub bias: Option<&'a wgpu::Buffer>,
     /// The boolean mask.
@@ -107,11 +114,11 @@ impl<'a> LayerOperands<'a> {
             Projection::V => (context, self.w_v, self.b_v),
             Projection::O => unreachable!("it reads what attention has found"),
         };
-        let missing = |operand| Error::MissingOperand { operand }.of_layer(of.name());
+        let missing = |operand| Error::MissingOperand { operand }.of(of);
         let x = x.ok_or_else(|| missing(Operand::X))?;
         let w = w.ok_or_else(|| missing(Operand::W))?;
         if layer.packed && [self.w_k, self.w_v, self.b_k, self.b_v].iter().any(Option::is_some) {
-            return Err(Error::UnexpectedOperand { operand: Operand::W }.of_layer(of.name()));
+            return Err(Error::UnexpectedOperand { operand: Operand::W }.of(of));
         }
         Ok(LinearOperands { bias, ..LinearOperands::new(x, w, y) })
     }
@@ -136,8 +143,8 @@ impl Attention {
     /// of this object, which what was prepared keeps.
     ///
     /// # Errors
-    /// Those of [`Layer::validate`], [`Attention::plan`], [`Attention::prepare_linear`] (as [`Error::Layer`], which
-    /// names the projection) and [`Attention::prepare`].
+    /// Those of [`Layer::validate`], [`Attention::plan`], [`Attention::prepare_linear`] (as
+    /// [`Error::Projection`], which names the map; what a driver says comes as it is) and [`Attention::prepare`].
     pub fn prepare_layer(&self, layer: &Layer, operands: &LayerOperands<'_>) -> Result<Prepared> {
         layer.validate()?;
         let p = layer.attention();
@@ -145,7 +152,7 @@ impl Attention {
             return Ok(Prepared::default());
         }
         if (layer.context_width.is_some(), operands.context.is_some()) == (false, true) {
-            return Err(Error::UnexpectedOperand { operand: Operand::X }.of_layer(Projection::Kv.name()));
+            return Err(Error::UnexpectedOperand { operand: Operand::X }.of(Projection::Kv));
         }
         let gains = matches!(layer.norm, Some(QkNorm::Rms { .. }));
         for (operand, wanted, buffer) in [
@@ -169,7 +176,7 @@ impl Attention {
         let mut all = Prepared::default();
         for (of, problem) in layer.projections() {
             let linear = operands.of(layer, of, &projected)?;
-            all = all.then(self.prepare_linear(&problem, &linear).map_err(|e| e.of_layer(of.name()))?);
+            all = all.then(self.prepare_linear(&problem, &linear).map_err(|e| e.of(of))?);
         }
         if layer.turns() {
             all = all.then(self.prepare_turns(&Turns { layer, operands, from: &projected, to: &turned })?);
@@ -178,6 +185,9 @@ impl Attention {
         let qk = if layer.turns() { &turned } else { &projected };
         let attend = Operands {
             w: options.w,
+            wq: options.wq,
+            wk: options.wk,
+            score_v: options.score_v,
             bias: options.bias,
             mask: options.mask,
             alibi_slopes: options.alibi_slopes,
@@ -192,7 +202,7 @@ impl Attention {
         let linear =
             LinearOperands { bias: operands.b_o, ..LinearOperands::new(&attended, operands.w_o, operands.y) };
         let last = self.prepare_linear(&layer.projection_o(), &linear);
-        Ok(all.then(last.map_err(|e| e.of_layer(Projection::O.name()))?))
+        Ok(all.then(last.map_err(|e| e.of(Projection::O))?))
     }
 
     /// A scratch buffer between the parts of a layer.

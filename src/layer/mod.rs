@@ -18,7 +18,7 @@ use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::linear::LinearProblem;
-use crate::problem::AttentionProblem;
+use crate::problem::{AttentionProblem, MAX_SEQ};
 use crate::rope::Rope;
 
 /// One attention layer as models have it: projections of a sequence to queries, keys and values, attention of
@@ -288,11 +288,12 @@ impl Layer {
     /// Checks every rule that does not depend on data or device.
     ///
     /// # Errors
-    /// Those of [`AttentionProblem::validate`]; [`Error::Layer`] for what no layer has, and around what is wrong
-    /// with one of its linear maps; [`Error::BadNumber`] for a norm's epsilon.
+    /// Those of [`AttentionProblem::validate`]; [`Error::Layer`] for what no layer has; [`Error::Projection`] around
+    /// what is wrong with one of its linear maps; [`Error::BadNumber`] for a norm's epsilon.
     pub fn validate(&self) -> Result<()> {
         let p = &self.attention;
-        let fail = |why: &str| Err(Error::Layer { part: "the layer", why: why.into() });
+        let fail = |why: &str| Err(Error::Layer { why: why.into() });
+        self.validate_sizes()?;
         let ragged_k = matches!(p.cache, Cache::Ragged { .. });
         if !ragged_k && p.cache != Cache::Contiguous {
             return fail("it makes its keys itself: they are contiguous or ragged");
@@ -311,27 +312,60 @@ impl Layer {
                 return fail("without a context queries and keys are both ragged, or neither");
             }
         }
+        if self.packed && self.context_width.is_some_and(|width| width != self.width) {
+            return fail("a packed matrix has rows of one width, x and the context have others");
+        }
         self.norm.map_or(Ok(()), QkNorm::validate)?;
         let widest = p.head_dim.min(p.query_dim());
         if let Some(why) = self.rope.and_then(|rope| rope.unfit(widest, p.seq_q.max(p.seq_kv))) {
             return fail(&why);
         }
-        for (what, size) in [("batch", p.batch), ("seq_q", p.seq_q), ("seq_kv", p.seq_kv)] {
-            if size > crate::problem::MAX_SEQ {
-                let max = crate::problem::MAX_SEQ as u64;
-                return Err(Error::TooLarge { what: what.into(), got: size as u128, max });
-            }
-        }
         for (of, problem) in self.projections().into_iter().chain([(Projection::O, self.projection_o())]) {
-            problem.validate().map_err(|error| error.of_layer(of.name()))?;
+            problem.validate().map_err(|error| error.of(of))?;
         }
         self.attention().validate()
+    }
+
+    /// The rules of sizes, so that none of what is computed from them later overflows.
+    fn validate_sizes(&self) -> Result<()> {
+        let p = &self.attention;
+        p.validate_sizes()?;
+        let of = |count: usize, size: usize| count as u128 * size as u128;
+        let widths = of(p.heads_q, p.query_dim()) + of(p.heads_kv, p.head_dim) + of(p.heads_kv, p.head_dim_v);
+        let tokens = p.total_q.map_or(of(p.batch, p.seq_q), |total| total as u128);
+        let tokens_kv = match p.cache {
+            Cache::Ragged { total } => total as u128,
+            _ => of(p.batch, p.seq_kv),
+        };
+        let most = MAX_SEQ as u128;
+        let indices = u128::from(u32::MAX);
+        let rope = self.rope.map_or(0, |rope| of(rope.positions, rope.width));
+        for (what, got, max) in [
+            ("width", self.width as u128, most),
+            ("context_width", self.context_width.unwrap_or(0) as u128, most),
+            ("out_width", self.out_width as u128, most),
+            ("the width of all heads", widths, most),
+            ("tokens", tokens, most),
+            ("tokens of keys", tokens_kv, most),
+            // Rows are spread by two cache lines at most; those of a context are others than those of queries.
+            ("elements between the projections", (tokens + tokens_kv) * (widths + 32), 2 * indices),
+            ("rope's elements", rope, indices),
+            ("batch * heads_kv * seq_kv", of(p.batch, p.heads_kv) * p.seq_kv as u128, indices),
+        ] {
+            if got > max {
+                return Err(Error::TooLarge { what: what.into(), got, max: max as u64 });
+            }
+        }
+        Ok(())
     }
 }
 
 impl Error {
-    /// The same error, as one about a part of a layer.
-    pub(crate) fn of_layer(self, part: &'static str) -> Self {
-        Self::Layer { part, why: self.to_string() }
+    /// The same error, as one about a linear map of a layer; what a driver says stands by itself.
+    pub(crate) fn of(self, map: Projection) -> Self {
+        match self {
+            Self::DeviceLost { .. } | Self::OutOfMemory { .. } | Self::Driver { .. } => self,
+            error => Self::Projection { part: map.name(), error: Box::new(error) },
+        }
     }
 }

@@ -61,7 +61,7 @@ impl HostWeights {
             Projection::V => (self.w_v.as_ref(), &self.b_v),
             Projection::O => (Some(&self.w_o), &self.b_o),
         };
-        let missing = || Error::MissingOperand { operand: Operand::W }.of_layer(of.name());
+        let missing = || Error::MissingOperand { operand: Operand::W }.of(of);
         Ok((w.ok_or_else(missing)?.as_ref(), bias.as_ref().map(Tensor::as_ref)))
     }
 }
@@ -79,6 +79,12 @@ pub struct LayerInputs<'a> {
     pub rope: Option<&'a [f32]>,
     /// The bilinear matrix.
     pub w: Option<&'a [f32]>,
+    /// The additive similarity's matrix on queries.
+    pub wq: Option<&'a [f32]>,
+    /// The additive similarity's matrix on keys.
+    pub wk: Option<&'a [f32]>,
+    /// The additive similarity's weights.
+    pub score_v: Option<&'a [f32]>,
     /// The additive bias.
     pub bias: Option<TensorRef<'a>>,
     /// The boolean mask.
@@ -104,6 +110,9 @@ impl<'a> LayerInputs<'a> {
             weights,
             rope: None,
             w: None,
+            wq: None,
+            wk: None,
+            score_v: None,
             bias: None,
             mask: None,
             alibi_slopes: None,
@@ -119,7 +128,7 @@ impl<'a> LayerInputs<'a> {
         let (w, bias) = self.weights.of(of)?;
         let from_context = layer.context_width.is_some() && !matches!(of, Projection::Q | Projection::Qkv);
         let x = if from_context { self.context } else { Some(self.x) };
-        let x = x.ok_or_else(|| Error::MissingOperand { operand: Operand::X }.of_layer(of.name()))?;
+        let x = x.ok_or_else(|| Error::MissingOperand { operand: Operand::X }.of(of))?;
         Ok(LinearInputs { bias, ..LinearInputs::new(x, w) })
     }
 
@@ -127,6 +136,9 @@ impl<'a> LayerInputs<'a> {
     pub(crate) fn attention(&self, q: TensorRef<'a>, k: TensorRef<'a>, v: TensorRef<'a>) -> Inputs<'a> {
         Inputs {
             w: self.w,
+            wq: self.wq,
+            wk: self.wk,
+            score_v: self.score_v,
             bias: self.bias,
             mask: self.mask,
             alibi_slopes: self.alibi_slopes,
@@ -138,8 +150,9 @@ impl<'a> LayerInputs<'a> {
         }
     }
 
-    /// The table of angles and the gains, as the layer wants them.
+    /// The table of angles, the gains and the lists of ragged sequences, as the layer wants them.
     pub(crate) fn check_turns(&self, layer: &Layer) -> Result<()> {
+        self.attention(self.x, self.x, self.x).check_lists(&layer.attention())?;
         let p = &layer.attention;
         let gains = matches!(layer.norm, Some(QkNorm::Rms { .. }));
         let angles = layer.rope.map(|rope| rope.positions * rope.width);
@@ -204,7 +217,7 @@ fn forward(
     let [q, k, v] = layer.widths();
     let mut parts: [Vec<f64>; 3] = Default::default();
     for (of, problem) in layer.projections() {
-        let y = linear(&contiguous(&problem), &inputs.of(layer, of)?).map_err(|e| e.of_layer(of.name()))?.y;
+        let y = linear(&contiguous(&problem), &inputs.of(layer, of)?).map_err(|e| e.of(of))?.y;
         let widths: &[(usize, usize)] = match of {
             Projection::Qkv => &[(0, q), (1, k), (2, v)],
             Projection::Kv => &[(1, k), (2, v)],
@@ -249,7 +262,7 @@ fn forward(
     let last = LinearProblem { dtype, ..contiguous(&layer.projection_o()) };
     let (w, bias) = inputs.weights.of(Projection::O)?;
     let of = |x| LinearInputs { bias, ..LinearInputs::new(x, w) };
-    let y = linear(&last, &of(o.as_ref())).map_err(|e| e.of_layer(Projection::O.name()))?;
+    let y = linear(&last, &of(o.as_ref())).map_err(|e| e.of(Projection::O))?;
     let largest = Tensor::from_f32(dtype, &vec![found.max_value as f32; last.inputs * last.rows]);
     let scale = linear(&last, &of(largest.as_ref()))?.scale;
     Ok(LayerReference { y: y.y.into_iter().map(round).collect(), scale, max_score: found.max_score })

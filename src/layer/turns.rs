@@ -51,6 +51,11 @@ impl Attention {
                 Layer::heads(to_k, k, p.seq_kv, p.head_dim),
             ),
         ] {
+            let groups = (p.batch * heads * seq) as u64;
+            // A context without keys, for one, has nothing to turn.
+            if groups == 0 || total == Some(0) {
+                continue;
+            }
             let native = p.dtype == Dtype::F16 && caps.shader_f16;
             let step = AppendStep {
                 from: Some(Io { dtype: p.dtype, vec4: false, native }),
@@ -104,7 +109,6 @@ impl Attention {
                 };
                 bound.push(Bound { number, buffer, window });
             }
-            let groups = (p.batch * heads * seq) as u64;
             let params = bytemuck::bytes_of(&params);
             let ready = one_dispatch(&self.shared, Recipe::Append(step), params, bound, groups)?;
             all = all.then(Prepared::new(vec![ready]));

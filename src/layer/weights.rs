@@ -76,7 +76,7 @@ impl HostWeights {
     ) -> Result<Self> {
         if layer.packed || layer.transposed {
             let why = "checkpoints have a matrix [out, in] for each of q, k and v".into();
-            return Err(Error::Layer { part: "the layer", why });
+            return Err(Error::Layer { why });
         }
         let p = &layer.attention;
         let [q, k, v] = layer.widths();
@@ -89,8 +89,12 @@ impl HostWeights {
             let wanted = if part == "o" { layer.bias_o } else { layer.bias };
             wanted.then(|| read(part, "bias", &[outputs])).transpose()
         };
+        // f32 whatever the matrices are, as the layer takes them.
         let gain = |part, dim| match layer.norm {
-            Some(QkNorm::Rms { .. }) => Ok::<_, Error>(Some(read(part, "weight", &[dim])?.to_f32())),
+            Some(QkNorm::Rms { .. }) => {
+                let names = naming.names(number, part, "weight");
+                Ok::<_, Error>(Some(self::read(tensors, &names, &[dim], Dtype::F32)?.to_f32()))
+            }
             _ => Ok(None),
         };
         Ok(Self {
