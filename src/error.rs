@@ -56,6 +56,8 @@ pub enum Operand {
     Y,
     /// Cosines and sines of rotary positions, `[positions, width / 2, 2]`.
     Rope,
+    /// Positions of a layer's tokens, `[tokens]`.
+    Positions,
     /// Gains of the queries' norm, `[query_dim]`.
     QGain,
     /// Gains of the keys' norm, `[head_dim]`.
@@ -126,6 +128,7 @@ impl std::fmt::Display for Operand {
             Self::X => "x",
             Self::Y => "y",
             Self::Rope => "rope",
+            Self::Positions => "positions",
             Self::QGain => "q_gain",
             Self::KGain => "k_gain",
             Self::Lse => "lse",
@@ -269,6 +272,16 @@ pub enum Error {
         got: u32,
         /// Keys that exist.
         seq_kv: usize,
+    },
+    /// A token stands at a position that the table of angles does not have.
+    #[error("positions[{index}] = {got} is none of the {positions} in rope's table")]
+    Position {
+        /// The token.
+        index: usize,
+        /// The position given.
+        got: u32,
+        /// Positions of the table.
+        positions: usize,
     },
     /// A caller's buffer lacks a usage flag.
     #[error("{operand}: the buffer needs usage {need:?}, it has {got:?}")]

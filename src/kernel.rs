@@ -774,6 +774,7 @@ impl Slot {
                 Operand::Wq => 36,
                 Operand::Wk => 37,
                 Operand::ScoreV => 38,
+                Operand::Positions => 40,
             },
             Self::Scores => 11,
             Self::InverseSums => 14,

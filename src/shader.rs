@@ -1,7 +1,7 @@
 //! Composes a kernel's WGSL: parts, one after the other, behind a header of constants. There is no
 //! preprocessor; an option that is absent is another part (a branch would still count its binding).
 
-use crate::append::{APPEND_ROPE, AppendStep};
+use crate::append::{APPEND_ROPE, AppendStep, Stand};
 use crate::dtype::Dtype;
 use crate::error::Operand;
 use crate::fused::FusedRow;
@@ -319,10 +319,16 @@ pub(crate) fn compose_append(step: &AppendStep) -> String {
     if [from, to].iter().any(|io| matches!(io.dtype, Dtype::F16 | Dtype::Bf16) && !io.native) {
         add(part!("io/convert"));
     }
-    if s.in_place {
-        add(part!("io/positions_rows"));
-    } else {
-        add(&list(Operand::KvLens));
+    match s.stand {
+        Stand::Tail => {
+            add(&list(Operand::KvLens));
+            add(part!("io/positions_tail"));
+        }
+        Stand::Rows => add(part!("io/positions_rows")),
+        Stand::Given => {
+            add(&list(Operand::Positions));
+            add(part!("io/positions_given"));
+        }
     }
     add(&row(Operand::Q, s.ragged));
     add(&load(from, Operand::Q));

@@ -39,6 +39,7 @@ struct Case {
     wq: Option<Vec<f32>>,
     wk: Option<Vec<f32>>,
     score_v: Option<Vec<f32>>,
+    positions: Option<Vec<u32>>,
     bias: Option<Tensor>,
 }
 
@@ -57,6 +58,7 @@ impl Case {
             wq: self.wq.as_deref(),
             wk: self.wk.as_deref(),
             score_v: self.score_v.as_deref(),
+            positions: self.positions.as_deref(),
             bias: self.bias.as_ref().map(Tensor::as_ref),
             ..LayerInputs::new(self.x.as_ref(), &self.weights)
         }
@@ -136,6 +138,10 @@ impl Case {
             wq,
             wk,
             score_v,
+            // As of entries that are padded on the left by three.
+            positions: layer.positions.then(|| {
+                (0..layer.tokens()).map(|t| (t % p.seq_q.max(1)).saturating_sub(3) as u32).collect()
+            }),
             bias,
             layer,
         }
@@ -187,7 +193,7 @@ impl Case {
         let mask = self.mask.as_ref().map(|mask| upload(device, "mask", mask, USAGE));
         let (bilinear, wq, wk, score_v) =
             (floats(&self.w), floats(&self.wq), floats(&self.wk), floats(&self.score_v));
-        let bias = maybe(&self.bias);
+        let (bias, positions) = (maybe(&self.bias), words(&self.positions));
         let dtype = self.layer.attention.out_dtype;
         let elements = self.layer.tokens() * self.layer.out_width;
         let y = up(&Tensor::from_f32(dtype, &vec![f32::NAN; elements.next_multiple_of(2)]));
@@ -207,6 +213,7 @@ impl Case {
                 wq: wq.as_ref(),
                 wk: wk.as_ref(),
                 score_v: score_v.as_ref(),
+                positions: positions.as_ref(),
                 bias: bias.as_ref(),
                 mask: mask.as_ref(),
                 alibi_slopes: alibi_slopes.as_ref(),
@@ -351,8 +358,14 @@ fn layers() -> Vec<(String, Layer, Lists)> {
     // Rows of q are narrower than the quad that k begins at.
     let narrow = Layer { norm, ..Layer::new(&AttentionProblem::new(1, 1, 1, 3, 3, 2, 2), 4) };
     all.push(("narrow".into(), narrow, None));
+    let given = Layer { positions: true, packed: true, ..all_of(&causal(plain.clone())) };
+    all.push(("given positions".into(), given.clone(), None));
+    let cross = AttentionProblem::new(2, 4, 2, 5, 21, 16, 16);
+    all.push(("cross-attention at the end".into(), all_of(&cross).with_context(20), None));
+    let given = Layer { positions: true, ..all_of(&cross) }.with_context(20);
+    all.push(("cross-attention, given positions".into(), given, None));
     // No key to turn.
-    let nothing = AttentionProblem::new(1, 2, 2, 5, 0, 8, 8);
+    let nothing = AttentionProblem { align: Align::TopLeft, ..AttentionProblem::new(1, 2, 2, 5, 0, 8, 8) };
     let cross = |p| {
         Layer { bias_o: true, norm, rope: rope(8, Pairing::HalfSplit), ..Layer::new(&p, 16) }.with_context(16)
     };
@@ -366,7 +379,9 @@ fn layers() -> Vec<(String, Layer, Lists)> {
         ..causal(AttentionProblem::new(3, 4, 2, 12, 12, 16, 16)).with_ragged_queries(17)
     };
     let layer = Layer { rope: rope(16, Pairing::HalfSplit), packed: true, ..Layer::new(&ragged, 24) };
-    all.push(("ragged".into(), layer, Some([list.clone(), list])));
+    all.push(("ragged".into(), layer.clone(), Some([list.clone(), list.clone()])));
+    let given = Layer { positions: true, ..layer };
+    all.push(("ragged, given positions".into(), given, Some([list.clone(), list])));
     let half = |dtype, weight_dtype| {
         let attention = causal(plain.clone()).with_dtype(dtype);
         let layer = Layer { weight_dtype, packed: true, bias: true, ..Layer::new(&attention, 24) };
@@ -394,6 +409,71 @@ fn layers_of_every_kind() {
             case.check(&format!("{:?}", gpu.kind), &y);
         }
     }
+}
+
+/// The last tokens of a sequence see all of it: as part of the whole, as queries of cross-attention to it, and as
+/// those with positions that are given. All three are one, and so is any place in a longer sequence.
+#[test]
+fn queries_stand_where_their_keys_do() {
+    let (tokens, last, width) = (23, 6, 20);
+    let problem = |seq_q| AttentionProblem {
+        causal: Some(Align::BottomRight),
+        ..AttentionProblem::new(2, 4, 2, seq_q, tokens, 16, 16)
+    };
+    let rope = Rope { positions: tokens + 30, ..Rope::new(12) };
+    let layer = |seq_q| Layer { rope: Some(rope), ..Layer::new(&problem(seq_q), width) };
+    let whole = Case::new("a sequence", layer(tokens), None, 5);
+    let x = whole.x.to_f32();
+    let rows = |b: usize| &x[(b * tokens + tokens - last) * width..][..last * width];
+    let tail = Case {
+        name: "its end".into(),
+        layer: layer(last).with_context(width),
+        x: Tensor::F32([rows(0), rows(1)].concat()),
+        context: Some(whole.x.clone()),
+        ..whole.clone()
+    };
+    let with_positions = |case: &Case, positions: Vec<u32>| {
+        let layer = Layer { positions: true, ..case.layer.clone() };
+        Case { name: "given".into(), layer, positions: Some(positions), ..case.clone() }
+    };
+    let ends = (0..2 * last).map(|t| (tokens - last + t % last) as u32).collect();
+    let later = (0..2 * tokens).map(|t| (t % tokens + 30) as u32).collect();
+    let cases = [tail.clone(), with_positions(&tail, ends), with_positions(&whole, later)];
+    let same = |got: &[f32], want: &[f32], what: &str| {
+        let want = if got.len() == want.len() {
+            want.to_vec()
+        } else {
+            want.chunks(tokens * width).flat_map(|entry| entry[(tokens - last) * width..].to_vec()).collect()
+        };
+        let error = max_error(
+            got.iter().map(|&x| f64::from(x)),
+            &want.iter().map(|&x| f64::from(x)).collect::<Vec<_>>(),
+        );
+        assert!(error <= 2e-5, "{what}: {error:e}");
+    };
+    let reference = |case: &Case| -> Vec<f32> {
+        oracle(&case.layer, &case.inputs()).expect("served").y.into_iter().map(|x| x as f32).collect()
+    };
+    let want = reference(&whole);
+    for case in &cases {
+        same(&reference(case), &want, &case.name);
+        #[cfg(feature = "cpu")]
+        same(
+            &wgpu_attention::cpu::layer(&case.layer, &case.inputs()).expect("served").to_f32(),
+            &want,
+            &case.name,
+        );
+        for gpu in gpus() {
+            same(&case.run(gpu).expect("served").to_f32(), &want, &case.name);
+        }
+    }
+    // Standing elsewhere is another result: the cases above can fail.
+    let elsewhere = with_positions(&tail, vec![0; 2 * last]);
+    let error = max_error(
+        reference(&elsewhere).iter().map(|&x| f64::from(x)),
+        &reference(&tail).iter().map(|&x| f64::from(x)).collect::<Vec<_>>(),
+    );
+    assert!(error > 1e-2, "{error:e}");
 }
 
 fn fixture(dir: &str, key: &str) -> Vec<f64> {
@@ -576,6 +656,16 @@ fn wrong_layers_are_errors() {
     assert!(said(Layer::new(&AttentionProblem { lse: true, ..attention.clone() }, 16)).contains("lse"));
     let rope = Some(Rope { positions: 4, ..Rope::new(8) });
     assert!(said(Layer { rope, ..layer.clone() }).contains("4 positions"));
+    // Queries of cross-attention: no place, or one that the table does not have.
+    let turned = |p: AttentionProblem| Layer { rope, ..Layer::new(&p, 16) }.with_context(16);
+    let lengths = AttentionProblem { kv_lens: true, seq_q: 2, seq_kv: 3, ..attention.clone() };
+    assert!(said(turned(lengths.clone())).contains("positions"));
+    assert!(
+        said(turned(AttentionProblem { kv_lens: false, seq_kv: 1, ..lengths.clone() })).contains("positions")
+    );
+    assert_eq!(turned(AttentionProblem { align: Align::TopLeft, ..lengths.clone() }).validate(), Ok(()));
+    assert_eq!(Layer { positions: true, ..turned(lengths) }.validate(), Ok(()));
+    assert!(said(Layer { positions: true, ..layer.clone() }).contains("nothing is turned"));
     let norm = Some(QkNorm::L2 { epsilon: 0.0 });
     assert!(said(Layer { norm, ..layer.clone() }).contains("epsilon = 0"));
     let ring = attention.clone().with_cache(Cache::Ring { capacity: 5 }, Dtype::F32);
@@ -611,6 +701,19 @@ fn wrong_layers_are_errors() {
     assert!(broken(&|case| case.weights.w_v = None).contains("projection of v"));
     assert!(broken(&|case| case.x = Tensor::F32(vec![0.0; 79])).contains("79"));
     assert!(broken(&|case| case.weights.q_gain = Some(vec![1.0; 8])).contains("q_gain"));
+    let mut given = Case::new(
+        "positions",
+        Layer { rope: Some(Rope { positions: 4, ..Rope::new(8) }), positions: true, ..layer.clone() },
+        None,
+        0,
+    );
+    given.positions = Some(vec![0, 1, 4, 0, 0]);
+    let error = oracle(&given.layer, &given.inputs()).map(drop);
+    assert_eq!(error, Err(Error::Position { index: 2, got: 4, positions: 4 }));
+    given.positions = Some(vec![0; 4]);
+    assert!(matches!(oracle(&given.layer, &given.inputs()), Err(Error::OutOfBounds { .. })));
+    given.positions = None;
+    assert!(matches!(oracle(&given.layer, &given.inputs()), Err(Error::MissingOperand { .. })));
     // Norm and rotation read the lists of ragged sequences before attention does.
     let list = |list: &[u32], total: Option<usize>| {
         let mut p =

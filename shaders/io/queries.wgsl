@@ -8,6 +8,11 @@ fn is_query(b: u32, i: u32) -> bool {
     return true;
 }
 
+// The number of a row among all.
+fn token_of(b: u32, i: u32) -> u32 {
+    return b * params.seq_q + i;
+}
+
 // Where the lse of query `i` lies.
 fn lse_at(b: u32, h: u32, i: u32) -> u32 {
     return (b * params.heads_q + h) * params.seq_q + i;

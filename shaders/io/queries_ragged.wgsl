@@ -15,6 +15,11 @@ fn is_query(b: u32, i: u32) -> bool {
     return i < query_count(b);
 }
 
+// The number of a row among all. One that the entry does not have is one that exists all the same.
+fn token_of(b: u32, i: u32) -> u32 {
+    return min(query_first(b) + i, params.total_q - 1u);
+}
+
 // Where the lse of query `i` lies.
 fn lse_at(b: u32, h: u32, i: u32) -> u32 {
     return h * params.total_q + query_first(b) + i;

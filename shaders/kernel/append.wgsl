@@ -1,8 +1,8 @@
 // New rows into their places: of k and v into a cache, in its element type; or queries, rotated. A dispatch
 // moves one tensor: in its uniform block q is where the rows come from, k where they go, head_dim their width.
 //
-// An entry's length is that after its new rows: row t of n goes to position length - n + t. A row without a
-// place is left out, and reported.
+// Where row t of an entry stands is a part's matter (io/positions_*.wgsl). A row without a place is left out, and
+// reported.
 //
 // A workgroup moves one row. Its threads load elements by turns, normalised and turned where that is asked
 // for (in this order), into workgroup memory (4 WIDTH bytes), and after a barrier each stores some quads or words of the whole.
@@ -40,7 +40,7 @@ fn main(
     let b = own / params.seq_q / params.heads_q;
     let count = query_count(b);
     let length = read_kv_lens(b);
-    let position = length - count + t;
+    let position = position_of(b, t, count, length);
     let at = row_q(b, h, t);
     let factor = norm_factor(at, lane);
     for (var d = lane; d < WIDTH; d += LANES) {

@@ -4,7 +4,7 @@ mod norm;
 mod step;
 
 pub use norm::QkNorm;
-pub(crate) use step::{APPEND_ROPE, AppendStep, Holds, Norm, Turn};
+pub(crate) use step::{APPEND_ROPE, AppendStep, Holds, Norm, Stand, Turn};
 
 use crate::attention::Attention;
 use crate::cache::Cache;
@@ -303,7 +303,7 @@ impl Append {
             from: Some(Io { dtype: p.dtype, vec4: false, native: native(p.dtype) }),
             to: Some(Io { dtype: stored, vec4, native: native(stored) }),
             is_query,
-            in_place: false,
+            stand: Stand::Tail,
             width: width as u32,
             keys: match p.cache {
                 Cache::Ring { capacity } if !is_query => Keys::Ring(capacity as u32),
@@ -336,7 +336,7 @@ impl Append {
             from: None,
             to: None,
             is_query: false,
-            in_place: false,
+            stand: Stand::Tail,
             width: 0,
             keys: Keys::Contiguous,
             ragged: self.problem.total_q.is_some(),
@@ -503,7 +503,17 @@ mod tests {
                         };
                         append.validate().unwrap();
                         for of in append.moves() {
-                            all.insert((append.step(&of, &caps).unwrap().0, shader_f16));
+                            let step = append.step(&of, &caps).unwrap().0;
+                            all.insert((step, shader_f16));
+                            // Queries of layers stay where they are.
+                            for stand in [Stand::Rows, Stand::Given] {
+                                let step =
+                                    AppendStep { stand, is_query: true, keys: Keys::Contiguous, ..step };
+                                let float = step.to.is_some_and(|to| to.dtype.is_float());
+                                if float && !step.status && (stand == Stand::Rows || step.rope.is_some()) {
+                                    all.insert((step, shader_f16));
+                                }
+                            }
                         }
                         all.insert((append.advance_step(), shader_f16));
                     }

@@ -36,6 +36,17 @@ impl Norm {
     }
 }
 
+/// Where rows stand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Stand {
+    /// At the end of an entry's keys, whose number `kv_lens` has.
+    Tail,
+    /// Row t at position t, behind as many as the uniform block says.
+    Rows,
+    /// Where the caller says.
+    Given,
+}
+
 /// One dispatch of an append, as it is compiled: it moves one tensor, or advances the lengths (then it has
 /// neither `from` nor `to`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -44,8 +55,7 @@ pub(crate) struct AppendStep {
     pub(crate) to: Option<Io>,
     /// Rows do not go to a cache, but to those of another tensor.
     pub(crate) is_query: bool,
-    /// Row t of an entry stands at position t; otherwise `kv_lens` says where.
-    pub(crate) in_place: bool,
+    pub(crate) stand: Stand,
     pub(crate) width: u32,
     pub(crate) keys: Keys,
     pub(crate) ragged: bool,
@@ -95,7 +105,8 @@ impl AppendStep {
         [
             (moves, (number(Operand::Q), Holds::From), false),
             (moves, (number(Operand::K), Holds::To), true),
-            (!self.in_place, own(Operand::KvLens), !moves),
+            (self.stand == Stand::Tail, own(Operand::KvLens), !moves),
+            (self.stand == Stand::Given, own(Operand::Positions), false),
             (matches!(self.keys, Keys::Paged(_)), own(Operand::BlockTable), false),
             (self.ragged, own(Operand::CuSeqlensQ), false),
             (self.status, own(Operand::Status), true),

@@ -3,10 +3,8 @@
 use rayon::prelude::*;
 
 use super::{attention, linear, linear_into};
-use crate::cache::Cache;
 use crate::dtype::{Tensor, TensorRef};
 use crate::error::Result;
-use crate::host::entry_of;
 use crate::layer::{Layer, LayerInputs, Projection};
 use crate::layout::Layout;
 use crate::linear::LinearInputs;
@@ -53,34 +51,18 @@ fn turn(layer: &Layer, inputs: &LayerInputs<'_>, projected: TensorRef<'_>) -> Te
     let (to_q, to_k) = all.split_at_mut(first_k);
     // What lies behind q, up to where k begins, is nobody's.
     let to_q = &mut to_q[..layer.tokens() * q];
-    let ragged_k = matches!(p.cache, Cache::Ragged { .. });
-    for (to, width, dim, from, seq, list, gain) in [
-        (
-            to_q,
-            q,
-            p.query_dim(),
-            Layout::rows(places.row_q),
-            p.seq_q,
-            inputs.cu_seqlens_q,
-            &inputs.weights.q_gain,
-        ),
-        (
-            to_k,
-            k,
-            p.head_dim,
-            Layout::rows(places.row_kv).at(places.k),
-            p.seq_kv,
-            inputs.cu_seqlens_k.filter(|_| ragged_k),
-            &inputs.weights.k_gain,
-        ),
+    for (queries, to, width, dim, from, gain) in [
+        (true, to_q, q, p.query_dim(), Layout::rows(places.row_q), &inputs.weights.q_gain),
+        (false, to_k, k, p.head_dim, Layout::rows(places.row_kv).at(places.k), &inputs.weights.k_gain),
     ] {
+        let stand = inputs.stand(layer, queries);
         to.par_chunks_exact_mut(width).enumerate().for_each(|(token, row)| {
             let at = from.index([0, 0, token, 0]);
             match projected {
                 TensorRef::F32(x) => row.copy_from_slice(&x[at..at + width]),
                 x => row.iter_mut().enumerate().for_each(|(i, to)| *to = x.get(at + i)),
             }
-            let position = list.map_or(token % seq, |list| entry_of(list, token)[1]);
+            let position = stand(token);
             for head in row.chunks_exact_mut(dim) {
                 if let Some(norm) = layer.norm {
                     norm.apply(head, gain.as_deref());

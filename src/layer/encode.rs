@@ -59,6 +59,8 @@ pub struct LayerOptions<'a> {
     pub wk: Option<&'a wgpu::Buffer>,
     /// The additive similarity's weights.
     pub score_v: Option<&'a wgpu::Buffer>,
+    /// Positions of x's tokens, `[tokens]`, u32. One beyond rope's table counts as its last.
+    pub positions: Option<&'a wgpu::Buffer>,
     /// The additive bias.
     pub bias: Option<&'a wgpu::Buffer>,
     /// The boolean mask.
@@ -159,6 +161,7 @@ impl Attention {
             (Operand::Rope, layer.rope.is_some(), operands.rope),
             (Operand::QGain, gains, operands.q_gain),
             (Operand::KGain, gains, operands.k_gain),
+            (Operand::Positions, layer.positions, operands.options.positions),
         ] {
             operand.brought(wanted, buffer)?;
         }

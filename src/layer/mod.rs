@@ -18,6 +18,7 @@ use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::linear::LinearProblem;
+use crate::mask::Align;
 use crate::problem::{AttentionProblem, MAX_SEQ};
 use crate::rope::Rope;
 
@@ -73,8 +74,13 @@ pub struct Layer {
     pub bias_o: bool,
     /// Normalises queries and keys, head by head (QK-norm).
     pub norm: Option<QkNorm>,
-    /// Turns queries and keys by their positions in the sequence.
+    /// Turns queries and keys by their positions in the sequence: key `j` of an entry stands at `j`, and in
+    /// self-attention query `i` at `i`, where its key does. A query of cross-attention stands where masks see it: at
+    /// `i` where they align top-left, else so that the last one stands at the last key.
     pub rope: Option<Rope>,
+    /// The positions of x's tokens are given, and rope turns what is made of x by those. (A batch that is padded on
+    /// the left; the middle of a longer sequence.)
+    pub positions: bool,
 }
 
 /// A matrix of a layer.
@@ -141,6 +147,7 @@ impl Layer {
             bias_o: false,
             norm: None,
             rope: None,
+            positions: false,
         }
     }
 
@@ -193,6 +200,27 @@ impl Layer {
 
     pub(crate) fn turns(&self) -> bool {
         self.norm.is_some() || self.rope.is_some()
+    }
+
+    /// Whether the positions of queries are given, and else where the first of an entry stands. The layer has been
+    /// validated.
+    pub(crate) fn stand_q(&self) -> (bool, usize) {
+        (self.positions, self.first_position().unwrap_or(0))
+    }
+
+    /// The same of keys.
+    pub(crate) fn stand_k(&self) -> (bool, usize) {
+        (self.positions && self.context_width.is_none(), 0)
+    }
+
+    /// Where the first query of each entry stands, if that is one place at or behind the first key.
+    fn first_position(&self) -> Option<usize> {
+        let p = &self.attention;
+        if self.context_width.is_none() || p.alibi_align() == Align::TopLeft {
+            return Some(0);
+        }
+        let lengths_differ = p.kv_lens || p.total_q.is_some() || p.cache != Cache::Contiguous;
+        if lengths_differ { None } else { p.seq_kv.checked_sub(p.seq_q) }
     }
 
     /// `[batch, heads, seq, dim]` in rows of `row` elements.
@@ -316,9 +344,24 @@ impl Layer {
             return fail("a packed matrix has rows of one width, x and the context have others");
         }
         self.norm.map_or(Ok(()), QkNorm::validate)?;
-        let widest = p.head_dim.min(p.query_dim());
-        if let Some(why) = self.rope.and_then(|rope| rope.unfit(widest, p.seq_q.max(p.seq_kv))) {
-            return fail(&why);
+        if let Some(rope) = self.rope {
+            let first = self.first_position();
+            let positions = match (first, self.positions, self.context_width) {
+                (_, true, None) => 1,
+                (_, true, Some(_)) => p.seq_kv.max(1),
+                (Some(first), false, _) => p.seq_kv.max(first + p.seq_q),
+                (None, false, _) => {
+                    return fail(
+                        "where the queries of cross-attention stand depends on lengths, or is before the first key: \
+                         rope wants their positions, or masks that align top-left",
+                    );
+                }
+            };
+            if let Some(why) = rope.unfit(p.head_dim.min(p.query_dim()), positions) {
+                return fail(&why);
+            }
+        } else if self.positions {
+            return fail("nothing is turned by the positions that are given");
         }
         for (of, problem) in self.projections().into_iter().chain([(Projection::O, self.projection_o())]) {
             problem.validate().map_err(|error| error.of(of))?;

@@ -2,7 +2,6 @@
 
 use super::{Layer, Projection};
 use crate::append::QkNorm;
-use crate::cache::Cache;
 use crate::dtype::{Dtype, Tensor, TensorRef};
 use crate::error::{Error, Operand, Result};
 use crate::host::{Inputs, entry_of};
@@ -85,6 +84,8 @@ pub struct LayerInputs<'a> {
     pub wk: Option<&'a [f32]>,
     /// The additive similarity's weights.
     pub score_v: Option<&'a [f32]>,
+    /// Positions of x's tokens.
+    pub positions: Option<&'a [u32]>,
     /// The additive bias.
     pub bias: Option<TensorRef<'a>>,
     /// The boolean mask.
@@ -113,6 +114,7 @@ impl<'a> LayerInputs<'a> {
             wq: None,
             wk: None,
             score_v: None,
+            positions: None,
             bias: None,
             mask: None,
             alibi_slopes: None,
@@ -155,9 +157,11 @@ impl<'a> LayerInputs<'a> {
         self.attention(self.x, self.x, self.x).check_lists(&layer.attention())?;
         let p = &layer.attention;
         let gains = matches!(layer.norm, Some(QkNorm::Rms { .. }));
+        let positions = layer.positions.then(|| layer.tokens());
         let angles = layer.rope.map(|rope| rope.positions * rope.width);
         for (operand, need, got) in [
             (Operand::Rope, angles, self.rope.map(<[f32]>::len)),
+            (Operand::Positions, positions, self.positions.map(<[u32]>::len)),
             (Operand::QGain, gains.then_some(p.query_dim()), self.weights.q_gain.as_ref().map(Vec::len)),
             (Operand::KGain, gains.then_some(p.head_dim), self.weights.k_gain.as_ref().map(Vec::len)),
         ] {
@@ -170,7 +174,30 @@ impl<'a> LayerInputs<'a> {
                 return Err(Error::OutOfBounds { operand, need, got, unit, container });
             }
         }
+        let there = layer.rope.map_or(0, |rope| rope.positions);
+        for (index, &got) in self.positions.iter().flat_map(|list| list[..layer.tokens()].iter().enumerate())
+        {
+            if got as usize >= there {
+                return Err(Error::Position { index, got, positions: there });
+            }
+        }
         Ok(())
+    }
+
+    /// Positions of queries, or of keys: a function of the token's number. What it reads has been checked.
+    pub(crate) fn stand(&self, layer: &Layer, queries: bool) -> impl Fn(usize) -> usize + Sync + use<'a> {
+        let p = &layer.attention;
+        let ((given, first), seq, list) = if queries {
+            (layer.stand_q(), p.seq_q, self.cu_seqlens_q)
+        } else {
+            (layer.stand_k(), p.seq_kv, self.cu_seqlens_k)
+        };
+        let given = self.positions.filter(|_| given);
+        move |token| match (given, list) {
+            (Some(given), _) => given[token] as usize,
+            (None, Some(list)) => first + entry_of(list, token)[1],
+            (None, None) => first + token % seq,
+        }
     }
 }
 
@@ -276,21 +303,14 @@ fn contiguous(problem: &LinearProblem) -> LinearProblem {
 /// Norm and rotation of q and k, `[tokens, heads, dim]`.
 fn turn(layer: &Layer, inputs: &LayerInputs<'_>, parts: &mut [Vec<f64>; 3], round: &dyn Fn(f64) -> f64) {
     let p = &layer.attention;
-    let ragged_k = matches!(p.cache, Cache::Ragged { .. });
-    for (part, heads, dim, seq, list, gain) in [
-        (0, p.heads_q, p.query_dim(), p.seq_q, inputs.cu_seqlens_q, &inputs.weights.q_gain),
-        (
-            1,
-            p.heads_kv,
-            p.head_dim,
-            p.seq_kv,
-            inputs.cu_seqlens_k.filter(|_| ragged_k),
-            &inputs.weights.k_gain,
-        ),
+    for (part, heads, dim, gain) in [
+        (0, p.heads_q, p.query_dim(), &inputs.weights.q_gain),
+        (1, p.heads_kv, p.head_dim, &inputs.weights.k_gain),
     ] {
+        let stand = inputs.stand(layer, part == 0);
         for (at, row) in parts[part].chunks_mut(dim).enumerate() {
             let token = at / heads;
-            let position = list.map_or(token % seq, |list| entry_of(list, token)[1]);
+            let position = stand(token);
             normalise(layer.norm, row, gain.as_deref(), round);
             if let (Some(rope), Some(table)) = (layer.rope, inputs.rope) {
                 for i in 0..rope.width / 2 {

@@ -1,7 +1,7 @@
 //! Queries and keys of a layer on their way through norm and rotation, by the kernel of appends.
 
 use super::{Layer, LayerOperands};
-use crate::append::{AppendStep, Holds, Norm, QkNorm, Turn};
+use crate::append::{AppendStep, Holds, Norm, QkNorm, Stand, Turn};
 use crate::attention::Attention;
 use crate::cache::Cache;
 use crate::dtype::Dtype;
@@ -27,7 +27,7 @@ impl Attention {
         let p = &layer.attention;
         let ([q, k, _], places, [to_k, _]) = (layer.widths(), layer.places(), layer.turned());
         let mut all = Prepared::default();
-        for (gain, gains, heads, seq, dim, total, list, from, to) in [
+        for (gain, gains, heads, seq, dim, total, list, [from, to], (given, first)) in [
             (
                 Operand::QGain,
                 operands.q_gain,
@@ -36,8 +36,8 @@ impl Attention {
                 p.query_dim(),
                 p.total_q,
                 operands.options.cu_seqlens_q,
-                Layer::heads(0, places.row_q, p.seq_q, p.query_dim()),
-                Layer::heads(0, q, p.seq_q, p.query_dim()),
+                [places.row_q, q].map(|row| Layer::heads(0, row, p.seq_q, p.query_dim())),
+                layer.stand_q(),
             ),
             (
                 Operand::KGain,
@@ -47,8 +47,9 @@ impl Attention {
                 p.head_dim,
                 if let Cache::Ragged { total } = p.cache { Some(total) } else { None },
                 operands.options.cu_seqlens_k,
-                Layer::heads(places.k, places.row_kv, p.seq_kv, p.head_dim),
-                Layer::heads(to_k, k, p.seq_kv, p.head_dim),
+                [(places.k, places.row_kv), (to_k, k)]
+                    .map(|(at, row)| Layer::heads(at, row, p.seq_kv, p.head_dim)),
+                layer.stand_k(),
             ),
         ] {
             let groups = (p.batch * heads * seq) as u64;
@@ -61,7 +62,7 @@ impl Attention {
                 from: Some(Io { dtype: p.dtype, vec4: false, native }),
                 to: Some(Io { dtype: p.dtype, vec4: to.is_vec4(dim), native }),
                 is_query: true,
-                in_place: true,
+                stand: if given { Stand::Given } else { Stand::Rows },
                 width: dim as u32,
                 keys: Keys::Contiguous,
                 ragged: total.is_some(),
@@ -81,7 +82,9 @@ impl Attention {
                 batch: p.batch as u32,
                 heads_q: heads as u32,
                 seq_q: seq as u32,
-                seq_kv: seq as u32,
+                // Positions that there are.
+                seq_kv: layer.rope.map_or(seq, |rope| rope.positions) as u32,
+                row_first: first as u32,
                 total_q: total.unwrap_or(0) as u32,
                 head_dim: dim as u32,
                 norm_epsilon: layer.norm.map_or(0.0, QkNorm::epsilon),
@@ -104,6 +107,9 @@ impl Attention {
                     Holds::Operand(Operand::Rope) => {
                         let elements = layer.rope.map_or(0, |rope| rope.positions * rope.width);
                         words(operands.rope, Operand::Rope, elements)?
+                    }
+                    Holds::Operand(Operand::Positions) => {
+                        words(operands.options.positions, Operand::Positions, layer.tokens())?
                     }
                     Holds::Operand(operand) => words(gains, operand, dim)?,
                 };
