@@ -9,8 +9,8 @@ use common::npy::Npy;
 use common::rng::Rng;
 use wgpu_attention::reference::{layer as oracle, layer_naive, max_error};
 use wgpu_attention::{
-    Align, AttentionProblem, Bias, Cache, Dtype, Error, HostWeights, Layer, LayerInputs, LayerOperands,
-    LayerOptions, Layout, Pairing, QkNorm, Rope, Similarity, Tensor, Window,
+    Align, Attention, AttentionProblem, Bias, Cache, Dtype, Error, HostWeights, Layer, LayerInputs,
+    LayerOperands, LayerOptions, Layout, Pairing, QkNorm, Rope, Similarity, Tensor, Window,
 };
 
 fn gpus() -> Vec<&'static Gpu> {
@@ -474,6 +474,49 @@ fn queries_stand_where_their_keys_do() {
         &reference(&tail).iter().map(|&x| f64::from(x)).collect::<Vec<_>>(),
     );
     assert!(error > 1e-2, "{error:e}");
+}
+
+/// Where q, k and v of all tokens are more than one binding holds, or packed weights are, each has its own.
+#[test]
+fn what_no_binding_holds_is_taken_apart() {
+    let Some(full) = gpu::get(Kind::Full, false) else { return };
+    let adapter = gpu::adapter_of(&full.attention).expect("it is there");
+    let limits = wgpu::Limits::default().or_worse_values_from(&adapter.limits());
+    // Room for each of three parts.
+    let limits = wgpu::Limits { max_storage_buffer_binding_size: 20 << 10, ..limits };
+    let descriptor = wgpu::DeviceDescriptor { required_limits: limits, ..Default::default() };
+    let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).expect("a device");
+    let gpu = Gpu { kind: Kind::Minimal, attention: Attention::new(&device, &queue) };
+    let causal = |seq_q| AttentionProblem {
+        causal: Some(Align::BottomRight),
+        ..AttentionProblem::new(1, 4, 4, seq_q, 61, 16, 15)
+    };
+    let layer = |packed, seq_q, norm, transposed| Layer {
+        packed,
+        transposed,
+        bias: true,
+        norm,
+        rope: norm.map(|_| Rope { positions: 61, ..Rope::new(10) }),
+        ..Layer::new(&causal(seq_q), 60)
+    };
+    let norm = Some(QkNorm::Rms { epsilon: 1e-6 });
+    for (i, layer) in [
+        layer(false, 61, None, false),
+        layer(true, 61, None, false),
+        layer(true, 61, norm, false),
+        layer(false, 61, norm, true),
+        layer(true, 33, norm, false).with_context(60),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let case = Case::new(&format!("in parts, {i}"), layer, None, i as u64);
+        case.check("in parts", &case.run(&gpu).unwrap_or_else(|e| panic!("{i}: {e}")));
+    }
+    // Where not even a part fits, the operand is named.
+    let wide = Case::new("too wide", Layer::new(&causal(61), 100), None, 0);
+    let error = wide.run(&gpu).map(drop).expect_err("refused");
+    assert!(error.to_string().contains("projection of q: x"), "{error}");
 }
 
 fn fixture(dir: &str, key: &str) -> Vec<f64> {

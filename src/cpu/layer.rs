@@ -29,9 +29,9 @@ use crate::linear::LinearInputs;
 pub fn layer(layer: &Layer, inputs: &LayerInputs<'_>) -> Result<Tensor> {
     layer.validate()?;
     inputs.check_turns(layer)?;
-    let p = layer.attention();
-    let mut projected = Tensor::zeros(p.dtype, layer.places().len);
-    for (of, problem) in layer.projections() {
+    let p = layer.attention(false);
+    let mut projected = Tensor::zeros(p.dtype, layer.places(false).len);
+    for (of, problem) in layer.projections(false) {
         let done = linear_into(&problem, &inputs.of(layer, of)?, &mut projected);
         done.map_err(|error| error.of(of))?;
     }
@@ -46,14 +46,14 @@ pub fn layer(layer: &Layer, inputs: &LayerInputs<'_>) -> Result<Tensor> {
 /// q and k, normalised and turned, in the places that [`Layer::attention`] reads them from.
 fn turn(layer: &Layer, inputs: &LayerInputs<'_>, projected: TensorRef<'_>) -> Tensor {
     let p = &layer.attention;
-    let ([q, k, _], places, [first_k, len]) = (layer.widths(), layer.places(), layer.turned());
+    let ([q, k, _], places, [first_k, len]) = (layer.widths(), layer.places(false), layer.turned());
     let mut all = vec![0.0_f32; len];
     let (to_q, to_k) = all.split_at_mut(first_k);
     // What lies behind q, up to where k begins, is nobody's.
     let to_q = &mut to_q[..layer.tokens() * q];
     for (queries, to, width, dim, from, gain) in [
         (true, to_q, q, p.query_dim(), Layout::rows(places.row_q), &inputs.weights.q_gain),
-        (false, to_k, k, p.head_dim, Layout::rows(places.row_kv).at(places.k), &inputs.weights.k_gain),
+        (false, to_k, k, p.head_dim, Layout::rows(places.row_k).at(places.k), &inputs.weights.k_gain),
     ] {
         let stand = inputs.stand(layer, queries);
         to.par_chunks_exact_mut(width).enumerate().for_each(|(token, row)| {

@@ -6,7 +6,8 @@ use super::turns::Turns;
 use super::{Layer, Projection};
 use crate::append::QkNorm;
 use crate::attention::{Attention, Operands};
-use crate::encode::Prepared;
+use crate::caps::Caps;
+use crate::encode::{Prepared, within};
 use crate::error::{Error, Operand, Result};
 use crate::kernel::Slot;
 use crate::linear::LinearOperands;
@@ -112,6 +113,8 @@ impl<'a> LayerOperands<'a> {
         let (x, w, bias) = match of {
             Projection::Q | Projection::Qkv => (Some(self.x), Some(self.w_q), self.b_q),
             Projection::Kv => (context, Some(self.w_q), self.b_q),
+            // Of a packed matrix, in parts.
+            Projection::K | Projection::V if layer.packed => (context, Some(self.w_q), self.b_q),
             Projection::K => (context, self.w_k, self.b_k),
             Projection::V => (context, self.w_v, self.b_v),
             Projection::O => unreachable!("it reads what attention has found"),
@@ -123,6 +126,17 @@ impl<'a> LayerOperands<'a> {
             return Err(Error::UnexpectedOperand { operand: Operand::W }.of(of));
         }
         Ok(LinearOperands { bias, ..LinearOperands::new(x, w, y) })
+    }
+}
+
+impl Layer {
+    /// Whether a device has q, k and v each by themselves, and so a packed matrix read in parts: either would be too
+    /// much for one binding.
+    fn apart(&self, caps: &Caps) -> bool {
+        let projected = self.places(false).len as u64 * self.attention.dtype.bytes() as u64;
+        let packed = self.width as u64 * self.widths().iter().sum::<usize>() as u64;
+        let weights = if self.packed { packed * self.weight_dtype.bytes() as u64 } else { 0 };
+        projected.max(weights) > caps.max_storage_binding
     }
 }
 
@@ -149,7 +163,8 @@ impl Attention {
     /// [`Error::Projection`], which names the map; what a driver says comes as it is) and [`Attention::prepare`].
     pub fn prepare_layer(&self, layer: &Layer, operands: &LayerOperands<'_>) -> Result<Prepared> {
         layer.validate()?;
-        let p = layer.attention();
+        let apart = layer.apart(self.caps());
+        let p = layer.attention(apart);
         if layer.tokens() == 0 || p.rows() == 0 {
             return Ok(Prepared::default());
         }
@@ -169,7 +184,7 @@ impl Attention {
         let bytes = p.dtype.bytes();
         let attended = layer.tokens() * p.heads_q * p.head_dim_v;
         let [projected, turned, attended] = [
-            (Slot::LayerProjected, layer.places().len),
+            (Slot::LayerProjected, layer.places(apart).len),
             (Slot::LayerTurned, if layer.turns() { layer.turned()[1] } else { 0 }),
             (Slot::LayerAttended, attended),
         ]
@@ -177,12 +192,18 @@ impl Attention {
         let [projected, turned, attended] = [projected?, turned?, attended?];
 
         let mut all = Prepared::default();
-        for (of, problem) in layer.projections() {
+        for (of, problem) in layer.projections(apart) {
             let linear = operands.of(layer, of, &projected)?;
             all = all.then(self.prepare_linear(&problem, &linear).map_err(|e| e.of(of))?);
         }
         if layer.turns() {
-            all = all.then(self.prepare_turns(&Turns { layer, operands, from: &projected, to: &turned })?);
+            all = all.then(self.prepare_turns(&Turns {
+                layer,
+                apart,
+                operands,
+                from: &projected,
+                to: &turned,
+            })?);
         }
         let options = &operands.options;
         let qk = if layer.turns() { &turned } else { &projected };
@@ -210,12 +231,7 @@ impl Attention {
 
     /// A scratch buffer between the parts of a layer.
     fn layer_scratch(&self, slot: Slot, bytes: u64) -> Result<wgpu::Buffer> {
-        let caps = self.caps();
-        let got = caps.max_storage_binding.min(caps.max_buffer);
-        if bytes > got {
-            let what = "scratch: bytes between a layer's parts in one storage binding".into();
-            return Err(Error::LimitExceeded { what, need: bytes, got });
-        }
+        within(|| "scratch: bytes between a layer's parts".into(), bytes, self.caps().max_buffer)?;
         let shared = &self.shared;
         let mut scratch = shared.scratch.lock().unwrap_or_else(PoisonError::into_inner);
         let bytes = bytes.next_multiple_of(16).max(16);

@@ -110,14 +110,16 @@ impl Projection {
 }
 
 /// Where projected rows lie: one row of the sequence after the other, and in each q, k and v of all heads; those
-/// of a context have rows of their own, behind.
+/// of a context have rows of their own, behind. Or all of q, then all of k, then all of v, where that is too much
+/// for one binding: each of the three has its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Places {
     /// Elements in all.
     pub(crate) len: usize,
-    /// Row strides of queries and of keys.
+    /// Row strides.
     pub(crate) row_q: usize,
-    pub(crate) row_kv: usize,
+    pub(crate) row_k: usize,
+    pub(crate) row_v: usize,
     pub(crate) k: usize,
     pub(crate) v: usize,
 }
@@ -179,16 +181,23 @@ impl Layer {
     }
 
     /// Where q, k and v of all tokens lie.
-    pub(crate) fn places(&self) -> Places {
+    pub(crate) fn places(&self, apart: bool) -> Places {
         let [q, k, v] = self.widths();
+        // At multiples of four, so that vectors stay whole.
+        let end = |first: usize, rows: usize, row: usize| (first + rows * row).next_multiple_of(4);
+        let end_q = end(0, self.tokens(), q);
+        if apart {
+            let end_k = end(end_q, self.tokens_kv(), k);
+            let len = end_k + self.tokens_kv() * v;
+            return Places { len, row_q: q, row_k: k, row_v: v, k: end_q, v: end_k };
+        }
         if self.context_width.is_none() {
             let row = spread(q + k + v);
-            return Places { len: self.tokens() * row, row_q: row, row_kv: row, k: q, v: q + k };
+            return Places { len: self.tokens() * row, row_q: row, row_k: row, row_v: row, k: q, v: q + k };
         }
-        // At a multiple of four, so that vectors stay whole.
-        let (first, row_kv) = ((self.tokens() * q).next_multiple_of(4), spread(k + v));
-        let len = first + self.tokens_kv() * row_kv;
-        Places { len, row_q: q, row_kv, k: first, v: first + k }
+        let row = spread(k + v);
+        let len = end_q + self.tokens_kv() * row;
+        Places { len, row_q: q, row_k: row, row_v: row, k: end_q, v: end_q + k }
     }
 
     /// Where q and k lie once they are normalised and turned: k behind q, and all elements.
@@ -229,17 +238,17 @@ impl Layer {
     }
 
     /// The attention call over what was projected.
-    pub(crate) fn attention(&self) -> AttentionProblem {
+    pub(crate) fn attention(&self, apart: bool) -> AttentionProblem {
         let p = &self.attention;
-        let ([q, k, _], places) = (self.widths(), self.places());
-        let v = Self::heads(places.v, places.row_kv, p.seq_kv, p.head_dim_v);
+        let ([q, k, _], places) = (self.widths(), self.places(apart));
+        let v = Self::heads(places.v, places.row_v, p.seq_kv, p.head_dim_v);
         let (q, k) = if self.turns() {
             let [first, _] = self.turned();
             (Self::heads(0, q, p.seq_q, p.query_dim()), Self::heads(first, k, p.seq_kv, p.head_dim))
         } else {
             (
                 Self::heads(0, places.row_q, p.seq_q, p.query_dim()),
-                Self::heads(places.k, places.row_kv, p.seq_kv, p.head_dim),
+                Self::heads(places.k, places.row_k, p.seq_kv, p.head_dim),
             )
         };
         let o = Self::heads(0, p.heads_q * p.head_dim_v, p.seq_q, p.head_dim_v);
@@ -247,19 +256,20 @@ impl Layer {
     }
 
     /// The linear maps before attention; of a packed matrix as few as there may be.
-    pub(crate) fn projections(&self) -> Vec<(Projection, LinearProblem)> {
+    pub(crate) fn projections(&self, apart: bool) -> Vec<(Projection, LinearProblem)> {
         use Projection::*;
-        let ([q, k, v], places) = (self.widths(), self.places());
-        match (self.packed, self.context_width) {
+        let ([q, k, v], places) = (self.widths(), self.places(apart));
+        let [first_k, first_v] = if self.packed { [q, q + k] } else { [0, 0] };
+        match (self.packed && !apart, self.context_width) {
             (true, None) => vec![(Qkv, self.linear(Qkv, q + k + v, 0, 0, places.row_q))],
             (true, Some(_)) => vec![
                 (Q, self.linear(Q, q, 0, 0, places.row_q)),
-                (Kv, self.linear(Kv, k + v, q, places.k, places.row_kv)),
+                (Kv, self.linear(Kv, k + v, first_k, places.k, places.row_k)),
             ],
             (false, _) => vec![
                 (Q, self.linear(Q, q, 0, 0, places.row_q)),
-                (K, self.linear(K, k, 0, places.k, places.row_kv)),
-                (V, self.linear(V, v, 0, places.v, places.row_kv)),
+                (K, self.linear(K, k, first_k, places.k, places.row_k)),
+                (V, self.linear(V, v, first_v, places.v, places.row_v)),
             ],
         }
     }
@@ -363,10 +373,11 @@ impl Layer {
         } else if self.positions {
             return fail("nothing is turned by the positions that are given");
         }
-        for (of, problem) in self.projections().into_iter().chain([(Projection::O, self.projection_o())]) {
+        for (of, problem) in self.projections(false).into_iter().chain([(Projection::O, self.projection_o())])
+        {
             problem.validate().map_err(|error| error.of(of))?;
         }
-        self.attention().validate()
+        self.attention(false).validate()
     }
 
     /// The rules of sizes, so that none of what is computed from them later overflows.

@@ -154,7 +154,7 @@ impl<'a> LayerInputs<'a> {
 
     /// The table of angles, the gains and the lists of ragged sequences, as the layer wants them.
     pub(crate) fn check_turns(&self, layer: &Layer) -> Result<()> {
-        self.attention(self.x, self.x, self.x).check_lists(&layer.attention())?;
+        self.attention(self.x, self.x, self.x).check_lists(&layer.attention(false))?;
         let p = &layer.attention;
         let gains = matches!(layer.norm, Some(QkNorm::Rms { .. }));
         let positions = layer.positions.then(|| layer.tokens());
@@ -243,7 +243,7 @@ fn forward(
     // Each by itself, whatever is packed.
     let [q, k, v] = layer.widths();
     let mut parts: [Vec<f64>; 3] = Default::default();
-    for (of, problem) in layer.projections() {
+    for (of, problem) in layer.projections(false) {
         let y = linear(&contiguous(&problem), &inputs.of(layer, of)?).map_err(|e| e.of(of))?.y;
         let widths: &[(usize, usize)] = match of {
             Projection::Qkv => &[(0, q), (1, k), (2, v)],

@@ -5,7 +5,7 @@ use crate::append::{AppendStep, Holds, Norm, QkNorm, Stand, Turn};
 use crate::attention::Attention;
 use crate::cache::Cache;
 use crate::dtype::Dtype;
-use crate::encode::{Bound, Prepared, check_buffer, one_dispatch};
+use crate::encode::{Bound, Prepared, check_window, one_dispatch};
 use crate::error::{Error, Operand, Result};
 use crate::kernel::{Io, Keys};
 use crate::params::{ParamLayout, Params};
@@ -15,6 +15,8 @@ use crate::plan::Window;
 /// Queries and keys of a layer, normalised and turned on their way from one buffer to another.
 pub(super) struct Turns<'a> {
     pub(super) layer: &'a Layer,
+    /// As in [`Layer::places`].
+    pub(super) apart: bool,
     pub(super) operands: &'a LayerOperands<'a>,
     pub(super) from: &'a wgpu::Buffer,
     pub(super) to: &'a wgpu::Buffer,
@@ -25,7 +27,7 @@ impl Attention {
     pub(super) fn prepare_turns(&self, turns: &Turns<'_>) -> Result<Prepared> {
         let (layer, operands, caps) = (turns.layer, turns.operands, self.caps());
         let p = &layer.attention;
-        let ([q, k, _], places, [to_k, _]) = (layer.widths(), layer.places(), layer.turned());
+        let ([q, k, _], places, [to_k, _]) = (layer.widths(), layer.places(turns.apart), layer.turned());
         let mut all = Prepared::default();
         for (gain, gains, heads, seq, dim, total, list, [from, to], (given, first)) in [
             (
@@ -47,7 +49,7 @@ impl Attention {
                 p.head_dim,
                 if let Cache::Ragged { total } = p.cache { Some(total) } else { None },
                 operands.options.cu_seqlens_k,
-                [(places.k, places.row_kv), (to_k, k)]
+                [(places.k, places.row_k), (to_k, k)]
                     .map(|(at, row)| Layer::heads(at, row, p.seq_kv, p.head_dim)),
                 layer.stand_k(),
             ),
@@ -94,9 +96,9 @@ impl Attention {
             };
             let words = |buffer: Option<&wgpu::Buffer>, operand, elements: usize| {
                 let buffer = buffer.ok_or(Error::MissingOperand { operand })?;
-                let end = 4 * elements as u64;
-                check_buffer(operand, buffer, end)?;
-                Ok((buffer.clone(), Window { start: 0, end }))
+                let window = Window { start: 0, end: 4 * elements as u64 };
+                check_window(operand, buffer, window, caps)?;
+                Ok((buffer.clone(), window))
             };
             let mut bound = Vec::new();
             for (number, holds, _) in step.bindings() {
