@@ -19,6 +19,7 @@ mod load;
 mod memory;
 mod options;
 mod output;
+mod png;
 mod prng;
 mod run;
 mod shapes;

@@ -301,6 +301,107 @@ fn heatmaps_are_the_same_every_time() {
     assert!(draw("5.svg", &[&row]).contains(">head 0<"));
 }
 
+/// Width, height and the pixels of a PNG without transparency.
+fn pixels(path: &std::path::Path) -> (usize, usize, Vec<[u8; 3]>) {
+    let file = std::io::BufReader::new(std::fs::File::open(path).unwrap());
+    let mut reader = png::Decoder::new(file).read_info().unwrap();
+    let mut bytes = vec![0; reader.output_buffer_size().unwrap()];
+    let info = reader.next_frame(&mut bytes).unwrap();
+    assert_eq!((info.color_type, info.bit_depth), (png::ColorType::Rgba, png::BitDepth::Eight));
+    assert!(bytes.chunks_exact(4).all(|pixel| pixel[3] == 255));
+    let pixels = bytes.chunks_exact(4).map(|pixel| [pixel[0], pixel[1], pixel[2]]).collect();
+    (info.width as usize, info.height as usize, pixels)
+}
+
+/// A PNG is what the SVG shows, its letters too, and the same every time.
+#[test]
+fn a_png_is_the_svg_in_pixels() {
+    let folder = Folder::new();
+    let (model, tokens) = (data("minilm-layer0.safetensors"), data("minilm-tokens.txt"));
+    let draw = |name: &str, title: &str| {
+        let to = folder.text(name);
+        succeed(&["heatmap", "--quiet", &model, "--tokens", &tokens, "--title", title, "-o", &to]);
+        std::fs::read(to).unwrap()
+    };
+    let svg = String::from_utf8(draw("1.svg", "Weights")).unwrap();
+    assert_eq!(draw("1.png", "Weights"), draw("2.PNG", "Weights"));
+    let (width, height, picture) = pixels(&folder.path("1.png"));
+    let side = |name: &str| {
+        let after = svg.split_once(&format!(" {name}=\"")).unwrap().1;
+        (after.split_once('"').unwrap().0.parse::<f64>().unwrap() * 2.0).ceil() as usize
+    };
+    assert_eq!((width, height), (side("width"), side("height")));
+
+    // Each run of cells has its colour where the SVG places it.
+    let numbers = |text: &str| -> Vec<f64> {
+        text.split(|c: char| !c.is_ascii_digit() && c != '.').filter_map(|n| n.parse().ok()).collect()
+    };
+    let mut runs = 0;
+    for panel in svg.split("<g transform=").skip(1) {
+        let place = numbers(panel.split_once(" shape-rendering").unwrap().0);
+        for path in panel.split("<path fill=\"#").skip(1) {
+            let colour = u32::from_str_radix(&path[..6], 16).unwrap().to_be_bytes();
+            for run in path.split('M').skip(1) {
+                let at = numbers(run.split_once('h').unwrap().0);
+                let [x, y] = [0, 1].map(|i| ((place[i] + (at[i] + 0.5) * place[2 + i]) * 2.0) as usize);
+                assert_eq!(picture[y * width + x], colour[1..], "{run} at {x} {y}");
+                runs += 1;
+            }
+        }
+    }
+    assert!(runs > 1000, "{runs} runs");
+
+    // In units of the SVG. Nothing but text is dark at the left and above the panels.
+    let dark = |picture: &[[u8; 3]], [left, top, right, bottom]: [usize; 4]| {
+        let rows = picture.chunks_exact(width).skip(2 * top).take(2 * (bottom - top));
+        let all = rows.flat_map(|row| &row[2 * left..2 * right]);
+        all.filter(|pixel| pixel.iter().all(|&level| level < 100)).count()
+    };
+    let (title, labels) = ([20, 22, 300, 44], [20, 100, 70, 300]);
+    assert!(dark(&picture, title) > 500 && dark(&picture, labels) > 500);
+    draw("3.png", " ");
+    let (.., untitled) = pixels(&folder.path("3.png"));
+    assert_eq!((untitled.len(), dark(&untitled, title)), (picture.len(), 0));
+    assert_eq!(dark(&untitled, labels), dark(&picture, labels));
+    draw("4.png", "Weighed");
+    let (.., other) = pixels(&folder.path("4.png"));
+    assert_ne!(dark(&other, title), dark(&picture, title), "other letters");
+
+    // Scripts that the program has no letters for, with and without fonts on the machine.
+    draw("5.png", "\u{6ce8}\u{610f}\u{529b} \u{1f600} \u{639}\u{631}\u{628}\u{64a}");
+    assert_eq!(pixels(&folder.path("5.png")).2.len(), picture.len());
+}
+
+/// A name says what is written, or nothing is.
+#[test]
+fn heatmaps_end_in_what_they_are() {
+    let (folder, out) = (Folder::new(), Folder::new());
+    let from = folder.write("in.safetensors", file(&qkv([1, 1, 2, 4], [1, 1, 3, 4], [1, 1, 3, 4])));
+    for name in ["out", "out.gif", "out.jpg", "out.svgz", "out.png.txt", "out.", ".png", "png"] {
+        let line = refuse(name, &["heatmap", &from, "-o", &out.text(name)]);
+        assert!(line.contains(".svg, .png or .html"), "{line}");
+        // Before the input is looked at.
+        assert_eq!(refuse(name, &["heatmap", "nowhere", "-o", &out.text(name)]), line);
+    }
+    let wide = "m".repeat(1000);
+    let line = refuse("a wide picture", &["heatmap", &from, "--title", &wide, "-o", &out.text("out.png")]);
+    assert!(line.contains("16384 a side at most") && line.contains("OUT.svg"), "{line}");
+    assert!(out.files().is_empty(), "nothing is written");
+
+    for (name, start) in [
+        ("1.svg", &b"<svg "[..]),
+        ("2.SVG", b"<svg "),
+        ("3.png", b"\x89PNG\r\n"),
+        ("4.Png", b"\x89PNG\r\n"),
+        ("5.html", b"<!doctype html>"),
+        ("6.HTM", b"<!doctype html>"),
+    ] {
+        succeed(&["heatmap", "--quiet", &from, "-o", &out.text(name)]);
+        assert!(std::fs::read(out.path(name)).unwrap().starts_with(start), "{name}");
+    }
+    succeed(&["heatmap", "--quiet", &from, "--title", &wide, "-o", &out.text("1.svg")]);
+}
+
 #[test]
 fn help_and_version_are_answers() {
     for args in [&["--help"][..], &["--version"], &["run", "--help"], &["bench", "-h"], &["help", "verify"]] {

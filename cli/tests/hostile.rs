@@ -213,7 +213,7 @@ fn a_line_names_the_tensor_the_need_and_the_got() {
 fn bad_flags_are_refused() {
     let folder = Folder::new();
     let from = folder.write("in.safetensors", file(&good()));
-    let to = folder.text("out.safetensors");
+    let (to, picture) = (folder.text("out.safetensors"), folder.text("out.svg"));
     let tokens = folder.write("tokens.txt", "only three tokens\n");
     let elsewhere = folder.text("no/such/folder/out.safetensors");
     let here = folder.text(".");
@@ -299,10 +299,10 @@ fn bad_flags_are_refused() {
         &["explain", "1x8x64x64", "--family", "warp"],
         &["explain", "1x8x64x64", "--adapter", "no such adapter"],
         &["explain", "1x8x64x64", "--softcap", "0"],
-        &["heatmap", from.as_str(), "-o", to.as_str(), "--tokens", tokens.as_str()],
-        &["heatmap", from.as_str(), "-o", to.as_str(), "--tokens", here.as_str()],
-        &["heatmap", from.as_str(), "-o", to.as_str(), "--tokens", from.as_str()],
-        &["heatmap", from.as_str(), "-o", to.as_str(), "--batch", "2"],
+        &["heatmap", from.as_str(), "-o", picture.as_str(), "--tokens", tokens.as_str()],
+        &["heatmap", from.as_str(), "-o", picture.as_str(), "--tokens", here.as_str()],
+        &["heatmap", from.as_str(), "-o", picture.as_str(), "--tokens", from.as_str()],
+        &["heatmap", from.as_str(), "-o", picture.as_str(), "--batch", "2"],
     ] {
         refuse("arguments", args);
     }

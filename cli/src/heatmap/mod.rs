@@ -6,7 +6,7 @@ mod file;
 mod model;
 mod page;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use clap::Args;
@@ -16,6 +16,7 @@ use crate::failure::{Failure, Result};
 use crate::load::LayoutArg;
 use crate::options::ContractArgs;
 use crate::output::OutputFile;
+use crate::png;
 
 /// More heads than this make no picture that anyone can read.
 const MAX_HEADS: usize = 144;
@@ -31,6 +32,9 @@ const MAX_WEIGHTS: u128 = 1 << 26;
 /// With --model the weights are those of a BERT on a text of yours: DIR holds config.json,
 /// tokenizer.json and model.safetensors. OUT.html is one page that shows what each token attends to,
 /// layer by layer and head by head, and needs nothing else.
+///
+/// OUT.png is OUT.svg in pixels, at twice its size. Its letters are the program's own; scripts beyond
+/// Latin, Greek and Cyrillic need a font on the machine.
 #[derive(Args, Debug)]
 pub(crate) struct HeatmapArgs {
     /// The inputs, as for `run`
@@ -48,8 +52,8 @@ pub(crate) struct HeatmapArgs {
     /// Which head, from 0
     #[arg(long, value_name = "N|all", default_value = "all")]
     head: Which,
-    /// Where the picture goes
-    #[arg(short, long, value_name = "OUT.svg|OUT.html")]
+    /// Where the picture goes; how its name ends says as what
+    #[arg(short, long, value_name = "OUT.svg|OUT.png|OUT.html")]
     output: PathBuf,
     /// Labels of the keys: one on each line, or all on one line between spaces. The queries are the
     /// last of them
@@ -142,22 +146,41 @@ impl Picture {
     }
 }
 
-/// The form that a file's name asks for.
-fn is_page(output: &std::path::Path) -> bool {
-    output.extension().is_some_and(|end| end.eq_ignore_ascii_case("html") || end.eq_ignore_ascii_case("htm"))
+/// What a file's name asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Form {
+    Svg,
+    Png,
+    Page,
+}
+
+impl Form {
+    fn of(output: &Path) -> Result<Self> {
+        let end = output.extension().map(|end| end.to_string_lossy().to_lowercase());
+        match end.as_deref() {
+            Some("svg") => Ok(Self::Svg),
+            Some("png") => Ok(Self::Png),
+            Some("html" | "htm") => Ok(Self::Page),
+            _ => Err(Failure::input("want a name that ends in .svg, .png or .html").about(output.display())),
+        }
+    }
 }
 
 /// Computes the weights and draws them.
 pub(crate) fn run(args: &HeatmapArgs) -> Result<()> {
     let output = OutputFile::new(&args.output)?;
-    let as_page = is_page(&args.output);
+    let form = Form::of(&args.output)?;
     let picture = match (&args.input, &args.model) {
         (Some(input), _) => file::picture(args, input)?,
-        (None, Some(folder)) => model::picture(args, folder, as_page)?,
+        (None, Some(folder)) => model::picture(args, folder, form == Form::Page)?,
         (None, None) => return Err(Failure::input("want IN.safetensors or --model DIR")),
     };
-    let text = if as_page { page::page(&picture)? } else { draw::draw(&picture) };
-    output.write(text.as_bytes())?;
+    let bytes = match form {
+        Form::Svg => draw::draw(&picture).into_bytes(),
+        Form::Png => png::png(&draw::draw(&picture))?,
+        Form::Page => page::page(&picture)?.into_bytes(),
+    };
+    output.write(&bytes)?;
     if !args.quiet {
         eprintln!("{}: weights by {}", args.output.display(), picture.by);
     }
