@@ -177,6 +177,12 @@ fn verify_passes_and_repeats() {
     assert_eq!(all, first.contains("softmax_row"), "{first}");
     assert_eq!(first, args(&["--cases", "12"]), "the same seed, the same results");
     args(&["--only", "5"]);
+    assert!(
+        args(&["--cases", "4"]).lines().any(|line| line.contains(" results; ") && !line.starts_with("0 "))
+    );
+    // Where nothing is compared, nothing is verified.
+    let line = refuse("nothing", &["verify", "--quiet", "--path", "cpu", "--seconds", "0"]);
+    assert!(line.contains("nothing was compared"), "{line}");
     if !all {
         let line = refuse("no adapter", &["verify"]);
         assert!(line.contains("--path cpu"), "{line}");

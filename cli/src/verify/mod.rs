@@ -5,6 +5,8 @@ mod kept;
 mod random;
 mod tally;
 
+use std::time::Instant;
+
 use clap::Args;
 use indicatif::ProgressBar;
 use wgpu_attention::reference::{self, Reference};
@@ -21,13 +23,16 @@ use tally::Tally;
 /// Random problems over every kernel, element type and option, each held to the f64 oracle. Every second one
 /// has its keys in a cache (a ring, pages) or a ragged batch.
 ///
-/// Exit code 1 when a result is further from the oracle than the contract allows. The same seed
-/// gives the same problems everywhere.
+/// Exit code 1 when a result is further from the oracle than the contract allows, 2 when no problem was one
+/// that the paths serve. The same seed gives the same problems everywhere.
 #[derive(Args, Debug)]
 pub(crate) struct VerifyArgs {
     /// How many problems
     #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
     cases: u32,
+    /// Begin no problem after so many seconds
+    #[arg(long, value_name = "S")]
+    seconds: Option<u64>,
     /// Which problems
     #[arg(long, value_name = "S", default_value_t = 1)]
     seed: u64,
@@ -68,8 +73,12 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<()> {
         None => 0..args.cases,
     };
     let bar = if args.quiet { ProgressBar::hidden() } else { ProgressBar::new(cases.len() as u64) };
-    let mut tally = Tally::default();
+    let (mut tally, mut last_unfit) = (Tally::default(), None);
+    let start = Instant::now();
     for case in cases {
+        if args.seconds.is_some_and(|seconds| start.elapsed().as_secs() >= seconds) {
+            break;
+        }
         // Each case has a generator of its own: one case alone is the same case.
         let mut prng = Prng::new(args.seed ^ u64::from(case).wrapping_mul(0xd6e8_feb8_6659_fd93));
         let (problem, data) = random::case(&mut prng, Dtype::FLOATS[case as usize % 3]);
@@ -86,7 +95,10 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<()> {
                         tally.fault(format!("case {case}, {backend}, {what}: {worst}"));
                     }
                 }
-                Err(Attempt::Unfit) => tally.unfit(&backend.to_string(), problem.dtype),
+                Err(Attempt::Unfit(why)) => {
+                    tally.unfit(&backend.to_string(), problem.dtype);
+                    last_unfit = Some(why);
+                }
                 Err(Attempt::Failed(error)) => {
                     tally.result(&[backend.to_string()], problem.dtype, f64::INFINITY);
                     tally.fault(format!("case {case}, {backend}, {what}: {error}"));
@@ -98,6 +110,10 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<()> {
     bar.finish_and_clear();
     output::print(&tally.report());
     match tally.faults() {
+        0 if tally.results() == 0 => {
+            let why = last_unfit.unwrap_or_else(|| "there was no time for a problem".into());
+            Err(Failure::input(format!("nothing was compared: {why}")))
+        }
         0 => Ok(()),
         n => Err(Failure::budget(format!(
             "{n} results are outside their budget; one again: verify --seed {} --only CASE",
@@ -107,14 +123,18 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<()> {
 }
 
 enum Attempt {
-    /// The kernel family says that it does not serve this problem.
-    Unfit,
+    /// The kernel family says that it does not serve this problem, and why.
+    Unfit(String),
     Failed(Error),
 }
 
 impl From<Error> for Attempt {
     fn from(error: Error) -> Self {
-        if matches!(error, Error::KernelUnfit { .. }) { Self::Unfit } else { Self::Failed(error) }
+        if matches!(error, Error::KernelUnfit { .. }) {
+            Self::Unfit(error.to_string())
+        } else {
+            Self::Failed(error)
+        }
     }
 }
 
@@ -132,7 +152,8 @@ fn attempt(
             Ok((kernels, engine.run_plan_blocking(&plan, inputs)?))
         }
         (Backend::Oracle, _) => {
-            let outputs = backend::oracle(problem, inputs).map_err(|_| Attempt::Unfit)?;
+            let outputs =
+                backend::oracle(problem, inputs).map_err(|failure| Attempt::Unfit(failure.line()))?;
             Ok((vec!["oracle".into()], outputs))
         }
         _ => Ok((vec!["cpu".into()], cpu::attention(problem, inputs)?)),

@@ -24,6 +24,7 @@ pub(crate) struct Tally {
     counts: BTreeMap<String, Count>,
     options: BTreeMap<&'static str, usize>,
     faults: Vec<String>,
+    results: usize,
 }
 
 impl Tally {
@@ -37,6 +38,7 @@ impl Tally {
 
     /// One result: its error in terms of its budget counts for every kernel that took part.
     pub(crate) fn result(&mut self, kernels: &[String], dtype: Dtype, ratio: f64) {
+        self.results += 1;
         let mut kernels = kernels.to_vec();
         kernels.sort_unstable();
         kernels.dedup();
@@ -89,6 +91,11 @@ impl Tally {
         self.faults.push(what);
     }
 
+    /// How many results were held to the oracle.
+    pub(crate) fn results(&self) -> usize {
+        self.results
+    }
+
     /// How many results were outside their budget.
     pub(crate) fn faults(&self) -> usize {
         self.faults.len()
@@ -113,7 +120,8 @@ impl Tally {
             ]);
         }
         let covered: Vec<String> = self.options.iter().map(|(name, n)| format!("{name} {n}")).collect();
-        let mut text = table.render() + &format!("\nproblems with: {}\n", covered.join(", "));
+        let mut text =
+            table.render() + &format!("\n{} results; problems with: {}\n", self.results, covered.join(", "));
         for fault in self.faults.iter().take(SHOWN) {
             text += &format!("beyond: {fault}\n");
         }
