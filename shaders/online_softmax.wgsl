@@ -26,3 +26,9 @@ fn close_row(index: u32, h: u32, m: f32, l: f32, stores: bool) -> f32 {
     }
     return select(shrink / row_sum, 0.0, empty);
 }
+
+// Where a band of rows begins whose number among an owner's is `band`. Under a causal mask the last rows, which
+// see the most keys, come first: what is left at the end, when some of a device has nothing more to do, is short.
+fn band_row(band: u32, bands: u32, rows: u32) -> u32 {
+    return select(band, bands - 1u - band, params.causal != 0u) * rows;
+}

@@ -53,7 +53,7 @@ fn main(
     let tile = min(tile_split.x, tiles - 1u);
     let split = tile_split.y;
     let owner = tile / tiles_q;
-    let row = tile % tiles_q * TILE_Q;
+    let row = band_row(tile % tiles_q, tiles_q, TILE_Q);
     let queries = queries_of(row, min(row + TILE_Q, owned_rows()));
     let bh = batch_head(head_of(owner, 0u));
     let kv_head = bh.y / params.group_size;

@@ -74,7 +74,7 @@ fn main(
         return;
     }
     let owner = tile / tiles_q;
-    let row = tile % tiles_q * TILE_Q;
+    let row = band_row(tile % tiles_q, tiles_q, TILE_Q);
     let queries = queries_of(row, min(row + TILE_Q, owned_rows()));
     let bh = batch_head(head_of(owner, 0u));
     let kv_head = bh.y / params.group_size;
