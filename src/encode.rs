@@ -66,6 +66,29 @@ impl Prepared {
         self
     }
 
+    /// The same work in pieces of at most so many dispatches (at least one each), for command buffers or submissions
+    /// of their own, in this order: no dispatch takes long ([`Plan`]), but some systems' watchdogs time all that is
+    /// submitted together.
+    ///
+    /// Scratch memory is shared by all calls of an [`Attention`](crate::Attention). Between the submissions of two
+    /// pieces nothing else of it may be submitted, by no thread: it could write over what the first piece left for the
+    /// second.
+    ///
+    /// ```no_run
+    /// # fn f(attention: &wgpu_attention::Attention, plan: &wgpu_attention::Plan,
+    /// #      operands: &wgpu_attention::Operands<'_>) -> wgpu_attention::Result<()> {
+    /// for piece in attention.prepare(plan, operands)?.split(4) {
+    ///     let mut encoder = attention.device().create_command_encoder(&Default::default());
+    ///     piece.encode(&mut encoder);
+    ///     attention.queue().submit([encoder.finish()]);
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn split(self, dispatches: usize) -> Vec<Self> {
+        self.dispatches.chunks(dispatches.max(1)).map(|some| Self::new(some.to_vec())).collect()
+    }
+
     /// Whether there is nothing to do.
     pub fn is_empty(&self) -> bool {
         self.dispatches.is_empty()

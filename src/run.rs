@@ -9,6 +9,11 @@ use crate::problem::AttentionProblem;
 use crate::readback::{Wait, read_buffers};
 use crate::scope::scoped;
 
+/// Dispatches of a command buffer: none takes more than a second on a slow GPU (`DISPATCH_FLOP` of plans), and some
+/// watchdogs (macOS's) wait for five of each. All are submitted at once, since other threads' calls use the same scratch
+/// memory.
+const DISPATCHES_OF_A_BUFFER: usize = 4;
+
 impl Attention {
     /// Computes one problem from slices to vectors: plans, uploads, runs and reads back.
     ///
@@ -101,17 +106,19 @@ impl Attention {
             weights: get(Operand::Weights),
             ..Operands::new(q, k, v, o)
         };
-        let mut encoder = self
-            .device()
-            .create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("attention run") });
-        self.encode(&mut encoder, plan, &operands)?;
-
+        let pieces = self.prepare(plan, &operands)?.split(DISPATCHES_OF_A_BUFFER);
+        let commands = pieces.iter().map(|piece| {
+            let label = Some("attention run");
+            let mut encoder = self.device().create_command_encoder(&wgpu::CommandEncoderDescriptor { label });
+            piece.encode(&mut encoder);
+            encoder.finish()
+        });
         let wanted: Vec<_> = [Operand::O, Operand::Lse, Operand::Weights]
             .into_iter()
             .filter_map(|operand| Some((operand, get(operand)?)))
             .collect();
         let ranges: Vec<_> = wanted.iter().map(|(_, buffer)| (*buffer, 0..buffer.size())).collect();
-        let read = read_buffers(self.device(), self.queue(), &ranges, vec![encoder.finish()], wait).await?;
+        let read = read_buffers(self.device(), self.queue(), &ranges, commands.collect(), wait).await?;
         for ((operand, _), bytes) in wanted.into_iter().zip(read) {
             let bytes = &bytes[..problem.extent(operand) as usize * problem.element_bytes(operand)];
             match operand {

@@ -685,5 +685,11 @@ fn a_quarter_of_a_million_tokens_are_planned_and_encoded() {
         let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         attention.encode(&mut encoder, &plan, &Operands::new(&q, &k, &v, &o)).expect("encoded");
         queue.submit([encoder.finish()]);
+        // Nor does a watchdog of submissions, where they are taken apart.
+        let all = attention.prepare(&plan, &Operands::new(&q, &k, &v, &o)).expect("prepared");
+        let dispatches = all.dispatches();
+        let pieces: Vec<usize> = all.split(4).iter().map(wgpu_attention::Prepared::dispatches).collect();
+        assert!(pieces.len() > 1 && pieces.iter().all(|&n| (1..=4).contains(&n)), "{pieces:?}");
+        assert_eq!(pieces.iter().sum::<usize>(), dispatches);
     }
 }

@@ -27,6 +27,9 @@ pub enum Door {
     Encode,
     /// The same into a compute pass of the test's.
     Pass,
+    /// Prepared, and each dispatch in a command buffer of its own. (Submitted at once: other tests use the same
+    /// scratch memory.)
+    Pieces,
     /// The one-shot call, from slices to vectors.
     Run,
 }
@@ -318,7 +321,18 @@ impl Gpu {
         }
         let guarded = Guarded::new(device, case);
         let plan = self.attention.plan_with(&guarded.problem, options)?;
-        let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        let new = || device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        if door == Door::Pieces {
+            let pieces = self.attention.prepare(&plan, &guarded.operands())?.split(1);
+            queue.submit(pieces.iter().map(|piece| {
+                assert_eq!(piece.dispatches(), 1);
+                let mut encoder = new();
+                piece.encode(&mut encoder);
+                encoder.finish()
+            }));
+            return Ok((guarded.outputs(device, queue, case), Gap::Poison));
+        }
+        let mut encoder = new();
         if door == Door::Pass {
             let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
             self.attention.encode_in_pass(&mut pass, &plan, &guarded.operands())?;

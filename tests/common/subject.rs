@@ -46,7 +46,7 @@ impl Subject {
 
     /// Device kinds x shader modes x families, the ways in taking turns.
     pub fn gpus() -> Vec<Self> {
-        let mut doors = [Door::Encode, Door::Run, Door::Pass].into_iter().cycle();
+        let mut doors = [Door::Encode, Door::Run, Door::Pass, Door::Pieces].into_iter().cycle();
         let mut all = Vec::new();
         for (kind, gpu) in [Kind::Full, Kind::Minimal].map(|kind| (kind, gpu::get(kind, true))) {
             let Some(gpu) = gpu else { continue };
