@@ -269,6 +269,30 @@ fn few_rows_split_the_keys() {
         let plan = Plan::new(&prefill, caps, &PlanOptions::default()).expect("served");
         assert_eq!((splits(&plan), plan.splits()), (None, 1), "{plan}");
     }
+    // A large card: matrices for a prompt, and for a step of decoding as many threads as fill it, by tiles.
+    let card = Caps {
+        device_type: wgpu::DeviceType::DiscreteGpu,
+        shader_f16: true,
+        subgroup: Some((32, 32)),
+        matrix: Some(MatrixUnits { edge: 16, tested: Some(Ok(())) }),
+        max_workgroup_bytes: 48 << 10,
+        max_invocations: 1024,
+        ..Caps::minimal()
+    };
+    let long = AttentionProblem::new(1, 32, 8, 1, 65_536, 128, 128).with_dtype(Dtype::F16);
+    let [step, prompt] =
+        [long.clone(), AttentionProblem::new(1, 32, 8, 4096, 4096, 128, 128).with_dtype(Dtype::F16)]
+            .map(|problem| Plan::new(&problem, &card, &PlanOptions::default()).expect("served"));
+    assert!(prompt.kernels().contains(&"fused_tile_matrix"), "{prompt}");
+    assert!(
+        step.kernels().contains(&"fused_tile") && step.to_string().contains("4 rows leave most"),
+        "{step}"
+    );
+    assert!((256 * 128 / 64 / 2..=256 * 128 / 64).contains(&(8 * step.splits())), "{step}");
+    let family = Some(Family::FusedMatrix);
+    let forced = Plan::new(&long, &card, &PlanOptions { family, ..PlanOptions::default() }).expect("served");
+    assert!(forced.kernels().contains(&"fused_tile_matrix"), "{forced}");
+    assert!(8 * forced.splits() > 8 * step.splits(), "{forced}");
     for family in Family::ALL.into_iter().filter(|family| family.lacks(&gpu).is_none()) {
         let plan = |splits| {
             let options =

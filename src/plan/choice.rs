@@ -26,6 +26,14 @@ pub(super) fn preference(caps: &Caps) -> Vec<(Family, &'static str)> {
     }
 }
 
+/// Why kernels that fit are no good here, unless they are asked for: where a matrix has more rows for nothing than
+/// for queries, reading keys is all that takes time, and one subgroup for a tile of them has few loads on their way.
+pub(super) fn wasteful(tiles: Tiles, problem: &AttentionProblem, forced: bool) -> Option<String> {
+    let (rows, edge) = (problem.owned_rows(), tiles.matrix.edge as usize);
+    let wastes = tiles.family == Family::FusedMatrix && 2 * rows < edge && !forced;
+    wastes.then(|| format!("{rows} rows leave most of a matrix of {edge} empty"))
+}
+
 /// Why kernels that fit are not trusted. Drivers have been met whose cooperative matrices give wrong
 /// products: they are taken only where a test has found them right, and refused where it has not.
 pub(super) fn untrusted(family: Family, caps: &Caps, forced: bool) -> Option<String> {

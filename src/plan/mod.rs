@@ -16,7 +16,7 @@ use crate::problem::AttentionProblem;
 use crate::shader::compose;
 use crate::tile::Tile;
 use crate::tuning::Tuning;
-use choice::{preference, stages, untrusted};
+use choice::{preference, stages, untrusted, wasteful};
 
 /// Scratch that a plan takes unless told otherwise, where the device's limits allow it.
 const DEFAULT_BUDGET: u64 = 64 << 20;
@@ -211,7 +211,10 @@ impl Plan {
                     return Err("it does not split the keys".into());
                 }
                 let stages = stages(tiles, problem, caps)?;
-                match untrusted(family, caps, forced == Some(family)) {
+                let forced = forced == Some(family);
+                match untrusted(family, caps, forced)
+                    .or_else(|| wasteful(tiles, problem, forced || what_for == TUNED))
+                {
                     Some(why) => Err(why),
                     None => Ok((tiles, stages)),
                 }

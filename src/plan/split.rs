@@ -5,9 +5,11 @@ use crate::error::Result;
 use crate::kernel::{Blueprint, Kernel, Keys, part_keys};
 use crate::mask_map::{self, MapTile};
 
-/// Workgroups that a split of the keys aims at: enough to fill a large GPU's hundred and more
-/// multiprocessors a few times, or a processor's threads.
-const WANTED_GROUPS: usize = 256;
+/// Threads that a split of the keys aims at: two workgroups of 128 for each of a large GPU's hundred and more
+/// multiprocessors, so that enough loads are on their way. (Of workgroups of one subgroup that is many.)
+const WANTED_THREADS: usize = 256 * 128;
+
+/// Workgroups for a processor's threads.
 const WANTED_ON_CPU: usize = 16;
 
 /// Fewest keys of a split that nobody asked for: joining it costs about as much as a few dozen keys.
@@ -20,8 +22,10 @@ impl Plan {
         let (Some(tile), false) = (self.tiles.map(), p.rows() == 0 || p.seq_kv == 0) else { return };
         let heads = (p.batch * p.heads_q) as u64;
         let groups = |stage: &Blueprint| stage.groups(p, heads, p.seq_q as u64) as usize;
-        let groups = self.stages.iter().find(|stage| stage.kernel.is_fused()).map_or(1, groups).max(1);
-        let wanted = if self.caps.on_cpu() { WANTED_ON_CPU } else { WANTED_GROUPS };
+        let fused = self.stages.iter().find(|stage| stage.kernel.is_fused());
+        let groups = fused.map_or(1, groups).max(1);
+        let threads = fused.map_or(1, Blueprint::threads).max(1) as usize;
+        let wanted = if self.caps.on_cpu() { WANTED_ON_CPU } else { WANTED_THREADS / threads };
         // What the queries of an entry see at most: a window's keys, wherever it stands.
         let window = p.window.unwrap_or_default();
         let sides = window.left.zip(window.right.or(p.causal.map(|_| 0)));
