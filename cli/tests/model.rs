@@ -309,8 +309,8 @@ fn a_browser_shows_the_page() {
         return;
     };
     let folder = Folder::new();
-    let file = folder.write("page.html", page);
-    let open = |what: &[&str], link: &str| {
+    let file = folder.write("page.html", &page);
+    let open = |file: &str, what: &[&str], link: &str| {
         let mut command = std::process::Command::new(browser);
         // A software adapter's libraries are not for the browser.
         for name in ["LD_LIBRARY_PATH", "VK_DRIVER_FILES", "VK_ICD_FILENAMES"] {
@@ -322,8 +322,14 @@ fn a_browser_shows_the_page() {
     };
     let (words, want) = expected(&TinyBert::new());
     let n = words.len();
-    for (layer, head, token) in [(0, 0, 1), (1, 2, 6)] {
-        let dom = open(&["--dump-dom"], &format!("layer={layer}&head={head}&token={token}"));
+    // The last one points at a token, when the page has another in its address.
+    let hover = "<script>document.querySelectorAll('#tokens button')[4]\
+                 .dispatchEvent(new PointerEvent('pointerenter'));</script></body>";
+    assert!(page.contains("</body>"));
+    let hovered = folder.write("hovered.html", page.replace("</body>", hover));
+    for (file, layer, head, token, link) in [(&file, 0, 0, 1, 1), (&file, 1, 2, 6, 6), (&hovered, 1, 1, 4, 2)]
+    {
+        let dom = open(file, &["--dump-dom"], &format!("layer={layer}&head={head}&token={link}"));
         let dom = String::from_utf8(dom.stdout).unwrap();
         let tokens = dom.split_once("<div id=\"tokens\">").expect(&dom).1.split_once("</div>").unwrap().0;
         let buttons: Vec<&str> = tokens.split("<button").skip(1).collect();
@@ -346,7 +352,7 @@ fn a_browser_shows_the_page() {
     let shots = ["1", "0"].map(|scheme| {
         let to = folder.text(&format!("{scheme}.png"));
         let scheme = format!("--blink-settings=preferredColorScheme={scheme}");
-        open(&[&scheme, &format!("--screenshot={to}")], "layer=1");
+        open(&file, &[&scheme, &format!("--screenshot={to}")], "layer=1");
         std::fs::read(to).expect("a screenshot")
     });
     for shot in &shots {
