@@ -385,11 +385,17 @@ impl Layer {
         let p = &self.attention;
         p.validate_sizes()?;
         let of = |count: usize, size: usize| count as u128 * size as u128;
-        let widths = of(p.heads_q, p.query_dim()) + of(p.heads_kv, p.head_dim) + of(p.heads_kv, p.head_dim_v);
+        let q = of(p.heads_q, p.query_dim());
+        let kv = of(p.heads_kv, p.head_dim) + of(p.heads_kv, p.head_dim_v);
         let tokens = p.total_q.map_or(of(p.batch, p.seq_q), |total| total as u128);
         let tokens_kv = match p.cache {
             Cache::Ragged { total } => total as u128,
             _ => of(p.batch, p.seq_kv),
+        };
+        // Rows are spread by two cache lines at most, and parts begin at multiples of four.
+        let projected = match self.context_width {
+            None => tokens * (q + kv + 32),
+            Some(_) => tokens * q + tokens_kv * (kv + 32),
         };
         let most = MAX_SEQ as u128;
         let indices = u128::from(u32::MAX);
@@ -398,11 +404,10 @@ impl Layer {
             ("width", self.width as u128, most),
             ("context_width", self.context_width.unwrap_or(0) as u128, most),
             ("out_width", self.out_width as u128, most),
-            ("the width of all heads", widths, most),
+            ("the width of all heads", q + kv, most),
             ("tokens", tokens, most),
             ("tokens of keys", tokens_kv, most),
-            // Rows are spread by two cache lines at most; those of a context are others than those of queries.
-            ("elements between the projections", (tokens + tokens_kv) * (widths + 32), 2 * indices),
+            ("elements between the projections", projected + 8, indices),
             ("rope's elements", rope, indices),
             ("batch * heads_kv * seq_kv", of(p.batch, p.heads_kv) * p.seq_kv as u128, indices),
         ] {
