@@ -23,13 +23,13 @@
 const THREADS = LANES * TILE_Q;
 // Quads of four scores of a thread.
 const OWN_QUADS = TILE_KV / 4u / LANES;
-// Rows of workgroup memory, skewed by 16 bytes so that they begin in different banks, in quads (S: f32).
+// Rows of workgroup memory, skewed by 16 bytes so that they begin in different banks, in quads.
 const KV_STRIDE = max(D_FRAGS, V_FRAGS) * EDGE / 4u + 2u;
-const S_STRIDE = TILE_KV + 4u;
+const S_STRIDE = TILE_KV / 4u + 1u;
 const P_STRIDE = TILE_KV / 4u + 2u;
 
 var<workgroup> wg_kv: array<vec4<f16>, max(TILE_Q, TILE_KV) * KV_STRIDE>;
-var<workgroup> wg_s: array<f32, TILE_Q * S_STRIDE>;
+var<workgroup> wg_s: array<vec4<f32>, TILE_Q * S_STRIDE>;
 var<workgroup> wg_p: array<vec4<f16>, TILE_Q * P_STRIDE>;
 // Whether O has to leave its fragments, and whether for values that are not finite.
 var<workgroup> wg_leaves: atomic<u32>;
@@ -158,7 +158,7 @@ fn main(
             }
             //$ end
             //$ for b in 0..BANDS
-            coopStoreT(s_$b, &wg_s[(band + $bu * EDGE) * S_STRIDE + c * EDGE], S_STRIDE);
+            coopStoreT(s_$b, &wg_s[(band + $bu * EDGE) * S_STRIDE + c * EDGE / 4u], S_STRIDE);
             //$ end
         }
         workgroupBarrier();
@@ -170,10 +170,10 @@ fn main(
         var scores: array<vec4<f32>, OWN_QUADS>;
         var peak = DROPPED;
         for (var c = 0u; c < OWN_QUADS; c += 1u) {
-            let quad = 4u * (x + c * LANES);
+            let quad = x + c * LANES;
+            let dots = unscale * wg_s[own_row * S_STRIDE + quad];
             for (var j = 0u; j < 4u; j += 1u) {
-                let dot = unscale * wg_s[own_row * S_STRIDE + quad + j];
-                scores[c][j] = finish_score(dot, bh.x, h, i, first + quad + j, range, len_k, masked);
+                scores[c][j] = finish_score(dots[j], bh.x, h, i, first + 4u * quad + j, range, len_k, masked);
             }
             peak = max(peak, max(max(scores[c].x, scores[c].y), max(scores[c].z, scores[c].w)));
         }
@@ -221,28 +221,24 @@ fn main(
             //$ end
             //$ for n in $g*KEY_FRAGS..$g*KEY_FRAGS+KEY_FRAGS below V_FRAGS
             //$ for b in 0..BANDS
-            coopStoreT(o_$b_$n, &wg_s[(band + $bu * EDGE) * S_STRIDE + $nu % KEY_FRAGS * EDGE], S_STRIDE);
+            coopStoreT(o_$b_$n, &wg_s[(band + $bu * EDGE) * S_STRIDE + $nu % KEY_FRAGS * EDGE / 4u], S_STRIDE);
             //$ end
             //$ end
             workgroupBarrier();
             for (var e = x; e < KEY_FRAGS * EDGE / 4u; e += LANES) {
                 let d = $gu * KEY_FRAGS * EDGE + 4u * e;
                 if d < params.head_dim_v {
-                    let at = own_row * S_STRIDE + 4u * e;
-                    var sum = shrink * vec4<f32>(wg_s[at], wg_s[at + 1u], wg_s[at + 2u], wg_s[at + 3u]);
+                    var sum = shrink * wg_s[own_row * S_STRIDE + e];
                     if careful {
                         sum += not_finite(own_row, bh.x, kv_head, first, len_k, d);
                     }
-                    wg_s[at] = sum.x;
-                    wg_s[at + 1u] = sum.y;
-                    wg_s[at + 2u] = sum.z;
-                    wg_s[at + 3u] = sum.w;
+                    wg_s[own_row * S_STRIDE + e] = sum;
                 }
             }
             workgroupBarrier();
             //$ for n in $g*KEY_FRAGS..$g*KEY_FRAGS+KEY_FRAGS below V_FRAGS
             //$ for b in 0..BANDS
-            o_$b_$n = coopLoadT<FRAGMENT<f32, C>>(&wg_s[(band + $bu * EDGE) * S_STRIDE + $nu % KEY_FRAGS * EDGE], S_STRIDE);
+            o_$b_$n = coopLoadT<FRAGMENT<f32, C>>(&wg_s[(band + $bu * EDGE) * S_STRIDE + $nu % KEY_FRAGS * EDGE / 4u], S_STRIDE);
             //$ end
             //$ end
             //$ end
@@ -273,15 +269,14 @@ fn main(
     workgroupBarrier();
     //$ for n in $g*KEY_FRAGS..$g*KEY_FRAGS+KEY_FRAGS below V_FRAGS
     //$ for b in 0..BANDS
-    coopStoreT(o_$b_$n, &wg_s[(band + $bu * EDGE) * S_STRIDE + $nu % KEY_FRAGS * EDGE], S_STRIDE);
+    coopStoreT(o_$b_$n, &wg_s[(band + $bu * EDGE) * S_STRIDE + $nu % KEY_FRAGS * EDGE / 4u], S_STRIDE);
     //$ end
     //$ end
     workgroupBarrier();
     for (var e = x; e < KEY_FRAGS * EDGE / 4u && exists; e += LANES) {
-        let at = own_row * S_STRIDE + 4u * e;
         let d = $gu * KEY_FRAGS * EDGE + 4u * e;
         if d < params.head_dim_v {
-            end_quad(index, out, d, vec4<f32>(wg_s[at], wg_s[at + 1u], wg_s[at + 2u], wg_s[at + 3u]), end, split);
+            end_quad(index, out, d, wg_s[own_row * S_STRIDE + e], end, split);
         }
     }
     //$ end
