@@ -495,36 +495,28 @@ impl AttentionProblem {
 
     /// The rules of sizes, each by itself: products of two of those that pass are far from overflowing.
     pub(crate) fn validate_sizes(&self) -> Result<()> {
-        for (what, size) in [
-            ("heads_q", self.heads_q),
-            ("heads_kv", self.heads_kv),
-            ("head_dim", self.head_dim),
-            ("head_dim_v", self.head_dim_v),
-            ("query_dim", self.query_dim()),
-            ("hidden", self.compared_dim()),
+        for (what, size, least) in [
+            ("batch", self.batch, 0),
+            ("heads_q", self.heads_q, 1),
+            ("heads_kv", self.heads_kv, 1),
+            ("seq_q", self.seq_q, 0),
+            ("seq_kv", self.seq_kv, 0),
+            ("head_dim", self.head_dim, 1),
+            ("head_dim_v", self.head_dim_v, 1),
+            ("query_dim", self.query_dim(), 1),
+            ("hidden", self.compared_dim(), 1),
+            ("total_q", self.total_q.unwrap_or(0), 0),
+            ("total", if let Cache::Ragged { total } = self.cache { total } else { 0 }, 0),
         ] {
-            if size == 0 {
+            if size < least {
                 return Err(Error::ZeroSize { what });
+            }
+            if size > MAX_SEQ {
+                return Err(Error::TooLarge { what: what.into(), got: size as u128, max: MAX_SEQ as u64 });
             }
         }
         if !self.heads_q.is_multiple_of(self.heads_kv) {
             return Err(Error::HeadGroups { heads_q: self.heads_q, heads_kv: self.heads_kv });
-        }
-        for (what, size) in [
-            ("batch", self.batch),
-            ("heads_q", self.heads_q),
-            ("seq_q", self.seq_q),
-            ("seq_kv", self.seq_kv),
-            ("head_dim", self.head_dim),
-            ("head_dim_v", self.head_dim_v),
-            ("query_dim", self.query_dim()),
-            ("hidden", self.compared_dim()),
-            ("total_q", self.total_q.unwrap_or(0)),
-            ("total", if let Cache::Ragged { total } = self.cache { total } else { 0 }),
-        ] {
-            if size > MAX_SEQ {
-                return Err(Error::TooLarge { what: what.into(), got: size as u128, max: MAX_SEQ as u64 });
-            }
         }
         Ok(())
     }

@@ -1,3 +1,3 @@
-fn has_place(b: u32, count: u32, length: u32, position: u32) -> bool {
-    return length >= count && position < params.seq_kv;
+fn has_place(b: u32, count: u32, position: u32) -> bool {
+    return read_kv_lens(b) >= count && position < params.seq_kv;
 }

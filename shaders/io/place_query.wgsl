@@ -1,5 +1,5 @@
 // Rows stay those of the queries, wherever their keys go.
-fn has_place(b: u32, count: u32, length: u32, position: u32) -> bool {
+fn has_place(b: u32, count: u32, position: u32) -> bool {
     return true;
 }
 

@@ -39,8 +39,7 @@ fn main(
     let h = own / params.seq_q % params.heads_q;
     let b = own / params.seq_q / params.heads_q;
     let count = query_count(b);
-    let length = read_kv_lens(b);
-    let position = position_of(b, t, count, length);
+    let position = position_of(b, t, count);
     let at = row_q(b, h, t);
     let factor = norm_factor(at, lane);
     for (var d = lane; d < WIDTH; d += LANES) {
@@ -48,7 +47,7 @@ fn main(
     }
     workgroupBarrier();
     if index < rows && t < count {
-        if has_place(b, count, length, position) {
+        if has_place(b, count, position) {
             store_row(place_of(b, h, t, position), lane);
         } else if lane == 0u {
             report(STATUS_FULL);

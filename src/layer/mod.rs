@@ -211,15 +211,14 @@ impl Layer {
         self.norm.is_some() || self.rope.is_some()
     }
 
-    /// Whether the positions of queries are given, and else where the first of an entry stands. The layer has been
-    /// validated.
-    pub(crate) fn stand_q(&self) -> (bool, usize) {
-        (self.positions, self.first_position().unwrap_or(0))
+    /// Where the first query of each entry stands; `None` where positions are given. The layer has been validated.
+    pub(crate) fn first_query(&self) -> Option<usize> {
+        (!self.positions).then(|| self.first_position().unwrap_or(0))
     }
 
     /// The same of keys.
-    pub(crate) fn stand_k(&self) -> (bool, usize) {
-        (self.positions && self.context_width.is_none(), 0)
+    pub(crate) fn first_key(&self) -> Option<usize> {
+        (!self.positions || self.context_width.is_some()).then_some(0)
     }
 
     /// Where the first query of each entry stands, if that is one place at or behind the first key.
@@ -387,11 +386,7 @@ impl Layer {
         let of = |count: usize, size: usize| count as u128 * size as u128;
         let q = of(p.heads_q, p.query_dim());
         let kv = of(p.heads_kv, p.head_dim) + of(p.heads_kv, p.head_dim_v);
-        let tokens = p.total_q.map_or(of(p.batch, p.seq_q), |total| total as u128);
-        let tokens_kv = match p.cache {
-            Cache::Ragged { total } => total as u128,
-            _ => of(p.batch, p.seq_kv),
-        };
+        let [tokens, tokens_kv] = [self.tokens(), self.tokens_kv()].map(|tokens| tokens as u128);
         // Rows are spread by two cache lines at most, and parts begin at multiples of four.
         let projected = match self.context_width {
             None => tokens * (q + kv + 32),

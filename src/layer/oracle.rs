@@ -187,16 +187,15 @@ impl<'a> LayerInputs<'a> {
     /// Positions of queries, or of keys: a function of the token's number. What it reads has been checked.
     pub(crate) fn stand(&self, layer: &Layer, queries: bool) -> impl Fn(usize) -> usize + Sync + use<'a> {
         let p = &layer.attention;
-        let ((given, first), seq, list) = if queries {
-            (layer.stand_q(), p.seq_q, self.cu_seqlens_q)
+        let (first, seq, list) = if queries {
+            (layer.first_query(), p.seq_q, self.cu_seqlens_q)
         } else {
-            (layer.stand_k(), p.seq_kv, self.cu_seqlens_k)
+            (layer.first_key(), p.seq_kv, self.cu_seqlens_k)
         };
-        let given = self.positions.filter(|_| given);
-        move |token| match (given, list) {
-            (Some(given), _) => given[token] as usize,
-            (None, Some(list)) => first + entry_of(list, token)[1],
-            (None, None) => first + token % seq,
+        let given = self.positions.unwrap_or_default();
+        move |token| match first {
+            None => given[token] as usize,
+            Some(first) => first + list.map_or_else(|| token % seq, |list| entry_of(list, token)[1]),
         }
     }
 }

@@ -29,7 +29,7 @@ impl Attention {
         let p = &layer.attention;
         let ([q, k, _], places, [to_k, _]) = (layer.widths(), layer.places(turns.apart), layer.turned());
         let mut all = Prepared::default();
-        for (gain, gains, heads, seq, dim, total, list, [from, to], (given, first)) in [
+        for (gain, gains, heads, seq, dim, total, list, [from, to], first) in [
             (
                 Operand::QGain,
                 operands.q_gain,
@@ -39,7 +39,7 @@ impl Attention {
                 p.total_q,
                 operands.options.cu_seqlens_q,
                 [places.row_q, q].map(|row| Layer::heads(0, row, p.seq_q, p.query_dim())),
-                layer.stand_q(),
+                layer.first_query(),
             ),
             (
                 Operand::KGain,
@@ -51,7 +51,7 @@ impl Attention {
                 operands.options.cu_seqlens_k,
                 [(places.k, places.row_k), (to_k, k)]
                     .map(|(at, row)| Layer::heads(at, row, p.seq_kv, p.head_dim)),
-                layer.stand_k(),
+                layer.first_key(),
             ),
         ] {
             let groups = (p.batch * heads * seq) as u64;
@@ -64,7 +64,7 @@ impl Attention {
                 from: Some(Io { dtype: p.dtype, vec4: false, native }),
                 to: Some(Io { dtype: p.dtype, vec4: to.is_vec4(dim), native }),
                 is_query: true,
-                stand: if given { Stand::Given } else { Stand::Rows },
+                stand: if first.is_some() { Stand::Rows } else { Stand::Given },
                 width: dim as u32,
                 keys: Keys::Contiguous,
                 ragged: total.is_some(),
@@ -86,7 +86,7 @@ impl Attention {
                 seq_q: seq as u32,
                 // Positions that there are.
                 seq_kv: layer.rope.map_or(seq, |rope| rope.positions) as u32,
-                row_first: first as u32,
+                row_first: first.unwrap_or(0) as u32,
                 total_q: total.unwrap_or(0) as u32,
                 head_dim: dim as u32,
                 norm_epsilon: layer.norm.map_or(0.0, QkNorm::epsilon),
