@@ -270,15 +270,7 @@ fn few_rows_split_the_keys() {
         assert_eq!((splits(&plan), plan.splits()), (None, 1), "{plan}");
     }
     // A large card: matrices for a prompt, and for a step of decoding as many threads as fill it, by tiles.
-    let card = Caps {
-        device_type: wgpu::DeviceType::DiscreteGpu,
-        shader_f16: true,
-        subgroup: Some((32, 32)),
-        matrix: Some(MatrixUnits { edge: 16, tested: Some(Ok(())) }),
-        max_workgroup_bytes: 48 << 10,
-        max_invocations: 1024,
-        ..Caps::minimal()
-    };
+    let card = devices().into_iter().find(|caps| caps.adapter == "a discrete card").expect("listed");
     let long = AttentionProblem::new(1, 32, 8, 1, 65_536, 128, 128).with_dtype(Dtype::F16);
     let [step, prompt] =
         [long.clone(), AttentionProblem::new(1, 32, 8, 4096, 4096, 128, 128).with_dtype(Dtype::F16)]

@@ -68,10 +68,7 @@ fn score_rows<S: Simd, const MR: usize, const NV: usize>(
     let zero = simd.splat_f32s(0.0);
     let mut total = [[zero; NV]; MR];
     for (chain, q) in q.chunks(CHAIN_SCORES).enumerate() {
-        let mut rows: [&[f32]; MR] = [&[]; MR];
-        for (r, row) in rows.iter_mut().enumerate() {
-            *row = &keys[r * stride + chain * CHAIN_SCORES..][..q.len()];
-        }
+        let rows = part_of_rows(keys, stride, chain * CHAIN_SCORES, q.len());
         let sum = sum_products::<S, MR, NV>(simd, rows, q);
         if chain == 0 {
             total = sum;
@@ -87,6 +84,22 @@ fn score_rows<S: Simd, const MR: usize, const NV: usize>(
     }
 }
 
+/// `len` elements of each row, from `at` on. A loop: a closure might not be inlined, and would be called for every
+/// chain.
+#[inline(always)]
+pub(super) fn part_of_rows<const N: usize>(
+    data: &[f32],
+    stride: usize,
+    at: usize,
+    len: usize,
+) -> [&[f32]; N] {
+    let mut rows: [&[f32]; N] = [&[]; N];
+    for (r, row) in rows.iter_mut().enumerate() {
+        *row = &data[r * stride + at..][..len];
+    }
+    rows
+}
+
 /// The products of scalars with vectors: `sum[r] = sum over i of rows[r][i] * x[i]`.
 #[inline(always)]
 pub(super) fn sum_products<S: Simd, const MR: usize, const NV: usize>(
@@ -96,7 +109,7 @@ pub(super) fn sum_products<S: Simd, const MR: usize, const NV: usize>(
 ) -> [[S::f32s; NV]; MR] {
     let mut sum = [[simd.splat_f32s(0.0); NV]; MR];
     let (steps, rest) = x.as_chunks::<STEP>();
-    // Loops: a closure might not be inlined, and would be called for every chain.
+    // A loop, as above.
     let mut scalars: [&[[f32; STEP]]; MR] = [&[]; MR];
     for (scalars, row) in scalars.iter_mut().zip(rows) {
         *scalars = row.as_chunks().0;

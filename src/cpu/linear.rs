@@ -11,7 +11,7 @@ use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::Isa;
-use super::kernel::sum_products;
+use super::kernel::{part_of_rows, sum_products};
 use super::load::{Rows, read};
 use super::scratch::Aligned;
 use crate::dtype::{Tensor, TensorRef};
@@ -417,11 +417,8 @@ fn products<S: Simd, const N: usize, const NV: usize>(
 ) {
     let x = S::as_simd_f32s(x).0.as_chunks::<NV>().0;
     for (level, x) in x.chunks(LEVEL).enumerate() {
-        let mut scalars: [&[f32]; N] = [&[]; N];
-        for (n, scalars) in scalars.iter_mut().enumerate() {
-            *scalars = &w.data[n * w.stride + level * LEVEL..][..x.len()];
-        }
-        let sum = sum_products::<S, N, NV>(simd, scalars, x);
+        let w = part_of_rows(w.data, w.stride, level * LEVEL, x.len());
+        let sum = sum_products::<S, N, NV>(simd, w, x);
         for n in 0..N {
             let to = S::as_mut_simd_f32s(&mut sums[n * stride..][..NV * S::F32_LANES]).0;
             for v in 0..NV {
