@@ -1,7 +1,7 @@
 //! Holds what a path gave against the oracle, by the contract's error budget.
 
 use wgpu_attention::reference::{self, Reference};
-use wgpu_attention::{Dtype, Operand, Outputs};
+use wgpu_attention::{Dtype, Operand, Outputs, Similarity};
 
 use super::case::{Case, indices};
 
@@ -42,7 +42,8 @@ impl Expected {
     pub fn of(case: &Case) -> Self {
         let (p, inputs) = (&case.problem, case.data.inputs());
         let oracle = reference::oracle(p, &inputs).unwrap_or_else(|e| panic!("{}: {e}", case.name));
-        // lse is as large as the scores are, and as wrong as the scores were before a cap shrank them.
+        // lse is as large as the scores are, and as wrong as the scores were before a cap shrank them. So are
+        // weights: they take a score's error times themselves.
         let score = match p.softcap {
             None => oracle.max_score.max(1.0),
             Some(_) => {
@@ -56,8 +57,13 @@ impl Expected {
             // The rule of o for f32, whatever o is then rounded to.
             let f32_out = wgpu_attention::AttentionProblem { out_dtype: Dtype::F32, ..p.clone() };
             let o = reference::tolerance(&f32_out, &oracle, 0.0);
-            let weights = (EPSILON * oracle.max_score.max(1.0)).min(1e-4);
-            return Self { o, lse: EPSILON * score, weights, oracle };
+            // Where queries (and keys) are projected first, two products in turn are rounded.
+            let products = match p.similarity {
+                Similarity::Bilinear { .. } | Similarity::Additive { .. } => 2.0,
+                _ => 1.0,
+            };
+            let lse = products * EPSILON * score;
+            return Self { o, lse, weights: lse.min(1e-4), oracle };
         }
         // FlashAttention's rule: twice what plain code in that precision is wrong by. lse and the
         // weights are f32 on every path and get the same.
