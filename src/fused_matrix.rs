@@ -10,11 +10,12 @@ use crate::tile::{Tile, check};
 /// products wants some of them.
 const MOST_REGISTERS: u32 = 176;
 
-/// The same on a processor, which spills for free but takes its time to compile.
-const MOST_ON_CPU: u32 = 224;
+/// Most bands of rows of a workgroup: four warps of a multiprocessor.
+const MOST_BANDS: u32 = 4;
 
-/// Most subgroups of a workgroup: four warps of a multiprocessor.
-const MOST_SUBGROUPS: u32 = 4;
+/// Most fragments of O, and of Q, that have names of their own on a processor, whose compiler takes a tenth of a
+/// second for each operation on fragments in the text.
+const NAMED_ON_CPU: u32 = 4;
 
 /// The kernel's sizes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -23,8 +24,9 @@ pub(crate) struct FusedMatrix {
     pub(crate) edge: u32,
     /// Threads of a subgroup.
     pub(crate) subgroup: u32,
-    /// Subgroups of a workgroup.
-    pub(crate) subgroups: u32,
+    /// Subgroups of a workgroup, by the rows of Q and O and by the columns of O.
+    pub(crate) row_subgroups: u32,
+    pub(crate) columns: u32,
     /// Fragments of query rows of a subgroup.
     pub(crate) bands: u32,
     /// Keys of a step.
@@ -34,12 +36,27 @@ pub(crate) struct FusedMatrix {
     pub(crate) frags_v: u32,
     /// f16 numbers that make up an element of q.
     pub(crate) parts: u32,
+    /// Whether Q stays in fragments; else in workgroup memory.
+    pub(crate) kept_q: bool,
+    /// Whether compilers are kept from unrolling loops.
+    pub(crate) rolled: bool,
 }
 
 impl FusedMatrix {
     /// Of kernels that are none.
-    pub(crate) const NONE: Self =
-        Self { edge: 0, subgroup: 0, subgroups: 0, bands: 0, tile_kv: 0, frags: 0, frags_v: 0, parts: 0 };
+    pub(crate) const NONE: Self = Self {
+        edge: 0,
+        subgroup: 0,
+        row_subgroups: 0,
+        columns: 0,
+        bands: 0,
+        tile_kv: 0,
+        frags: 0,
+        frags_v: 0,
+        parts: 0,
+        kept_q: false,
+        rolled: false,
+    };
 
     /// The same with sizes of a caller's choice; or why those make no kernel. Whether it fits is asked
     /// afterwards.
@@ -51,16 +68,23 @@ impl FusedMatrix {
         let fits = rows > 0 && rows.is_multiple_of(self.edge) && self.subgroup.is_multiple_of(rows);
         let need = format!("a multiple of {} that divides the subgroup's {}", self.edge, self.subgroup);
         check("rows", rows, fits, &need)?;
-        let threads = tile.threads.unwrap_or(self.threads());
-        let fits = threads > 0 && threads.is_multiple_of(self.subgroup) && threads <= 1024;
-        check("threads", threads, fits, &format!("whole subgroups of {}, at most 1024", self.subgroup))?;
+        // Subgroups that share a row: one more for each subgroup's worth of lanes.
+        let a_column = self.subgroup / rows;
+        let lanes = tile.lanes.unwrap_or((self.columns * a_column).min(self.subgroup));
+        let columns = lanes / a_column;
+        let fits = lanes.is_multiple_of(a_column) && columns.is_power_of_two() && lanes <= self.subgroup;
+        check("lanes", lanes, fits, &format!("{a_column} times a power of two, at most {}", self.subgroup))?;
+        let whole = self.subgroup * columns;
+        let threads = tile.threads.unwrap_or(self.row_subgroups * whole);
+        let fits = threads > 0 && threads.is_multiple_of(whole) && threads <= 1024;
+        check("threads", threads, fits, &format!("a multiple of {whole}, at most 1024"))?;
         let keys = tile.keys.unwrap_or(self.tile_kv);
-        let quads = 4 * (self.subgroup / rows);
-        let fits =
-            keys.is_power_of_two() && keys >= 2 * self.edge && keys.is_multiple_of(quads) && keys <= 256;
-        let need = format!("a power of two from {} to 256, a multiple of {quads}", 2 * self.edge);
+        let least = self.edge * columns.max(2);
+        let fits = keys.is_power_of_two() && keys >= least && keys.is_multiple_of(4 * lanes) && keys <= 256;
+        let need = format!("a power of two from {least} to 256, a multiple of {}", 4 * lanes);
         check("keys", keys, fits, &need)?;
-        Ok(Self { bands: rows / self.edge, subgroups: threads / self.subgroup, tile_kv: keys, ..self })
+        let (bands, row_subgroups) = (rows / self.edge, threads / whole);
+        Ok(Self { bands, row_subgroups, columns, tile_kv: keys, ..self })
     }
 
     /// Fragments of keys of a step.
@@ -68,13 +92,23 @@ impl FusedMatrix {
         self.tile_kv / self.edge.max(1)
     }
 
+    /// Fragments of a subgroup's columns of O.
+    pub(crate) fn own_frags(self) -> u32 {
+        self.frags_v.div_ceil(self.columns.max(1))
+    }
+
+    /// Of those, as many as S has room for at a time.
+    pub(crate) fn round_frags(self) -> u32 {
+        (self.key_frags() / self.columns.max(1)).max(1)
+    }
+
     /// Query rows of a workgroup.
     pub(crate) fn tile_q(self) -> u32 {
-        self.edge * self.bands * self.subgroups
+        self.edge * self.bands * self.row_subgroups
     }
 
     pub(crate) fn threads(self) -> u32 {
-        self.subgroup * self.subgroups
+        self.subgroup * self.row_subgroups * self.columns
     }
 
     /// Threads of a query row.
@@ -82,19 +116,24 @@ impl FusedMatrix {
         self.threads() / self.tile_q().max(1)
     }
 
-    /// Workgroup memory: K or V (or, at first, Q), the scores and the weights, rows skewed by 16 bytes;
-    /// and two flags.
+    /// Workgroup memory: K or V (and, at first or for good, Q), the scores and the weights, rows skewed by 16
+    /// bytes; and two flags.
     pub(crate) fn workgroup_bytes(self) -> u32 {
-        let width = self.frags.max(self.frags_v) * self.edge;
-        let staged = self.tile_q().max(self.tile_kv) * (2 * width + 16);
+        let width = self.frags.max(self.columns * self.own_frags()) * self.edge;
+        let (of_kv, of_q) = (2 * width + 16, 2 * self.frags * self.edge + 16);
+        let staged = match self.kept_q {
+            true => self.tile_q().max(self.tile_kv) * of_kv,
+            false => self.tile_kv * of_kv + self.parts * self.tile_q() * of_q,
+        };
         staged + self.tile_q() * ((4 * self.tile_kv + 16) + (2 * self.tile_kv + 16)) + 8
     }
 
-    /// Registers of a thread for the fragments that live through a step: Q (two f16 in one), O, and one
-    /// of S or of K and V.
+    /// Registers of a thread for the fragments that live through a step: Q (two f16 in one) if it is kept, O, and
+    /// one of S or of K and V.
     pub(crate) fn registers(self) -> u32 {
         let of_a_fragment = (self.edge * self.edge).div_ceil(self.subgroup.max(1));
-        of_a_fragment * self.bands * ((self.parts * self.frags).div_ceil(2) + self.frags_v + 2)
+        let q = if self.kept_q { (self.parts * self.frags).div_ceil(2) } else { 0 };
+        of_a_fragment * self.bands * (q + self.own_frags() + 2)
     }
 
     /// Why a problem or a device does not suit; `None` when both do.
@@ -116,19 +155,15 @@ impl FusedMatrix {
                 problem.head_dim_v,
                 caps.max_workgroup_bytes,
                 caps.max_invocations,
-                most_registers(caps)
+                MOST_REGISTERS
             ));
         }
-        if self.registers() > most_registers(caps) {
-            let most = most_registers(caps);
-            return Some(format!("it needs {} registers a thread, {most} is the most", self.registers()));
+        if self.registers() > MOST_REGISTERS {
+            let need = self.registers();
+            return Some(format!("it needs {need} registers a thread, {MOST_REGISTERS} is the most"));
         }
         None
     }
-}
-
-fn most_registers(caps: &Caps) -> u32 {
-    if caps.on_cpu() { MOST_ON_CPU } else { MOST_REGISTERS }
 }
 
 /// What a device lacks whatever the problem; `None` where it lacks nothing.
@@ -151,34 +186,49 @@ pub(crate) fn lacks(caps: &Caps) -> Option<String> {
     }
 }
 
-/// The sizes for a problem: as many subgroups as there are rows for, then the widest step of keys (each
-/// step costs four barriers) that fits.
+/// The sizes for a problem: Q in fragments and one column of subgroups where registers allow that (not on a
+/// processor), then as many bands as there are rows for, then the widest step of keys (each costs four barriers)
+/// that fits.
 pub(crate) fn sizes(problem: &AttentionProblem, caps: &Caps) -> FusedMatrix {
     let (Some(matrix), Some((subgroup, _))) = (&caps.matrix, caps.subgroup) else {
         return FusedMatrix::NONE;
     };
     let edge = matrix.edge;
-    let frags = |width: usize| (width as u32).div_ceil(edge);
-    let wanted = (problem.owned_rows() as u32).div_ceil(edge).next_power_of_two().clamp(1, MOST_SUBGROUPS);
-    let mut all = [4, 2, 1].into_iter().filter(|&subgroups| subgroups <= wanted).flat_map(|subgroups| {
-        // A row's quads of keys are dealt out to its lanes.
-        [64, 32, 16].map(|tile_kv| FusedMatrix {
-            edge,
-            subgroup,
-            subgroups,
-            bands: 1,
-            tile_kv,
-            frags: frags(problem.head_dim),
-            frags_v: frags(problem.head_dim_v),
-            parts: if problem.projects() { 2 } else { 1 },
+    let parts = if problem.projects() { 2 } else { 1 };
+    let frags = (problem.head_dim as u32).div_ceil(edge);
+    let frags_v = (problem.head_dim_v as u32).div_ceil(edge);
+    let wanted = (problem.owned_rows() as u32).div_ceil(edge).next_power_of_two().clamp(1, MOST_BANDS);
+    let shapes = if caps.on_cpu() {
+        // At least two: each of a lane's scores is text, too.
+        let columns = frags_v.div_ceil(NAMED_ON_CPU).next_power_of_two().clamp(2, edge);
+        [1, 2, 4, 8].map(|fewer| (parts * frags <= NAMED_ON_CPU, (columns / fewer).max(1), true))
+    } else {
+        [(true, 1, false), (false, 1, false), (false, 2, false), (false, 4, false)]
+    };
+    let mut all = shapes.into_iter().flat_map(|(kept_q, columns, rolled)| {
+        [4, 2, 1].into_iter().filter(|&rows| rows <= wanted).flat_map(move |row_subgroups| {
+            [64, 32, 16].map(|tile_kv| FusedMatrix {
+                edge,
+                subgroup,
+                row_subgroups,
+                columns,
+                bands: 1,
+                tile_kv,
+                frags,
+                frags_v,
+                parts,
+                kept_q,
+                rolled,
+            })
         })
     });
     all.find(|tile| {
         tile.workgroup_bytes() <= caps.max_workgroup_bytes
             && tile.threads() <= caps.max_invocations.min(caps.max_workgroup_size[0])
-            && tile.registers() <= most_registers(caps)
-            && tile.tile_kv >= 2 * edge
-            && tile.lanes() > 0
+            && tile.registers() <= MOST_REGISTERS
+            && tile.tile_kv >= edge * tile.columns.max(2)
+            && (1..=subgroup).contains(&tile.lanes())
+            // A row's quads of keys are dealt out to its lanes.
             && (tile.tile_kv / 4).is_multiple_of(tile.lanes())
     })
     .unwrap_or(FusedMatrix::NONE)
@@ -213,6 +263,27 @@ mod tests {
             assert_eq!(tile.unfit(&problem(4096, head_dim, head_dim), &card()), None);
         }
         assert_eq!(sizes(&problem(17, 64, 64), &card()).tile_q(), 32);
+    }
+
+    /// O of one subgroup and Q beside it are more registers than there are: Q leaves them first.
+    #[test]
+    fn wide_heads_move_q_out_and_share_o() {
+        let tile = sizes(&problem(4096, 256, 256), &card());
+        assert!(!tile.kept_q && tile.columns == 1, "{tile:?}");
+        let narrow_q = sizes(&problem(4096, 64, 512), &card());
+        assert!(narrow_q.columns == 2 && narrow_q.own_frags() == 16, "{narrow_q:?}");
+    }
+
+    #[test]
+    fn a_processor_gets_few_fragments_with_names() {
+        let edge = 8;
+        let matrix = Some(MatrixUnits { edge, tested: Some(Ok(())) });
+        let caps = Caps { matrix, subgroup: Some((8, 8)), max_workgroup_bytes: 32 << 10, ..card() };
+        let caps = Caps { device_type: wgpu::DeviceType::Cpu, ..caps };
+        for width in [1, 8, 64, 100, 128] {
+            let tile = sizes(&problem(4096, width, width), &caps);
+            assert!(tile.own_frags() <= NAMED_ON_CPU && tile.lanes() == tile.columns, "{width}: {tile:?}");
+        }
     }
 
     #[test]

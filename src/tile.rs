@@ -30,8 +30,8 @@ pub struct Tile {
     pub family: Family,
     /// Query rows of a thread; for [`Family::FusedMatrix`] those of a subgroup.
     pub rows: Option<u32>,
-    /// Threads that share a query row ([`Family::FusedTile`] and [`Family::FusedSubgroup`]): four keys of
-    /// each make a step.
+    /// Threads that share a query row ([`Family::FusedTile`] and [`Family::FusedSubgroup`]: four keys of
+    /// each make a step; [`Family::FusedMatrix`]: with more of them, several subgroups share rows).
     pub lanes: Option<u32>,
     /// Keys of a step ([`Family::FusedRow`] and [`Family::FusedMatrix`]).
     pub keys: Option<u32>,
@@ -90,10 +90,22 @@ impl Tile {
                 all.push(Self { rows: Some(rows), keys: Some(keys), ..Self::of(Family::FusedRow) });
             }
         }
-        for keys in some(&[32, 64, 128]) {
-            for (rows, threads) in [(16, 64), (16, 128), (16, 256), (32, 128)] {
-                let of = Self::of(Family::FusedMatrix);
-                all.push(Self { rows: Some(rows), keys, threads: Some(threads), ..of });
+        // For matrices of 16 and of 8 in subgroups of 32, and of 8 in vectors of 8.
+        for (rows, lanes, threads) in [
+            (16, 2, 64),
+            (16, 2, 128),
+            (16, 2, 256),
+            (16, 4, 256),
+            (32, 1, 128),
+            (8, 4, 128),
+            (8, 8, 256),
+            (8, 4, 64),
+            (8, 1, 32),
+        ] {
+            // More than 64 scores of a thread are more registers than they are worth.
+            for keys in [32, 64, 128].into_iter().filter(|keys| keys / lanes <= 64) {
+                let (rows, lanes, keys, threads) = (Some(rows), Some(lanes), Some(keys), Some(threads));
+                all.push(Self { rows, lanes, keys, threads, ..Self::of(Family::FusedMatrix) });
             }
         }
         let mut kept: Vec<(Self, Tiles)> = Vec::new();
@@ -119,8 +131,8 @@ impl Tile {
             }
             Family::FusedMatrix => {
                 let FusedMatrix { edge, bands, tile_kv, .. } = tiles.matrix;
-                let threads = Some(tiles.matrix.threads());
-                Self { rows: Some(edge * bands), keys: Some(tile_kv), threads, ..of }
+                let (lanes, threads) = (Some(tiles.matrix.lanes()), Some(tiles.matrix.threads()));
+                Self { rows: Some(edge * bands), lanes, keys: Some(tile_kv), threads, ..of }
             }
             Family::FusedRow => {
                 let FusedRow { rows, keys, .. } = tiles.row;
@@ -135,7 +147,7 @@ impl Tile {
         let takes: &[&str] = match self.family {
             Family::StagedTile | Family::StagedDirect => &[],
             Family::FusedTile | Family::FusedSubgroup => &["rows", "lanes", "slice", "threads"],
-            Family::FusedMatrix => &["rows", "keys", "threads"],
+            Family::FusedMatrix => &["rows", "lanes", "keys", "threads"],
             Family::FusedRow => &["rows", "keys"],
         };
         for (name, size) in Self::NAMES.into_iter().zip(self.sizes()) {
@@ -210,9 +222,12 @@ mod tests {
 
     #[test]
     fn text_round_trips() {
-        for text in
-            ["fused:row", "staged:tile", "fused:row:rows=3:keys=2", "fused:tile_matrix:keys=64:threads=128"]
-        {
+        for text in [
+            "fused:row",
+            "staged:tile",
+            "fused:row:rows=3:keys=2",
+            "fused:tile_matrix:lanes=2:keys=64:threads=128",
+        ] {
             assert_eq!(text.parse::<Tile>().map(|tile| tile.to_string()), Ok(text.to_string()));
         }
         for (text, why) in [
@@ -246,6 +261,7 @@ mod tests {
             ("fused:tile:lanes=16:slice=64", "workgroup memory"),
             ("fused:tile:rows=8:lanes=2:threads=8", "registers"),
             ("fused:tile_subgroup:lanes=16", "subgroups"),
+            ("fused:tile_matrix:slice=2", "no size slice"),
         ] {
             let tile = Some(text.parse::<Tile>().expect(text));
             let error = Plan::new(&problem, &caps, &PlanOptions { tile, ..PlanOptions::default() });

@@ -2,9 +2,12 @@
 // by matrix units, f16 factors and f32 sums, softmax by threads. The recurrence is that of the tile
 // kernel (fused_tile.wgsl).
 //
-// A workgroup owns TILE_Q query rows of one head; a subgroup owns a band of BANDS fragments of rows and
-// keeps its Q and O in fragments (variables of their own, hence the unrolled text, src/unroll.rs). In a
-// step of TILE_KV keys:
+// A workgroup owns TILE_Q query rows of one head. COLUMNS subgroups share a band of BANDS fragments of
+// rows: each computes S of every COLUMNS-th fragment of keys, and keeps OWN_FRAGS fragments of columns of
+// O (variables of their own, hence the unrolled text, src/unroll.rs). With one column, no row leaves its
+// subgroup but for the softmax (FlashAttention 2); more are for widths whose O one subgroup cannot keep,
+// and for compilers that take their time over each operation on fragments. Q stays in fragments where
+// KEPT_Q is 1, else in workgroup memory. In a step of TILE_KV keys:
 //
 //   stage K | S = Q KT, stored | each thread: scores of a part of its row, P stored; stage V | O += P V
 //
@@ -18,17 +21,28 @@
 // Projected queries are f32: each is scaled by a power of two into f16's range and split into two f16
 // (Q_PARTS), whose products with K are summed.
 //
-// The LANES threads of a row are neighbours in the subgroup that owns it (shaders/exchange/subgroup.wgsl).
+// The LANES threads of a row are neighbours in a subgroup (shaders/exchange/subgroup.wgsl).
 
 const THREADS = LANES * TILE_Q;
 // Quads of four scores of a thread.
 const OWN_QUADS = TILE_KV / 4u / LANES;
+// A row of K (and Q), and one of V in whole fragments of each column, in quads.
+const D_QUADS = D_FRAGS * EDGE / 4u;
+const V_QUADS = COLUMNS * OWN_FRAGS * EDGE / 4u;
 // Rows of workgroup memory, skewed by 16 bytes so that they begin in different banks, in quads.
-const KV_STRIDE = max(D_FRAGS, V_FRAGS) * EDGE / 4u + 2u;
+const KV_STRIDE = max(D_QUADS, V_QUADS) + 2u;
 const S_STRIDE = TILE_KV / 4u + 1u;
 const P_STRIDE = TILE_KV / 4u + 2u;
 
+//$ for once in 0..KEPT_Q
+// At first Q's.
 var<workgroup> wg_kv: array<vec4<f16>, max(TILE_Q, TILE_KV) * KV_STRIDE>;
+//$ end
+//$ for once in KEPT_Q..1
+const Q_STRIDE = D_QUADS + 2u;
+var<workgroup> wg_q: array<vec4<f16>, Q_PARTS * TILE_Q * Q_STRIDE>;
+var<workgroup> wg_kv: array<vec4<f16>, TILE_KV * KV_STRIDE>;
+//$ end
 var<workgroup> wg_s: array<vec4<f32>, TILE_Q * S_STRIDE>;
 var<workgroup> wg_p: array<vec4<f16>, TILE_Q * P_STRIDE>;
 // Whether O has to leave its fragments, and whether for values that are not finite.
@@ -71,7 +85,15 @@ fn main(
     let h = batch_head(head).y;
     let i = params.row_first + row_of(own);
     let index = head * params.row_count + row_of(own);
-    let band = place.subgroup * BANDS * EDGE;
+    // Zero. A processor's compiler must not know: it would unroll loops over operations on fragments.
+    //$ for once in 0..ROLLED
+    let nought = params.row_count >> 31u;
+    //$ end
+    //$ for once in ROLLED..1
+    const nought = 0u;
+    //$ end
+    let band = place.subgroup / COLUMNS * BANDS * EDGE;
+    let column = place.subgroup % COLUMNS;
 
     let query = query_row(head, row_of(own));
     var scale = 1.0;
@@ -89,8 +111,10 @@ fn main(
         unscale = bitcast<f32>((exponent - 14u) << 23u);
     }
     //$ for h in 0..Q_PARTS
+    //$ for once in 0..KEPT_Q
     workgroupBarrier();
-    for (var e = x; e < D_FRAGS * EDGE / 4u; e += LANES) {
+    //$ end
+    for (var e = x; e < D_QUADS; e += LANES) {
         var q = vec4<f32>();
         if 4u * e < params.head_dim {
             q = scale * load4_q(query, 4u * e);
@@ -103,8 +127,14 @@ fn main(
         } else if $hu > 0u {
             q = vec4<f32>();
         }
+        //$ for once in 0..KEPT_Q
         wg_kv[own_row * KV_STRIDE + e] = vec4<f16>(q);
+        //$ end
+        //$ for once in KEPT_Q..1
+        wg_q[($hu * TILE_Q + own_row) * Q_STRIDE + e] = vec4<f16>(q);
+        //$ end
     }
+    //$ for once in 0..KEPT_Q
     workgroupBarrier();
     //$ for b in 0..BANDS
     //$ for e in 0..D_FRAGS
@@ -112,8 +142,9 @@ fn main(
     //$ end
     //$ end
     //$ end
+    //$ end
     //$ for b in 0..BANDS
-    //$ for n in 0..V_FRAGS
+    //$ for n in 0..OWN_FRAGS
     var o_$b_$n = FRAGMENT<f32, C>();
     //$ end
     //$ end
@@ -128,9 +159,9 @@ fn main(
             continue;
         }
         workgroupBarrier();
-        for (var at = thread; at < TILE_KV * (D_FRAGS * EDGE / 4u); at += THREADS) {
-            let r = at / (D_FRAGS * EDGE / 4u);
-            let e = at % (D_FRAGS * EDGE / 4u);
+        for (var at = thread; at < TILE_KV * D_QUADS + nought; at += THREADS) {
+            let r = at / D_QUADS;
+            let e = at % D_QUADS;
             var k = vec4<f32>();
             if 4u * e < params.head_dim {
                 k = load4_k(row_k(bh.x, kv_head, min(first + r, len_k - 1u)), 4u * e);
@@ -142,17 +173,31 @@ fn main(
             atomicStore(&wg_careful, 0u);
         }
         workgroupBarrier();
-        for (var c = 0u; c < KEY_FRAGS; c += 1u) {
+        for (var own = 0u; own < KEY_FRAGS / COLUMNS + nought; own += 1u) {
+            let c = own * COLUMNS + column;
             //$ for b in 0..BANDS
             var s_$b = FRAGMENT<f32, C>();
             //$ end
+            // Rows of K are read as columns: its transpose.
+            //$ for once in 0..KEPT_Q
             //$ for e in 0..D_FRAGS
             {
-                // Rows of K read as columns: its transpose.
                 let k = coopLoad<FRAGMENT<f16, B>>(&wg_kv[c * EDGE * KV_STRIDE + $eu * EDGE / 4u], KV_STRIDE);
                 //$ for b in 0..BANDS
                 //$ for h in 0..Q_PARTS
                 s_$b = coopMultiplyAdd(q_$b_$e_$h, k, s_$b);
+                //$ end
+                //$ end
+            }
+            //$ end
+            //$ end
+            //$ for once in KEPT_Q..1
+            for (var e = 0u; e < D_FRAGS + nought; e += 1u) {
+                let k = coopLoad<FRAGMENT<f16, B>>(&wg_kv[c * EDGE * KV_STRIDE + e * EDGE / 4u], KV_STRIDE);
+                //$ for b in 0..BANDS
+                //$ for h in 0..Q_PARTS
+                let q_$b_$h = coopLoadT<FRAGMENT<f16, A>>(&wg_q[($hu * TILE_Q + band + $bu * EDGE) * Q_STRIDE + e * EDGE / 4u], Q_STRIDE);
+                s_$b = coopMultiplyAdd(q_$b_$h, k, s_$b);
                 //$ end
                 //$ end
             }
@@ -195,9 +240,9 @@ fn main(
             // Minus zero marks a dropped key.
             wg_p[own_row * P_STRIDE + x + c * LANES] = select(vec4<f16>(p), vec4<f16>(-0.0), dropped);
         }
-        for (var at = thread; at < TILE_KV * (V_FRAGS * EDGE / 4u); at += THREADS) {
-            let key = first + at / (V_FRAGS * EDGE / 4u);
-            let e = at % (V_FRAGS * EDGE / 4u);
+        for (var at = thread; at < TILE_KV * V_QUADS + nought; at += THREADS) {
+            let key = first + at / V_QUADS;
+            let e = at % V_QUADS;
             var v = vec4<f32>();
             if key < len_k && 4u * e < params.head_dim_v {
                 v = load4_v(row_v(bh.x, kv_head, key), 4u * e);
@@ -214,19 +259,19 @@ fn main(
 
         if atomicLoad(&wg_leaves) != 0u {
             let careful = atomicLoad(&wg_careful) != 0u;
-            // As many fragments at a time as S has columns for.
+            // ROUND_FRAGS fragments of each column at a time, as many as S has room for.
             //$ for g in 0..ROUNDS
             //$ for again in 0..$g below 1
             workgroupBarrier();
             //$ end
-            //$ for n in $g*KEY_FRAGS..$g*KEY_FRAGS+KEY_FRAGS below V_FRAGS
+            //$ for n in $g*ROUND_FRAGS..$g*ROUND_FRAGS+ROUND_FRAGS below OWN_FRAGS
             //$ for b in 0..BANDS
-            coopStoreT(o_$b_$n, &wg_s[(band + $bu * EDGE) * S_STRIDE + $nu % KEY_FRAGS * EDGE / 4u], S_STRIDE);
+            coopStoreT(o_$b_$n, &wg_s[(band + $bu * EDGE) * S_STRIDE + (column * ROUND_FRAGS + $nu % ROUND_FRAGS) * EDGE / 4u], S_STRIDE);
             //$ end
             //$ end
             workgroupBarrier();
-            for (var e = x; e < KEY_FRAGS * EDGE / 4u; e += LANES) {
-                let d = $gu * KEY_FRAGS * EDGE + 4u * e;
+            for (var e = x; e < TILE_KV / 4u; e += LANES) {
+                let d = column_in_s($gu, e);
                 if d < params.head_dim_v {
                     var sum = shrink * wg_s[own_row * S_STRIDE + e];
                     if careful {
@@ -236,20 +281,20 @@ fn main(
                 }
             }
             workgroupBarrier();
-            //$ for n in $g*KEY_FRAGS..$g*KEY_FRAGS+KEY_FRAGS below V_FRAGS
+            //$ for n in $g*ROUND_FRAGS..$g*ROUND_FRAGS+ROUND_FRAGS below OWN_FRAGS
             //$ for b in 0..BANDS
-            o_$b_$n = coopLoadT<FRAGMENT<f32, C>>(&wg_s[(band + $bu * EDGE) * S_STRIDE + $nu % KEY_FRAGS * EDGE / 4u], S_STRIDE);
+            o_$b_$n = coopLoadT<FRAGMENT<f32, C>>(&wg_s[(band + $bu * EDGE) * S_STRIDE + (column * ROUND_FRAGS + $nu % ROUND_FRAGS) * EDGE / 4u], S_STRIDE);
             //$ end
             //$ end
             //$ end
         }
-        for (var c = 0u; c < KEY_FRAGS; c += 1u) {
+        for (var c = 0u; c < KEY_FRAGS + nought; c += 1u) {
             //$ for b in 0..BANDS
             let p_$b = coopLoadT<FRAGMENT<f16, A>>(&wg_p[(band + $bu * EDGE) * P_STRIDE + c * EDGE / 4u], P_STRIDE);
             //$ end
-            //$ for n in 0..V_FRAGS
+            //$ for n in 0..OWN_FRAGS
             {
-                let v = coopLoadT<FRAGMENT<f16, B>>(&wg_kv[c * EDGE * KV_STRIDE + $nu * EDGE / 4u], KV_STRIDE);
+                let v = coopLoadT<FRAGMENT<f16, B>>(&wg_kv[c * EDGE * KV_STRIDE + (column * OWN_FRAGS + $nu) * EDGE / 4u], KV_STRIDE);
                 //$ for b in 0..BANDS
                 o_$b_$n = coopMultiplyAdd(p_$b, v, o_$b_$n);
                 //$ end
@@ -267,19 +312,27 @@ fn main(
     let out = row_o(bh.x, h, i);
     //$ for g in 0..ROUNDS
     workgroupBarrier();
-    //$ for n in $g*KEY_FRAGS..$g*KEY_FRAGS+KEY_FRAGS below V_FRAGS
+    //$ for n in $g*ROUND_FRAGS..$g*ROUND_FRAGS+ROUND_FRAGS below OWN_FRAGS
     //$ for b in 0..BANDS
-    coopStoreT(o_$b_$n, &wg_s[(band + $bu * EDGE) * S_STRIDE + $nu % KEY_FRAGS * EDGE / 4u], S_STRIDE);
+    coopStoreT(o_$b_$n, &wg_s[(band + $bu * EDGE) * S_STRIDE + (column * ROUND_FRAGS + $nu % ROUND_FRAGS) * EDGE / 4u], S_STRIDE);
     //$ end
     //$ end
     workgroupBarrier();
-    for (var e = x; e < KEY_FRAGS * EDGE / 4u && exists; e += LANES) {
-        let d = $gu * KEY_FRAGS * EDGE + 4u * e;
+    for (var e = x; e < TILE_KV / 4u && exists; e += LANES) {
+        let d = column_in_s($gu, e);
         if d < params.head_dim_v {
             end_quad(index, out, d, wg_s[own_row * S_STRIDE + e], end, split);
         }
     }
     //$ end
+}
+
+// The column of O that begins a quad of S while O is there, in a round; past every column where S has room for more.
+fn column_in_s(round: u32, quad: u32) -> u32 {
+    let fragment = quad / (EDGE / 4u);
+    let own = round * ROUND_FRAGS + fragment % ROUND_FRAGS;
+    let d = (fragment / ROUND_FRAGS * OWN_FRAGS + own) * EDGE + quad % (EDGE / 4u) * 4u;
+    return select(0xffffffffu, d, own < OWN_FRAGS);
 }
 
 // What the values of a step that are not finite add to a quad of a row's O.

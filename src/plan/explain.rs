@@ -61,9 +61,12 @@ impl std::fmt::Display for Plan {
                     t.fused.registers()
                 ),
                 Kernel::FusedMatrix => format!(
-                    "{} queries x {} keys, matrices of {e} x {e}, {} registers a thread for fragments",
+                    "{} queries x {} keys, matrices of {e} x {e}, {} columns of subgroups, queries in {}, {} registers \
+                     a thread for fragments",
                     t.matrix.tile_q(),
                     t.matrix.tile_kv,
+                    t.matrix.columns,
+                    if t.matrix.kept_q { "fragments" } else { "workgroup memory" },
                     t.matrix.registers(),
                     e = t.matrix.edge,
                 ),
