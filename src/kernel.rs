@@ -246,17 +246,21 @@ impl Tiles {
     }
 }
 
-/// Keys of a part of the work of the kernels that sum values, a multiple of every step of theirs. A
-/// thread of any family loops fewer than 40000 times for it, even where a driver unrolls nothing and
-/// where a NaN makes it look twice; lavapipe ends a thread's loops after 65535 iterations in all.
-pub(crate) fn part_keys(problem: &AttentionProblem) -> usize {
+/// Keys of a part of the work of the kernels that sum values, a multiple of every step of theirs. On a
+/// processor a thread of any family loops fewer than 40000 times for it, even where a driver unrolls nothing and
+/// where a NaN makes it look twice at each of its rows: lavapipe ends a thread's loops after 65535 iterations in
+/// all. On a GPU only the rounding of f32 sums grows with them.
+pub(crate) fn part_keys(problem: &AttentionProblem, caps: &Caps) -> usize {
+    if !caps.on_cpu() {
+        return if problem.dtype == Dtype::F32 { 8192 } else { 32768 };
+    }
     let widest = problem.head_dim.max(problem.head_dim_v).next_power_of_two();
-    8192 * 64 / widest.clamp(64, 512)
+    4096 * 64 / widest.clamp(64, 512)
 }
 
 /// Parts of the keys that those kernels take one after the other.
-pub(crate) fn key_parts(problem: &AttentionProblem) -> usize {
-    problem.seq_kv.div_ceil(part_keys(problem)).max(1)
+pub(crate) fn key_parts(problem: &AttentionProblem, caps: &Caps) -> usize {
+    problem.seq_kv.div_ceil(part_keys(problem, caps)).max(1)
 }
 
 /// Words of the buffer that holds all lists together.
@@ -476,7 +480,7 @@ impl Blueprint {
             sinks: (softmax || bundles) && problem.sinks,
             lse: softmax && problem.lse,
             status: lengths && problem.status,
-            parts: values && key_parts(problem) > 1,
+            parts: values && key_parts(problem, caps) > 1,
             bundled: false,
             mapped: false,
             packed: kernel.is_fused() && problem.packs(),

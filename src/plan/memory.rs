@@ -23,7 +23,7 @@ impl Plan {
 
     /// Parts of the keys that are worked on one after the other.
     pub(super) fn parts(&self) -> usize {
-        if self.splits > 0 { 1 } else { key_parts(&self.problem) }
+        if self.splits > 0 { 1 } else { key_parts(&self.problem, &self.caps) }
     }
 
     /// A uniform block.
@@ -67,8 +67,12 @@ impl Plan {
             score_stride: self.score_stride() as u32,
             projected_stride: self.projected_stride() as u32,
             key_term_group: p.key_term_group() as u32,
-            key_first: (part * part_keys(p)) as u32,
-            key_end: if part + 1 == parts { u32::MAX } else { ((part + 1) * part_keys(p)) as u32 },
+            key_first: (part * part_keys(p, &self.caps)) as u32,
+            key_end: if part + 1 == parts {
+                u32::MAX
+            } else {
+                ((part + 1) * part_keys(p, &self.caps)) as u32
+            },
             splits: self.splits as u32,
             split_step: step,
             split_least: (self.split_least as u32).div_ceil(step),
@@ -195,7 +199,7 @@ impl Plan {
             return u64::MAX;
         }
         let p = &self.problem;
-        let keys = p.seq_kv.clamp(1, if self.splits > 0 { MAX_SEQ } else { part_keys(p) }) as u64;
+        let keys = p.seq_kv.clamp(1, if self.splits > 0 { MAX_SEQ } else { part_keys(p, &self.caps) }) as u64;
         (DISPATCH_FLOP / (2 * keys * (p.head_dim + p.head_dim_v) as u64)).max(64)
     }
 

@@ -39,7 +39,7 @@ impl Plan {
         // Whole steps of the kernel, and no more iterations than a part has. The shader shares the steps out
         // that there are; a window that begins inside a step takes part of one more.
         let step = tile.keys as usize;
-        let most = part_keys(p) / step * step;
+        let most = part_keys(p, &self.caps) / step * step;
         let share = keys.div_ceil(asked.unwrap_or(own)).next_multiple_of(step).min(most);
         self.splits = (keys + if sides.is_some() { step - 1 } else { 0 }).div_ceil(share);
         self.split_least = if asked.is_some() { step } else { LEAST_SPLIT };
