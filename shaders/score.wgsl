@@ -24,6 +24,19 @@ fn soft_cap(s: f32) -> f32 {
     return select(capped, s, is_nan(s));
 }
 
+// Whether four scores are finite, and so far from f32's ends that they may be multiplied by log2(e).
+fn are_ordinary(s: vec4<f32>) -> bool {
+    let size = abs(s);
+    let sum = (size.x + size.y) + (size.z + size.w);
+    // As bits: NaN and infinity lie above.
+    return (bitcast<u32>(sum) & 0x7fffffffu) < bitcast<u32>(1e38);
+}
+
+// exp(s - m) of ordinary scores: a multiplication less than of others.
+fn exp_of_ordinary(s: vec4<f32>, m: f32) -> vec4<f32> {
+    return exp2(fma(s, vec4<f32>(LOG2_E), vec4<f32>(-m * LOG2_E)));
+}
+
 // The score of query `i` and key `j`, or DROPPED. `range` is kv_range(b, i), `tile` what the boolean mask
 // does to the tile of the pair.
 fn finish_score(

@@ -444,6 +444,7 @@ fn constants(b: &Blueprint) -> Vec<(&'static str, u32)> {
             ("ROWS", t.fused.rows),
             ("SLICE", t.fused.slice),
             ("QUADS", t.fused.quads),
+            ("PLAIN", plain.into()),
         ],
         Kernel::FusedMatrix => &[
             ("EDGE", t.matrix.edge),
@@ -459,6 +460,7 @@ fn constants(b: &Blueprint) -> Vec<(&'static str, u32)> {
             ("ROUNDS", t.matrix.own_frags().div_ceil(t.matrix.round_frags())),
             ("KEPT_Q", t.matrix.kept_q.into()),
             ("ROLLED", t.matrix.rolled.into()),
+            ("PLAIN", plain.into()),
             ("Q_PARTS", t.matrix.parts),
         ],
         Kernel::FusedRow => &[

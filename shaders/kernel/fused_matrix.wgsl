@@ -212,9 +212,21 @@ fn main(
         if first < seen_by_all.x || first + TILE_KV > seen_by_all.y {
             range = own_part(kv_range(bh.x, i, len_k), part);
         }
+        // Whether scores are products by scale alone, as most are.
+        var plain = PLAIN == 1u && first >= seen_by_all.x && first + TILE_KV <= seen_by_all.y;
         var scores: array<vec4<f32>, OWN_QUADS>;
+        if plain {
+            for (var c = 0u; c < OWN_QUADS; c += 1u) {
+                scores[c] = unscale * wg_s[own_row * S_STRIDE + x + c * LANES] * params.scale;
+                plain = plain && are_ordinary(scores[c]);
+            }
+        }
         var peak = DROPPED;
         for (var c = 0u; c < OWN_QUADS; c += 1u) {
+            if plain {
+                peak = max(peak, max(max(scores[c].x, scores[c].y), max(scores[c].z, scores[c].w)));
+                continue;
+            }
             let quad = x + c * LANES;
             let dots = unscale * wg_s[own_row * S_STRIDE + quad];
             for (var j = 0u; j < 4u; j += 1u) {
@@ -233,6 +245,12 @@ fn main(
             l *= shrink;
         }
         for (var c = 0u; c < OWN_QUADS; c += 1u) {
+            if plain {
+                let p = exp_of_ordinary(scores[c], m);
+                l += (p.x + p.y) + (p.z + p.w);
+                wg_p[own_row * P_STRIDE + x + c * LANES] = vec4<f16>(p);
+                continue;
+            }
             let dropped = bitcast<vec4<u32>>(scores[c]) == vec4<u32>(bitcast<u32>(DROPPED));
             let p = exp_of((scores[c] - m) * LOG2_E);
             let kept = select(p, vec4<f32>(), dropped);

@@ -140,7 +140,19 @@ fn main(
         }
 
         let inside = first >= seen_by_all.x && first + TILE_KV <= seen_by_all.y;
+        // Whose scores are products by scale alone, as most are.
+        var plain = array<bool, ROWS>();
         for (var r = 0u; r < ROWS; r += 1u) {
+            if PLAIN == 1u && inside {
+                let s = dots[r] * params.scale;
+                plain[r] = are_ordinary(s);
+                if plain[r] {
+                    dots[r] = s;
+                    peaks[r] = max(max(s.x, s.y), max(s.z, s.w));
+                    offer(own_row + r, x, peaks[r]);
+                    continue;
+                }
+            }
             let own = min(row + own_row + r, owned_rows() - 1u);
             let h = batch_head(head_of(owner, own)).y;
             let i = params.row_first + row_of(own);
@@ -169,6 +181,12 @@ fn main(
                 for (var n = 0u; n < QUADS; n += 1u) {
                     acc[r * QUADS + n] *= shrink;
                 }
+            }
+            if plain[r] {
+                dots[r] = exp_of_ordinary(dots[r], m[r]);
+                l[r] += (dots[r].x + dots[r].y) + (dots[r].z + dots[r].w);
+                give_weights(own_row + r, x, dots[r]);
+                continue;
             }
             let dropped = bitcast<vec4<u32>>(dots[r]) == vec4<u32>(bitcast<u32>(DROPPED));
             let p = exp_of((dots[r] - m[r]) * LOG2_E);
