@@ -148,6 +148,12 @@ impl Caps {
         self.device_type == wgpu::DeviceType::Cpu
     }
 
+    /// The major version of Mesa, where that is the driver.
+    pub(crate) fn mesa(&self) -> Option<u32> {
+        let version = self.driver.split_once("Mesa ")?.1;
+        version.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
+    }
+
     /// What this crate's kernels could use and the device lacks, a phrase each.
     pub fn missing(&self) -> Vec<String> {
         let mut missing = Vec::new();

@@ -237,10 +237,10 @@ impl FusedRow {
     }
 }
 
-/// The row kernel's sizes for a problem. More rows and keys use each load more often; but the loop has
-/// to stay inside a processor's instruction cache (32 KiB, some 5000 instructions), and the variables
-/// inside its data cache. Found by trial on lavapipe 26.1. Each score's own finish, and elements that
-/// are loaded one by one, are text as well, which drivers take seconds to compile: then one key a step.
+/// The row kernel's sizes for a problem. More rows and keys use each load (and with two keys each store of o) more
+/// often; but the loop has to stay inside a processor's instruction cache, the variables inside its data cache, and
+/// each score's own finish and each conversion are text, which drivers take seconds to compile. Found by trial on
+/// lavapipe 26.1; 22.3.6 spends its time on the bounds of loads, for each key's anew, and longer on text.
 pub(crate) fn row(problem: &AttentionProblem, caps: &Caps) -> FusedRow {
     let (width, width_v) = (problem.head_dim as u32, problem.head_dim_v as u32);
     let p = problem;
@@ -248,16 +248,28 @@ pub(crate) fn row(problem: &AttentionProblem, caps: &Caps) -> FusedRow {
     // Codes are read by the word, however rows of them are aligned.
     let codes = !p.stored_kv().is_float();
     let vec4 = codes || (p.k.is_vec4(p.head_dim) && p.v.is_vec4(p.head_dim_v));
-    let (rows, keys) = match width.next_multiple_of(4) + width_v.next_multiple_of(4) {
-        _ if !vec4 => (2, 1),
-        _ if finish => (3, 1),
-        0..=32 => (6, 2),
-        33..=96 => (8, 1),
-        97..=136 => (6, 1),
-        137..=200 => (4, 1),
-        // A conversion for each element is text.
-        201..=264 if p.stored_kv() == Dtype::F32 => (3, 1),
-        _ => (2, 1),
+    let converts = codes || p.stored_kv() == Dtype::F16;
+    let widths = width.next_multiple_of(4) + width_v.next_multiple_of(4);
+    let (rows, keys) = if !vec4 {
+        (2, 1)
+    } else if caps.mesa().is_some_and(|version| version < 25) {
+        match widths {
+            _ if finish => (3, 1),
+            0..=32 => (6, 2),
+            33..=96 => (8, 1),
+            97..=136 => (6, 1),
+            137..=200 => (4, 1),
+            _ if p.stored_kv() == Dtype::F32 => (3, 1),
+            _ => (2, 1),
+        }
+    } else {
+        match widths {
+            0..=96 if !finish => (6, 2),
+            97..=136 if converts && !finish => (6, 2),
+            0..=200 => (4, 2),
+            _ if converts => (2, 2),
+            _ => (3, 2),
+        }
     };
     // SwiftShader's compiler takes 19 seconds for six rows of 8 elements and two keys and a quarter of one for four
     // rows and one key, which are no slower.
@@ -290,6 +302,21 @@ mod tests {
                     );
                 }
             }
+        }
+    }
+
+    #[test]
+    fn older_mesa_gets_more_rows_and_fewer_keys() {
+        let caps = |driver: &str| Caps { driver: driver.into(), ..Caps::minimal() };
+        let problem = AttentionProblem::new(1, 8, 8, 1024, 1024, 64, 64);
+        for (driver, sizes) in [
+            ("llvmpipe Mesa 22.3.6 (LLVM 15.0.6)", (6, 1)),
+            ("llvmpipe Mesa 26.1.6-1~bpo13+1 (LLVM 19.1.7)", (4, 2)),
+            ("llvmpipe Mesa", (4, 2)),
+            ("", (4, 2)),
+        ] {
+            let tile = row(&problem, &caps(driver));
+            assert_eq!((tile.rows, tile.keys), sizes, "{driver}");
         }
     }
 
