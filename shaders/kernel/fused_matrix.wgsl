@@ -223,14 +223,12 @@ fn main(
         }
         var peak = DROPPED;
         for (var c = 0u; c < OWN_QUADS; c += 1u) {
-            if plain {
-                peak = max(peak, max(max(scores[c].x, scores[c].y), max(scores[c].z, scores[c].w)));
-                continue;
-            }
-            let quad = x + c * LANES;
-            let dots = unscale * wg_s[own_row * S_STRIDE + quad];
-            for (var j = 0u; j < 4u; j += 1u) {
-                scores[c][j] = finish_score(dots[j], bh.x, h, i, first + 4u * quad + j, range, len_k, masked);
+            if !plain {
+                let quad = x + c * LANES;
+                let dots = unscale * wg_s[own_row * S_STRIDE + quad];
+                for (var j = 0u; j < 4u; j += 1u) {
+                    scores[c][j] = finish_score(dots[j], bh.x, h, i, first + 4u * quad + j, range, len_k, masked);
+                }
             }
             peak = max(peak, max(max(scores[c].x, scores[c].y), max(scores[c].z, scores[c].w)));
         }
@@ -245,18 +243,20 @@ fn main(
             l *= shrink;
         }
         for (var c = 0u; c < OWN_QUADS; c += 1u) {
+            var kept: vec4<f32>;
+            var weights: vec4<f16>;
             if plain {
-                let p = exp_of_ordinary(scores[c], m);
-                l += (p.x + p.y) + (p.z + p.w);
-                wg_p[own_row * P_STRIDE + x + c * LANES] = vec4<f16>(p);
-                continue;
+                kept = exp_of_ordinary(scores[c], m);
+                weights = vec4<f16>(kept);
+            } else {
+                let dropped = bitcast<vec4<u32>>(scores[c]) == vec4<u32>(bitcast<u32>(DROPPED));
+                let p = exp_of((scores[c] - m) * LOG2_E);
+                kept = select(p, vec4<f32>(), dropped);
+                // Minus zero marks a dropped key.
+                weights = select(vec4<f16>(p), vec4<f16>(-0.0), dropped);
             }
-            let dropped = bitcast<vec4<u32>>(scores[c]) == vec4<u32>(bitcast<u32>(DROPPED));
-            let p = exp_of((scores[c] - m) * LOG2_E);
-            let kept = select(p, vec4<f32>(), dropped);
             l += (kept.x + kept.y) + (kept.z + kept.w);
-            // Minus zero marks a dropped key.
-            wg_p[own_row * P_STRIDE + x + c * LANES] = select(vec4<f16>(p), vec4<f16>(-0.0), dropped);
+            wg_p[own_row * P_STRIDE + x + c * LANES] = weights;
         }
         for (var at = thread; at < TILE_KV * V_QUADS + nought; at += THREADS) {
             let key = first + at / V_QUADS;

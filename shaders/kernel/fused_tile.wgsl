@@ -143,26 +143,22 @@ fn main(
         // Whose scores are products by scale alone, as most are.
         var plain = array<bool, ROWS>();
         for (var r = 0u; r < ROWS; r += 1u) {
-            if PLAIN == 1u && inside {
-                let s = dots[r] * params.scale;
-                plain[r] = are_ordinary(s);
-                if plain[r] {
-                    dots[r] = s;
-                    peaks[r] = max(max(s.x, s.y), max(s.z, s.w));
-                    offer(own_row + r, x, peaks[r]);
-                    continue;
+            let scaled = dots[r] * params.scale;
+            plain[r] = PLAIN == 1u && inside && are_ordinary(scaled);
+            if plain[r] {
+                dots[r] = scaled;
+            } else {
+                let own = min(row + own_row + r, owned_rows() - 1u);
+                let h = batch_head(head_of(owner, own)).y;
+                let i = params.row_first + row_of(own);
+                var range = vec2<u32>(0u, len_k);
+                if !inside {
+                    range = own_part(kv_range(bh.x, i, len_k), part);
                 }
-            }
-            let own = min(row + own_row + r, owned_rows() - 1u);
-            let h = batch_head(head_of(owner, own)).y;
-            let i = params.row_first + row_of(own);
-            var range = vec2<u32>(0u, len_k);
-            if !inside {
-                range = own_part(kv_range(bh.x, i, len_k), part);
-            }
-            for (var c = 0u; c < 4u; c += 1u) {
-                let j = first + x + c * LANES;
-                dots[r][c] = finish_score(dots[r][c], bh.x, h, i, j, range, len_k, masked);
+                for (var c = 0u; c < 4u; c += 1u) {
+                    let j = first + x + c * LANES;
+                    dots[r][c] = finish_score(dots[r][c], bh.x, h, i, j, range, len_k, masked);
+                }
             }
             let s = dots[r];
             peaks[r] = max(max(s.x, s.y), max(s.z, s.w));
@@ -182,18 +178,18 @@ fn main(
                     acc[r * QUADS + n] *= shrink;
                 }
             }
+            var kept: vec4<f32>;
             if plain[r] {
-                dots[r] = exp_of_ordinary(dots[r], m[r]);
-                l[r] += (dots[r].x + dots[r].y) + (dots[r].z + dots[r].w);
-                give_weights(own_row + r, x, dots[r]);
-                continue;
+                kept = exp_of_ordinary(dots[r], m[r]);
+                dots[r] = kept;
+            } else {
+                let dropped = bitcast<vec4<u32>>(dots[r]) == vec4<u32>(bitcast<u32>(DROPPED));
+                let p = exp_of((dots[r] - m[r]) * LOG2_E);
+                let mark = vec4<f32>(bitcast<f32>(DROPPED_WEIGHT_BITS));
+                kept = select(p, vec4<f32>(), dropped);
+                dots[r] = select(p, mark, dropped);
             }
-            let dropped = bitcast<vec4<u32>>(dots[r]) == vec4<u32>(bitcast<u32>(DROPPED));
-            let p = exp_of((dots[r] - m[r]) * LOG2_E);
-            let kept = select(p, vec4<f32>(), dropped);
             l[r] += (kept.x + kept.y) + (kept.z + kept.w);
-            let mark = vec4<f32>(bitcast<f32>(DROPPED_WEIGHT_BITS));
-            dots[r] = select(p, mark, dropped);
             give_weights(own_row + r, x, dots[r]);
         }
 
