@@ -469,7 +469,6 @@ fn constants(b: &Blueprint) -> Vec<(&'static str, u32)> {
             ("KEYS", t.row.keys),
             ("QUADS", t.row.width.div_ceil(4)),
             ("QUADS_V", t.row.width_v.div_ceil(4)),
-            ("SLICE", 8),
             ("MAPPED", b.mapped.into()),
             ("PLAIN", plain.into()),
         ],

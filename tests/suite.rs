@@ -453,7 +453,8 @@ fn nan_goes_where_it_is_read_and_nowhere_else() {
 /// to their end before a driver loses patience with their loops.
 #[test]
 fn second_looks_come_to_their_end() {
-    let Some(gpu) = gpu::get(Kind::Full, false) else { return };
+    let gpus: Vec<_> =
+        [Kind::Full, Kind::Minimal].into_iter().filter_map(|kind| gpu::get(kind, false)).collect();
     let mut runs = 0;
     // Each has as many rows as a thread of the row kernel takes.
     for (seq_q, dim) in [(48, 16), (64, 32), (48, 64), (24, 128), (8, 512)] {
@@ -462,7 +463,7 @@ fn second_looks_come_to_their_end() {
         let at = case.problem.v.index([0, 0, 3, 5]);
         Arc::make_mut(&mut case.data.v).set(at, f32::NAN);
         let expected = Expected::of(&case);
-        for family in gpu.families() {
+        for (gpu, family) in gpus.iter().flat_map(|gpu| gpu.families().map(move |family| (gpu, family))) {
             let options = PlanOptions { family: Some(family), splits: Some(1), ..PlanOptions::default() };
             let outcome = match gpu.run(&case, &options, Door::Encode) {
                 Err(Error::KernelUnfit { .. }) => continue,

@@ -208,12 +208,13 @@ fn main(
         }
         workgroupBarrier();
 
+        let inside = first >= seen_by_all.x && first + TILE_KV <= seen_by_all.y;
         var range = vec2<u32>(0u, len_k);
-        if first < seen_by_all.x || first + TILE_KV > seen_by_all.y {
+        if !inside {
             range = own_part(kv_range(bh.x, i, len_k), part);
         }
         // Whether scores are products by scale alone, as most are.
-        var plain = PLAIN == 1u && first >= seen_by_all.x && first + TILE_KV <= seen_by_all.y;
+        var plain = PLAIN == 1u && inside;
         var scores: array<vec4<f32>, OWN_QUADS>;
         if plain {
             for (var c = 0u; c < OWN_QUADS; c += 1u) {

@@ -46,6 +46,7 @@ impl Plan {
         };
         let of_head = |elements: usize| if p.has_own_matrices() { elements as u32 } else { 0 };
         let step = self.tiles.map().map_or(1, |tile| tile.keys);
+        let part_keys = part_keys(p, &self.caps);
         let [pages, max_blocks, total_kv] = match p.cache {
             Cache::Paged { pages, max_blocks, .. } => [pages, max_blocks, 0],
             Cache::Ragged { total } => [0, 0, total],
@@ -67,12 +68,8 @@ impl Plan {
             score_stride: self.score_stride() as u32,
             projected_stride: self.projected_stride() as u32,
             key_term_group: p.key_term_group() as u32,
-            key_first: (part * part_keys(p, &self.caps)) as u32,
-            key_end: if part + 1 == parts {
-                u32::MAX
-            } else {
-                ((part + 1) * part_keys(p, &self.caps)) as u32
-            },
+            key_first: (part * part_keys) as u32,
+            key_end: if part + 1 == parts { u32::MAX } else { ((part + 1) * part_keys) as u32 },
             splits: self.splits as u32,
             split_step: step,
             split_least: (self.split_least as u32).div_ceil(step),
