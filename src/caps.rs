@@ -154,6 +154,16 @@ impl Caps {
         version.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
     }
 
+    /// Why the device's subgroups are not all of `least` to `most` invocations; `None` when they are.
+    pub(crate) fn subgroups_unfit(&self, least: u32, most: u32) -> Option<String> {
+        match self.subgroup {
+            None => Some("it needs subgroup operations, which the device does not offer (SUBGROUP)".into()),
+            Some((smallest, largest)) => (smallest < least || largest > most).then(|| {
+                format!("it needs subgroups of {least} to {most}, the device has {smallest} to {largest}")
+            }),
+        }
+    }
+
     /// What this crate's kernels could use and the device lacks, a phrase each.
     pub fn missing(&self) -> Vec<String> {
         let mut missing = Vec::new();

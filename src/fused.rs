@@ -78,19 +78,11 @@ impl FusedTile {
         if !self.subgroup {
             return None;
         }
-        match caps.subgroup {
-            None => Some("it needs subgroup operations, which the device does not offer (SUBGROUP)".into()),
-            Some((least, most)) if least < self.lanes.max(LEAST_SUBGROUP) || most > MOST_THREADS => {
-                let need = self.lanes.max(LEAST_SUBGROUP);
-                Some(format!(
-                    "it needs subgroups of {need} to {MOST_THREADS}, the device has {least} to {most}"
-                ))
-            }
-            Some((_, most)) if !self.threads().is_multiple_of(most) => {
-                Some(format!("its {} threads are no whole subgroups of {most}", self.threads()))
-            }
-            Some(_) => None,
-        }
+        caps.subgroups_unfit(self.lanes.max(LEAST_SUBGROUP), MOST_THREADS).or_else(|| {
+            let (_, most) = caps.subgroup?;
+            (!self.threads().is_multiple_of(most))
+                .then(|| format!("its {} threads are no whole subgroups of {most}", self.threads()))
+        })
     }
 }
 

@@ -496,13 +496,7 @@ fn direct(rows: u32, x: Io, w: Io, by_outputs: bool) -> Sizes {
 
 /// What a device lacks for the kernel that shares sums in subgroups.
 pub(crate) fn lacks_subgroups(caps: &Caps) -> Option<String> {
-    match caps.subgroup {
-        None => Some("it needs subgroup operations (SUBGROUP)".into()),
-        Some((least, most)) if least < LEAST_SUBGROUP || most > FEW_THREADS => Some(format!(
-            "it needs subgroups of {LEAST_SUBGROUP} to {FEW_THREADS}, the device has {least} to {most}"
-        )),
-        Some(_) => None,
-    }
+    caps.subgroups_unfit(LEAST_SUBGROUP, FEW_THREADS)
 }
 
 /// A binding's number, always the same.
