@@ -1,6 +1,10 @@
 //! What a device can do, distilled from its features and limits. Constructible by hand, so that
 //! planning is tested without a device.
 
+/// What a kernel of subgroups lacks where the device has none.
+pub(crate) const NO_SUBGROUPS: &str =
+    "it needs subgroup operations, which the device does not offer (SUBGROUP)";
+
 /// The capabilities that a plan depends on.
 ///
 /// ```
@@ -157,7 +161,7 @@ impl Caps {
     /// Why the device's subgroups are not all of `least` to `most` invocations; `None` when they are.
     pub(crate) fn subgroups_unfit(&self, least: u32, most: u32) -> Option<String> {
         match self.subgroup {
-            None => Some("it needs subgroup operations, which the device does not offer (SUBGROUP)".into()),
+            None => Some(NO_SUBGROUPS.into()),
             Some((smallest, largest)) => (smallest < least || largest > most).then(|| {
                 format!("it needs subgroups of {least} to {most}, the device has {smallest} to {largest}")
             }),

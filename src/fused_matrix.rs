@@ -1,7 +1,7 @@
 //! Sizes of the fused kernel on cooperative matrices: a pure function of widths and device, priced in
 //! bytes of workgroup memory and registers of a thread.
 
-use crate::caps::Caps;
+use crate::caps::{Caps, NO_SUBGROUPS};
 use crate::dtype::Dtype;
 use crate::problem::AttentionProblem;
 use crate::tile::{Tile, check};
@@ -182,7 +182,7 @@ pub(crate) fn lacks(caps: &Caps) -> Option<String> {
             "it needs subgroups of one size, a multiple of {}, the device has {least} to {most}",
             matrix.edge
         )),
-        None => Some("it needs subgroup operations (SUBGROUP)".into()),
+        None => Some(NO_SUBGROUPS.into()),
     }
 }
 

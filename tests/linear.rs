@@ -670,7 +670,10 @@ fn forced_kernels_that_do_not_fit() {
         for (kernel, why) in [
             (LinearKernel::Tile, threads(128)),
             (LinearKernel::Few, threads(64)),
-            (LinearKernel::FewSubgroup, "it needs subgroup operations (SUBGROUP)".into()),
+            (
+                LinearKernel::FewSubgroup,
+                "it needs subgroup operations, which the device does not offer (SUBGROUP)".into(),
+            ),
             (
                 LinearKernel::Matrix,
                 "it needs cooperative matrices of f16 with f32 sums (EXPERIMENTAL_COOPERATIVE_MATRIX)".into(),
