@@ -15,9 +15,9 @@
 // through its exponential, have a product's worth of others beside them. (1.1 times as fast.)
 //
 // A load whose address differs from lane to lane is, on a processor without fast gathers, a branch for each
-// lane and number: they were most of the text there. So q is loaded in a loop, where each quad has its turn
-// by `select` (its bound is the problem's, since a constant one is unrolled again), and in the second look
-// all lanes go over the same keys.
+// lane and number: they were most of the text there. So q is loaded in a loop, where four quads at a time have
+// their turn by `select` (its bound is the problem's, since a constant one is unrolled again; more quads a turn
+// are more text, fewer are more selects), and in the second look all lanes go over the same keys.
 
 // Keys between two additions to the outer sums.
 const LEVEL = 256u;
@@ -65,10 +65,17 @@ fn main(
     //$ for i in 0..QUADS
     var q_$r_$i = vec4<f32>();
     //$ end
-    for (var i = 0u; i < div_ceil(params.head_dim, 4u); i += 1u) {
-        let quad = load4_q(query_$r, 4u * i);
+    for (var turn = 0u; turn < div_ceil(params.head_dim, 16u); turn += 1u) {
+        let d = 16u * turn;
+        // Quads past the last one are not taken, whatever is loaded for them.
+        let four = array<vec4<f32>, 4>(
+            load4_q(query_$r, d),
+            load4_q(query_$r, d + 4u),
+            load4_q(query_$r, d + 8u),
+            load4_q(query_$r, d + 12u),
+        );
         //$ for i in 0..QUADS
-        q_$r_$i = select(q_$r_$i, quad, i == $iu);
+        q_$r_$i = select(q_$r_$i, four[$iu % 4u], turn == $iu / 4u);
         //$ end
     }
     //$ for i in 0..QUADS_V
