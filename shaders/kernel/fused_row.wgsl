@@ -156,7 +156,8 @@ fn main(
             //$ end
             if rises {
                 //$ for r in 0..ROWS
-                let m_new_$r = max(m_$r, peak_$r);
+                // By the row's own scores, so that its bits do not depend on the rows beside it.
+                let m_new_$r = select(m_$r, peak_$r, peak_$r > m_$r + LAZY);
                 let by_$r = shrinking(m_$r, m_new_$r);
                 m_$r = m_new_$r;
                 base_$r = select(m_$r, 0.0, m_$r == DROPPED);
