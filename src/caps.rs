@@ -70,6 +70,11 @@ impl MatrixUnits {
             let square = p.m_size == p.n_size && p.n_size == p.k_size;
             p.ab_type == F16 && p.cr_type == F32 && square && [8, 16].contains(&p.m_size)
         };
+        // lavapipe 26.1 crashes on matrices in vectors of 512 bits (LP_NATIVE_VECTOR_WIDTH=512).
+        let info = adapter.get_info();
+        if info.name.starts_with("llvmpipe") && info.subgroup_max_size > 8 {
+            return None;
+        }
         let sizes = adapter.cooperative_matrix_properties();
         let edge = sizes.iter().filter(suits).map(|p| p.m_size).max()?;
         adapter.features().contains(Caps::MATRIX_FEATURE).then_some(Self { edge, tested: None })

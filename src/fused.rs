@@ -176,6 +176,8 @@ pub(crate) fn sized(of: FusedTile, tile: &Tile, problem: &AttentionProblem) -> R
 /// The row kernel's sizes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct FusedRow {
+    /// Threads of a workgroup.
+    pub(crate) threads: u32,
     /// Query rows of a thread.
     pub(crate) rows: u32,
     /// Keys of a step.
@@ -194,14 +196,11 @@ const MOST_ROW_WIDTH_BY_ELEMENT: u32 = 160;
 
 impl FusedRow {
     /// Of kernels that are none.
-    pub(crate) const NONE: Self = Self { rows: 0, keys: 0, width: 0, width_v: 0, widest: 0 };
-
-    /// Threads of a workgroup: a vector of most processors, so that no workgroup loops over several.
-    pub(crate) const LANES: u32 = 8;
+    pub(crate) const NONE: Self = Self { threads: 0, rows: 0, keys: 0, width: 0, width_v: 0, widest: 0 };
 
     /// Query rows of a workgroup.
     pub(crate) fn tile_q(self) -> u32 {
-        self.rows * Self::LANES
+        self.rows * self.threads
     }
 
     /// The same with sizes of a caller's choice; or why those make no kernel.
@@ -211,7 +210,10 @@ impl FusedRow {
         check("keys", keys, [1, 2, 4].contains(&keys), "1, 2 or 4")?;
         // Each pair of a row and a key is text of its own.
         check("rows", rows, rows > 0 && rows * keys <= 12, "from 1 to 12 / keys")?;
-        Ok(Self { rows, keys, ..self })
+        let threads = tile.threads.unwrap_or(self.threads);
+        let fits = threads.is_power_of_two() && (4..=64).contains(&threads);
+        check("threads", threads, fits, "a power of two from 4 to 64")?;
+        Ok(Self { threads, rows, keys, ..self })
     }
 
     /// Variables of a thread that live through a step: q, o in two levels, maxima and sums.
@@ -266,10 +268,16 @@ pub(crate) fn row(problem: &AttentionProblem, caps: &Caps) -> FusedRow {
     // SwiftShader's compiler takes 19 seconds for six rows of 8 elements and two keys and a quarter of one for four
     // rows and one key, which are no slower.
     let (rows, keys) = if caps.adapter.contains("SwiftShader") { (rows.min(4), 1) } else { (rows, keys) };
+    // A vector of the processor, so that no workgroup loops over several: drivers there take one for a subgroup
+    // (lavapipe 256 bits, or what LP_NATIVE_VECTOR_WIDTH says; SwiftShader 128).
+    let threads = match caps.subgroup {
+        Some((least, _)) if caps.on_cpu() => least.clamp(4, 16),
+        _ => 8,
+    };
     // No more rows than there are.
-    let rows = rows.min((problem.owned_rows() as u32).div_ceil(FusedRow::LANES).max(1));
+    let rows = rows.min((problem.owned_rows() as u32).div_ceil(threads).max(1));
     let widest = if vec4 { MOST_ROW_WIDTH } else { MOST_ROW_WIDTH_BY_ELEMENT };
-    FusedRow { rows, keys, width, width_v, widest }
+    FusedRow { threads, rows, keys, width, width_v, widest }
 }
 
 #[cfg(test)]
@@ -309,6 +317,24 @@ mod tests {
         ] {
             let tile = row(&problem, &caps(driver));
             assert_eq!((tile.rows, tile.keys), sizes, "{driver}");
+        }
+    }
+
+    #[test]
+    fn rows_fill_a_vector_of_the_processor() {
+        let problem = AttentionProblem::new(1, 8, 8, 20, 1024, 64, 64);
+        let cpu = Caps { device_type: wgpu::DeviceType::Cpu, ..Caps::minimal() };
+        let gpu = Caps::minimal();
+        for (caps, subgroup, sizes) in [
+            (&cpu, None, (8, 3)),
+            (&cpu, Some((4, 4)), (4, 4)),
+            (&cpu, Some((8, 8)), (8, 3)),
+            (&cpu, Some((16, 16)), (16, 2)),
+            (&cpu, Some((64, 64)), (16, 2)),
+            (&gpu, Some((32, 32)), (8, 3)),
+        ] {
+            let tile = row(&problem, &Caps { subgroup, ..caps.clone() });
+            assert_eq!((tile.threads, tile.rows), sizes, "{subgroup:?}");
         }
     }
 

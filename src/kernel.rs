@@ -555,7 +555,7 @@ impl Blueprint {
             | Kernel::Merge => ELEMENT_LANES,
             Kernel::FusedTile | Kernel::FusedSubgroup => t.fused.threads(),
             Kernel::FusedMatrix => t.matrix.threads(),
-            Kernel::FusedRow => FusedRow::LANES,
+            Kernel::FusedRow => t.row.threads,
             Kernel::ScoresTile => t.scores_lanes * t.scores_lanes,
             Kernel::ScoresDirect => t.scores_lanes,
             Kernel::SoftmaxRow => t.softmax_lanes * t.softmax_rows,

@@ -4,7 +4,6 @@
 use crate::append::{APPEND_ROPE, AppendStep, Stand};
 use crate::dtype::Dtype;
 use crate::error::Operand;
-use crate::fused::FusedRow;
 use crate::kernel::{Blueprint, Io, Kernel, Keys, Slot};
 use crate::problem::KeyTerms;
 use crate::quant;
@@ -464,7 +463,7 @@ fn constants(b: &Blueprint) -> Vec<(&'static str, u32)> {
             ("Q_PARTS", t.matrix.parts),
         ],
         Kernel::FusedRow => &[
-            ("LANES", FusedRow::LANES),
+            ("LANES", t.row.threads),
             ("ROWS", t.row.rows),
             ("KEYS", t.row.keys),
             ("QUADS", t.row.width.div_ceil(4)),

@@ -38,7 +38,7 @@ pub struct Tile {
     /// Quads of head_dim or head_dim_v that are staged at a time ([`Family::FusedTile`] and
     /// [`Family::FusedSubgroup`]).
     pub slice: Option<u32>,
-    /// Threads of a workgroup (all but [`Family::FusedRow`]).
+    /// Threads of a workgroup (all but the staged kernels).
     pub threads: Option<u32>,
 }
 
@@ -90,6 +90,9 @@ impl Tile {
                 all.push(Self { rows: Some(rows), keys: Some(keys), ..Self::of(Family::FusedRow) });
             }
         }
+        for threads in some(&[4, 16, 32]) {
+            all.push(Self { threads, ..Self::of(Family::FusedRow) });
+        }
         // For matrices of 16 and of 8 in subgroups of 32, and of 8 in vectors of 8.
         for (rows, lanes, threads) in [
             (16, 2, 64),
@@ -135,8 +138,8 @@ impl Tile {
                 Self { rows: Some(edge * bands), lanes, keys: Some(tile_kv), threads, ..of }
             }
             Family::FusedRow => {
-                let FusedRow { rows, keys, .. } = tiles.row;
-                Self { rows: Some(rows), keys: Some(keys), ..of }
+                let FusedRow { threads, rows, keys, .. } = tiles.row;
+                Self { rows: Some(rows), keys: Some(keys), threads: Some(threads), ..of }
             }
         }
     }
@@ -148,7 +151,7 @@ impl Tile {
             Family::StagedTile | Family::StagedDirect => &[],
             Family::FusedTile | Family::FusedSubgroup => &["rows", "lanes", "slice", "threads"],
             Family::FusedMatrix => &["rows", "lanes", "keys", "threads"],
-            Family::FusedRow => &["rows", "keys"],
+            Family::FusedRow => &["rows", "keys", "threads"],
         };
         for (name, size) in Self::NAMES.into_iter().zip(self.sizes()) {
             if size.is_some() && !takes.contains(&name) {
@@ -253,6 +256,7 @@ mod tests {
             ("fused:row:lanes=4", "no size lanes"),
             ("fused:row:rows=0", "rows"),
             ("fused:row:keys=3", "keys"),
+            ("fused:row:threads=12", "threads"),
             ("fused:row:rows=8:keys=4", "rows"),
             ("fused:tile:lanes=3", "lanes"),
             ("fused:tile:slice=7", "slice"),
