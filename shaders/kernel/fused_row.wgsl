@@ -150,7 +150,7 @@ fn main(
             if never {
                 // With a loop inside, this one is not innermost. In innermost loops LLVM makes branches of the
                 // conditional moves of bounds checks, if its model of the processor says so: all loads of q and
-                // k then come before the sums, by way of the stack. (1.3 to 2 times as fast where that was so.)
+                // k then come before the sums, by way of the stack. (1.2 to 2 times as fast where that was so.)
                 for (var i = 0u; i < params.row_count; i += 1u) {
                     m_0 += s_0_0;
                 }
