@@ -626,3 +626,16 @@ fn outputs_are_reused() {
     let bad = Inputs { mask: Some(&[1]), ..data.inputs() };
     assert!(cpu::attention(&other, &bad).is_err() && cpu::attention_into(&other, &bad, &mut out).is_err());
 }
+
+/// Weights of up to 2^8 by a maximum that was left behind would overflow sums that are finite otherwise.
+#[test]
+fn large_values_under_a_rising_maximum() {
+    let (seq_kv, value) = (256, 1e35_f32);
+    let problem = AttentionProblem { scale: Some(1.0), ..AttentionProblem::new(1, 1, 1, 1, seq_kv, 1, 1) };
+    // In the second block scores rise by less than is worth scaling for.
+    let k: Vec<f32> = (0..seq_kv).map(|j| if j < 128 { 0.0 } else { 5.0 }).collect();
+    let v = vec![value; seq_kv];
+    let out = cpu::attention(&problem, &Inputs::new(&[1.0_f32][..], &k[..], &v[..])).unwrap();
+    let o = out.o.to_f32()[0];
+    assert!((o / value - 1.0).abs() < 1e-6, "{o:e}");
+}

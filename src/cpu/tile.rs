@@ -3,7 +3,7 @@
 //! ```text
 //! for each block of keys:
 //!     s = q k^T                                  (tile_kv, tile_q), queries in the lanes
-//!     m' = max(m, max s);  a = exp(m - m')
+//!     m' = max(m, max s) if that rises by more than LAZY, else m;  a = exp(m - m')
 //!     p = exp(s - m');  row_sum = a row_sum + sum p;  acc = a acc + p v;  m = m'
 //! o = acc / row_sum;  lse = m + ln(row_sum)
 //! ```
@@ -35,6 +35,10 @@ pub(super) const TILE_KV: usize = 128;
 /// growing with the number of keys.
 const BLOCKS_NEAR: usize = 4;
 
+/// How far a lane's scores may rise above its maximum, in powers of two, before all its sums are scaled anew
+/// (FlashAttention 4): nearly every block has some lane whose maximum rises, but hardly any lane's by much.
+const LAZY: f32 = 8.0;
+
 /// A lane's maximum before it has seen a key. Finite, so that -inf minus it is -inf.
 pub(super) const NO_MAX: f32 = f32::MIN;
 
@@ -54,11 +58,11 @@ pub(super) struct TileRun<'a> {
 impl TileRun<'_> {
     /// Computes it. If NaN or infinity comes out, again with care: a product of 0 and NaN would
     /// else reach rows that drop the NaN's key. Likewise if a row that keeps keys weighs nothing:
-    /// its scores are below every f32.
+    /// its scores are below every f32. At last without laziness, whose sums are larger.
     pub(super) fn run(mut self, isa: Isa) {
-        for careful in [false, true] {
+        for (careful, lazy) in [(false, LAZY), (true, LAZY), (true, 0.0)] {
             self.state.non_finite.clear();
-            isa.dispatch(Pass { run: &mut self, careful });
+            isa.dispatch(Pass { run: &mut self, careful, lazy });
             if !self.state.is_tainted(self.tile.lanes.len()) && !self.sank() {
                 break;
             }
@@ -78,6 +82,8 @@ struct Pass<'p, 'a> {
     run: &'p mut TileRun<'a>,
     /// Takes NaN and infinities in v apart, and keeps kept scores finite below. Slower.
     careful: bool,
+    /// How far maxima may rise before sums are scaled, in powers of two.
+    lazy: f32,
 }
 
 impl WithSimd for Pass<'_, '_> {
@@ -86,16 +92,16 @@ impl WithSimd for Pass<'_, '_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         match self.run.tile.lanes.len().div_ceil(S::F32_LANES) {
-            0 | 1 => self.run.pass::<S, 1>(simd, self.careful),
-            3 if kernel::most_vectors::<S>() == 3 => self.run.pass::<S, 3>(simd, self.careful),
-            _ => self.run.pass::<S, 2>(simd, self.careful),
+            0 | 1 => self.run.pass::<S, 1>(simd, self.careful, self.lazy),
+            3 if kernel::most_vectors::<S>() == 3 => self.run.pass::<S, 3>(simd, self.careful, self.lazy),
+            _ => self.run.pass::<S, 2>(simd, self.careful, self.lazy),
         }
     }
 }
 
 impl TileRun<'_> {
     #[inline(always)]
-    fn pass<S: Simd, const NV: usize>(&mut self, simd: S, careful: bool) {
+    fn pass<S: Simd, const NV: usize>(&mut self, simd: S, careful: bool, lazy: f32) {
         let (context, tile, p) = (self.context, self.tile, self.context.problem);
         let (width, dims) = (NV * S::F32_LANES, p.head_dim_v);
         self.load_q::<S, NV>(simd);
@@ -141,6 +147,7 @@ impl TileRun<'_> {
         lost.fill(zero);
 
         let to_log2 = simd.splat_f32s(context.to_log2);
+        let lazy = simd.splat_f32s(lazy);
         let mut row_max = [simd.splat_f32s(NO_MAX); NV];
         if let (true, Some(sinks)) = (self.with_sink, context.inputs.sinks) {
             let sink = |lane: usize| sinks[tile.lanes[lane].head];
@@ -190,6 +197,10 @@ impl TileRun<'_> {
                 save_scores::<S, NV>(scores, lanes, &mut out[start..], p.seq_kv);
             }
 
+            for n in 0..NV {
+                let rise = simd.mul_f32s(simd.sub_f32s(new_max[n], row_max[n]), to_log2);
+                new_max[n] = simd.select_f32s(simd.less_than_f32s(lazy, rise), new_max[n], row_max[n]);
+            }
             if bytes_differ::<S, NV>(&new_max, &row_max) {
                 let mut factor = row_max;
                 for n in 0..NV {
