@@ -151,26 +151,27 @@ pub(super) fn weighted_sum<S: Simd, const NV: usize>(
     let mut at = 0;
     let n = acc.len();
     macro_rules! blocks_of {
-        ($rows:literal, $chains:literal) => {
+        ($rows:literal, $chains:literal, $turn:literal) => {
             while n - at >= $rows {
                 let rows = &mut acc[at..at + $rows];
-                value_rows::<S, $rows, $chains, NV>(simd, &values[at..], stride, p, rows);
+                value_rows::<S, $rows, $chains, $turn, NV>(simd, &values[at..], stride, p, rows);
                 at += $rows;
             }
         };
     }
     if S::REGISTER_COUNT >= 32 {
-        blocks_of!(4, 2);
+        blocks_of!(8, 1, 2);
+        blocks_of!(4, 2, 2);
     } else {
-        blocks_of!(6, 1);
+        blocks_of!(6, 1, 2);
     }
-    blocks_of!(2, 2);
-    blocks_of!(1, 4);
+    blocks_of!(2, 2, 2);
+    blocks_of!(1, 4, 4);
 }
 
-/// `CHAINS` registers take turns for each sum.
+/// `CHAINS` registers take turns for each sum; the bounds of `TURN` keys' values are checked at once.
 #[inline(always)]
-fn value_rows<S: Simd, const MR: usize, const CHAINS: usize, const NV: usize>(
+fn value_rows<S: Simd, const MR: usize, const CHAINS: usize, const TURN: usize, const NV: usize>(
     simd: S,
     values: &[f32],
     stride: usize,
@@ -180,15 +181,15 @@ fn value_rows<S: Simd, const MR: usize, const CHAINS: usize, const NV: usize>(
     for (chain, p) in p.chunks(CHAINS * CHAIN_VALUES).enumerate() {
         let values = &values[chain * CHAINS * CHAIN_VALUES * stride..];
         let mut sums = [[[simd.splat_f32s(0.0); NV]; MR]; CHAINS];
-        let (turns, rest) = p.as_chunks::<CHAINS>();
+        let (turns, rest) = p.as_chunks::<TURN>();
         for (at, p) in turns.iter().enumerate() {
-            for i in 0..CHAINS {
-                let row = &values[(CHAINS * at + i) * stride..][..MR];
-                add_products(simd, row, &p[i], &mut sums[i]);
+            let rows = &values[TURN * at * stride..][..(TURN - 1) * stride + MR];
+            for i in 0..TURN {
+                add_products(simd, &rows[i * stride..][..MR], &p[i], &mut sums[i % CHAINS]);
             }
         }
         for (i, p) in rest.iter().enumerate() {
-            add_products(simd, &values[(CHAINS * turns.len() + i) * stride..][..MR], p, &mut sums[0]);
+            add_products(simd, &values[(TURN * turns.len() + i) * stride..][..MR], p, &mut sums[0]);
         }
         for sum in &sums {
             add_rows(simd, acc, sum);
