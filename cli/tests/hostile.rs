@@ -216,7 +216,7 @@ fn bad_flags_are_refused() {
     let (to, picture) = (folder.text("out.safetensors"), folder.text("out.svg"));
     let tokens = folder.write("tokens.txt", "only three tokens\n");
     let elsewhere = folder.text("no/such/folder/out.safetensors");
-    let here = folder.text(".");
+    let (here, chart) = (folder.text("."), folder.text("chart.png"));
     let before = folder.files();
     let run = |more: &[&str]| {
         let mut args = vec!["run", from.as_str(), "-o", to.as_str(), "--path", "cpu"];
@@ -292,6 +292,7 @@ fn bad_flags_are_refused() {
         &["bench", "--kv-dtype", "int2"],
         &["bench", "--json", elsewhere.as_str()],
         &["bench", "--plot", here.as_str()],
+        &["bench", "--plot", chart.as_str()],
         &["verify", "--cases", "0"],
         &["verify", "--adapter", "no such adapter"],
         &["explain"],

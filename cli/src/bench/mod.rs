@@ -87,6 +87,12 @@ fn parse_kernel(name: &str) -> std::result::Result<Backend, String> {
 
 /// Measures, prints and writes.
 pub(crate) fn run(args: &BenchArgs) -> Result<()> {
+    if let Some(plot) = &args.plot
+        && plot.extension().is_some_and(|extension| !extension.eq_ignore_ascii_case("svg"))
+    {
+        let plot = plot.display();
+        return Err(Failure::input(format!("--plot {plot}: a chart is SVG, its name has to end in .svg")));
+    }
     let file = |path: &Option<PathBuf>| path.as_deref().map(OutputFile::new).transpose();
     let (csv, json, plot) = (file(&args.csv)?, file(&args.json)?, file(&args.plot)?);
     let problems = problems(args)?;
