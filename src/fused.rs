@@ -235,8 +235,8 @@ impl FusedRow {
 /// often; but the loop has to stay inside a processor's instruction cache, the variables inside its data cache, and
 /// each score's own finish and each conversion are text, which drivers take seconds to compile. Found by trial on
 /// lavapipe 26.1. To 22.3.6 no address is uniform that comes from a loop's counter: it reads K and V lane by lane, half
-/// of the time, and compiles longer. (More rows share a load there: 8 for 6 at head_dim 64 are 1.1 times as fast and
-/// take 1.4 times as long to compile, 8 for 3 at 128 are 1.7 times and 2.2 times.)
+/// of the time, and compiles longer. (More rows share a load there: at head_dim 128, 8 for 3 are 1.7 times as fast and
+/// take 2.2 times as long to compile.)
 pub(crate) fn row(problem: &AttentionProblem, caps: &Caps) -> FusedRow {
     let (width, width_v) = (problem.head_dim as u32, problem.head_dim_v as u32);
     let p = problem;
@@ -252,8 +252,7 @@ pub(crate) fn row(problem: &AttentionProblem, caps: &Caps) -> FusedRow {
         match widths {
             _ if finish => (3, 1),
             0..=32 => (6, 2),
-            33..=96 => (8, 1),
-            97..=136 => (6, 1),
+            33..=136 => (8, 1),
             137..=200 => (4, 1),
             _ if p.stored_kv() == Dtype::F32 => (3, 1),
             _ => (2, 1),
@@ -312,7 +311,7 @@ mod tests {
         let caps = |driver: &str| Caps { driver: driver.into(), ..Caps::minimal() };
         let problem = AttentionProblem::new(1, 8, 8, 1024, 1024, 64, 64);
         for (driver, sizes) in [
-            ("llvmpipe Mesa 22.3.6 (LLVM 15.0.6)", (6, 1)),
+            ("llvmpipe Mesa 22.3.6 (LLVM 15.0.6)", (8, 1)),
             ("llvmpipe Mesa 26.1.6-1~bpo13+1 (LLVM 19.1.7)", (4, 2)),
             ("llvmpipe Mesa", (4, 2)),
             ("", (4, 2)),
