@@ -182,7 +182,7 @@ fn check_gaps(case: &Case, got: &Outputs, gap: Gap) -> Result<(), String> {
 }
 
 /// Whether all outputs are the same, bit for bit.
-pub fn same_bits(a: &wgpu_attention::Outputs, b: &wgpu_attention::Outputs) -> bool {
+pub fn same_bits(a: &Outputs, b: &Outputs) -> bool {
     let bits = |x: &Option<Vec<f32>>| x.as_ref().map(|x| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>());
     a.o.as_ref().bytes() == b.o.as_ref().bytes()
         && bits(&a.lse) == bits(&b.lse)
