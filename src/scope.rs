@@ -1,7 +1,9 @@
 //! Error scopes: what wgpu would hand to the device's uncaptured-error handler (by default a
 //! panic) comes back as [`Error`].
 
-use crate::error::{Error, Result};
+#[cfg(not(target_arch = "wasm32"))]
+use crate::error::Error;
+use crate::error::Result;
 
 /// Runs `make` and gives what it made unless wgpu reported an error meanwhile.
 ///
