@@ -253,7 +253,14 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         Kernel::ValuesDirect => part!("kernel/values_direct"),
         Kernel::Weights => part!("kernel/weights"),
         Kernel::Merge => part!("kernel/merge"),
-        Kernel::FusedTile | Kernel::FusedSubgroup => part!("kernel/fused_tile"),
+        Kernel::FusedTile | Kernel::FusedSubgroup => {
+            let subgroup = b.tiles.fused.subgroup;
+            let staged =
+                if subgroup { part!("exchange/staged_subgroup") } else { part!("exchange/staged_workgroup") };
+            // Behind the kernel's workgroup memory: vec4s first, so that nothing lies between for alignment.
+            add(&[part!("kernel/fused_tile"), staged].join("\n"));
+            return out;
+        }
         Kernel::FusedMatrix => {
             add(part!("exchange/place_subgroup"));
             add(part!("exchange/subgroup"));

@@ -12,9 +12,10 @@
 // That one, and the weights P, go through workgroup memory or through subgroup operations: the two
 // kernels that share this text (shaders/exchange/). K and V take turns in wg_kv, SLICE quads of a row
 // at a time, with four barriers a step where a row is one slice and two more for each further slice of
-// K or V; or (BOTH) they lie there side by side, with two barriers a step, where subgroups exchange the
-// rest. Q comes from the caches. Workgroup memory is priced in src/fused.rs. Each step's P V is summed
-// apart before it joins O, so that the rounding error of a long row does not grow with it.
+// K or V; or (BOTH) they lie there side by side, where subgroups exchange the rest, with three barriers a
+// step (staged_subgroup.wgsl has two of them). Q comes from the caches. Workgroup memory is priced in
+// src/fused.rs. Each step's P V is summed apart before it joins O, so that the rounding error of a long
+// row does not grow with it.
 
 const TILE_KV = 4u * LANES;
 const THREADS = LANES * ROW_LANES;
@@ -117,6 +118,7 @@ fn main(
         }
         // Products, then scores, then weights.
         var dots = array<vec4<f32>, ROWS>();
+        var careful = false;
         for (var begin = 0u; begin < quads; begin += SLICE) {
             workgroupBarrier();
             stage_k(thread, bh.x, kv_head, first, begin, len_k);
@@ -126,7 +128,11 @@ fn main(
             if thread == 0u {
                 atomicStore(&wg_careful[1u - turn], 0u);
             }
-            workgroupBarrier();
+            if BOTH {
+                careful = staged(turn);
+            } else {
+                workgroupBarrier();
+            }
             for (var e = 0u; e < min(SLICE, quads - begin); e += 1u) {
                 let k0 = wg_kv[x * KV_SKEW + e];
                 let k1 = wg_kv[(x + LANES) * KV_SKEW + e];
@@ -199,7 +205,7 @@ fn main(
                     workgroupBarrier();
                 }
                 stage_v(thread, bh.x, kv_head, first, begin * LANES, len_k, turn);
-                workgroupBarrier();
+                careful = staged(turn);
             }
             for (var n = 0u; n < min(SLICE_QUADS, QUADS - begin); n += 1u) {
                 var part = array<vec4<f32>, ROWS>();
@@ -218,7 +224,7 @@ fn main(
                     acc[r * QUADS + begin + n] += part[r];
                 }
             }
-            if atomicLoad(&wg_careful[turn]) != 0u {
+            if careful {
                 for (var n = 0u; n < min(SLICE_QUADS, QUADS - begin); n += 1u) {
                     let d = 4u * (x + (begin + n) * LANES);
                     for (var key = 0u; key < TILE_KV && first + key < len_k; key += 1u) {
