@@ -154,7 +154,8 @@ pub(super) fn weighted_sum<S: Simd, const NV: usize>(
         ($rows:literal, $chains:literal, $turn:literal) => {
             while n - at >= $rows {
                 let rows = &mut acc[at..at + $rows];
-                value_rows::<S, $rows, $chains, $turn, NV>(simd, &values[at..], stride, p, rows);
+                const LEN: usize = $chains * CHAIN_VALUES;
+                value_rows::<S, $rows, $chains, $turn, LEN, NV>(simd, &values[at..], stride, p, rows);
                 at += $rows;
             }
         };
@@ -169,31 +170,55 @@ pub(super) fn weighted_sum<S: Simd, const NV: usize>(
     blocks_of!(1, 4, 4);
 }
 
-/// `CHAINS` registers take turns for each sum; the bounds of `TURN` keys' values are checked at once.
+/// Chains of `LEN` keys each, and one of what is left. (A length that the compiler knows spares each chain forty
+/// instructions, and its products a few constants.)
 #[inline(always)]
-fn value_rows<S: Simd, const MR: usize, const CHAINS: usize, const TURN: usize, const NV: usize>(
+fn value_rows<
+    S: Simd,
+    const MR: usize,
+    const CHAINS: usize,
+    const TURN: usize,
+    const LEN: usize,
+    const NV: usize,
+>(
     simd: S,
     values: &[f32],
     stride: usize,
     p: &[[S::f32s; NV]],
     acc: &mut [[S::f32s; NV]],
 ) {
-    for (chain, p) in p.chunks(CHAINS * CHAIN_VALUES).enumerate() {
-        let values = &values[chain * CHAINS * CHAIN_VALUES * stride..];
-        let mut sums = [[[simd.splat_f32s(0.0); NV]; MR]; CHAINS];
-        let (turns, rest) = p.as_chunks::<TURN>();
-        for (at, p) in turns.iter().enumerate() {
-            let rows = &values[TURN * at * stride..][..(TURN - 1) * stride + MR];
-            for i in 0..TURN {
-                add_products(simd, &rows[i * stride..][..MR], &p[i], &mut sums[i % CHAINS]);
-            }
+    let (whole, rest) = p.as_chunks::<LEN>();
+    for (chain, p) in whole.iter().enumerate() {
+        value_chain::<S, MR, CHAINS, TURN, NV>(simd, &values[chain * LEN * stride..], stride, p, acc);
+    }
+    if !rest.is_empty() {
+        let values = &values[whole.len() * LEN * stride..];
+        value_chain::<S, MR, CHAINS, TURN, NV>(simd, values, stride, rest, acc);
+    }
+}
+
+/// `CHAINS` registers take turns for each sum; the bounds of `TURN` keys' values are checked at once.
+#[inline(always)]
+fn value_chain<S: Simd, const MR: usize, const CHAINS: usize, const TURN: usize, const NV: usize>(
+    simd: S,
+    values: &[f32],
+    stride: usize,
+    p: &[[S::f32s; NV]],
+    acc: &mut [[S::f32s; NV]],
+) {
+    let mut sums = [[[simd.splat_f32s(0.0); NV]; MR]; CHAINS];
+    let (turns, rest) = p.as_chunks::<TURN>();
+    for (at, p) in turns.iter().enumerate() {
+        let rows = &values[TURN * at * stride..][..(TURN - 1) * stride + MR];
+        for i in 0..TURN {
+            add_products(simd, &rows[i * stride..][..MR], &p[i], &mut sums[i % CHAINS]);
         }
-        for (i, p) in rest.iter().enumerate() {
-            add_products(simd, &values[(TURN * turns.len() + i) * stride..][..MR], p, &mut sums[0]);
-        }
-        for sum in &sums {
-            add_rows(simd, acc, sum);
-        }
+    }
+    for (i, p) in rest.iter().enumerate() {
+        add_products(simd, &values[(TURN * turns.len() + i) * stride..][..MR], p, &mut sums[0]);
+    }
+    for sum in &sums {
+        add_rows(simd, acc, sum);
     }
 }
 
