@@ -65,16 +65,13 @@ fn score_rows<S: Simd, const MR: usize, const NV: usize>(
     scores: &mut [[S::f32s; NV]],
     row_max: &mut [S::f32s; NV],
 ) {
-    let zero = simd.splat_f32s(0.0);
-    let mut total = [[zero; NV]; MR];
-    for (chain, q) in q.chunks(CHAIN_SCORES).enumerate() {
-        let rows = part_of_rows(keys, stride, chain * CHAIN_SCORES, q.len());
-        let sum = sum_products::<S, MR, NV>(simd, rows, q);
-        if chain == 0 {
-            total = sum;
-        } else {
-            add_rows(simd, &mut total, &sum);
-        }
+    // Most heads are one chain, whose sums stay in registers.
+    let (first, more) = q.split_at(CHAIN_SCORES.min(q.len()));
+    let rows = part_of_rows(keys, stride, 0, first.len());
+    let mut total = sum_products::<S, MR, NV>(simd, rows, first);
+    for (chain, q) in more.chunks(CHAIN_SCORES).enumerate() {
+        let rows = part_of_rows(keys, stride, (1 + chain) * CHAIN_SCORES, q.len());
+        add_rows(simd, &mut total, &sum_products::<S, MR, NV>(simd, rows, q));
     }
     for (row, total) in scores.iter_mut().zip(&total) {
         for n in 0..NV {
