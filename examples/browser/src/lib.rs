@@ -29,7 +29,7 @@ const DRAWS: usize = 64;
 pub struct Page {
     attention: Attention,
     families: Vec<Family>,
-    /// The problem that each kernel is timed on.
+    /// The problem of each kernel.
     case: Case,
     expected: Expected,
 }
@@ -62,9 +62,10 @@ impl Page {
         format!("{:?}, {:?}, f16 {f16}, workgroup memory {memory} bytes", caps.backend, caps.device_type)
     }
 
-    /// The problem of [`Page::time`].
+    /// The problem of [`Page::run`].
     pub fn problem(&self) -> String {
-        "8 heads, 256 tokens, width 64, causal, f32".into()
+        let p = &self.case.problem;
+        format!("{} heads, {} tokens, width {}, causal, {}", p.heads_q, p.seq_q, p.head_dim, p.dtype)
     }
 
     /// The kernels that the device can run.
