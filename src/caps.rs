@@ -16,7 +16,8 @@ pub(crate) const NO_SUBGROUPS: &str =
 /// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Caps {
-    /// The adapter's name.
+    /// The adapter's name. Empty in browsers, which do not tell it: [`Tuning`](crate::Tuning) takes their adapters
+    /// for one.
     pub adapter: String,
     /// The driver's name and version, where the backend tells.
     pub driver: String,
