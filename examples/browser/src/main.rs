@@ -1,13 +1,12 @@
 //! Builds the page and serves it: `scripts/browser --help`.
 
 use std::error::Error;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clap::Parser;
+use tiny_http::{Header, Request, Response, Server};
 
 /// Attention in a browser: a page that runs each kernel and random problems of the test suite against the oracle.
 #[derive(Parser)]
@@ -38,8 +37,8 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
     let args = Args::parse();
     let browser = if args.check { Some(browser()?) } else { None };
     let site = build()?;
-    let listener = TcpListener::bind(("127.0.0.1", args.port))?;
-    let address = format!("http://{}/", listener.local_addr()?);
+    let server = Server::http(("127.0.0.1", args.port)).map_err(|e| e as Box<dyn Error>)?;
+    let address = format!("http://{}/", server.server_addr());
     let seed = args.seed.unwrap_or_else(|| {
         SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64)
     });
@@ -47,26 +46,19 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
     let options = format!(r#"{{"draws": {}, "seed": "{seed}"}}"#, args.draws);
     println!("{address}");
     let _window = browser.map(|browser| open(browser, &site, &address)).transpose()?;
-    let (events, reports) = std::sync::mpsc::channel();
-    std::thread::spawn(move || {
-        for stream in listener.incoming().flatten() {
-            let closed = match answer(stream, &site, &options) {
-                Ok(report) => report.is_some_and(|report| events.send(report).is_err()),
-                Err(error) => {
-                    eprintln!("a request that broke off: {error}");
-                    false
-                }
-            };
-            if closed {
-                break;
-            }
-        }
-    });
     loop {
-        let report = if args.check {
-            reports.recv_timeout(SILENCE).map_err(|_| "the browser says nothing more")?
+        let request = if args.check {
+            server.recv_timeout(SILENCE)?.ok_or("the browser says nothing more")?
         } else {
-            reports.recv()?
+            server.recv()?
+        };
+        let report = match answer(request, &site, &options) {
+            Ok(Some(report)) => report,
+            Ok(None) => continue,
+            Err(error) => {
+                eprintln!("a request that broke off: {error}");
+                continue;
+            }
         };
         match report.strip_prefix("END ") {
             Some(how) if args.check => return Ok(ExitCode::from(u8::from(how != "right"))),
@@ -135,43 +127,23 @@ fn open(browser: &str, site: &Path, address: &str) -> std::io::Result<Window> {
 }
 
 /// Answers one request; gives what the page reports by it.
-fn answer(stream: TcpStream, site: &Path, options: &str) -> std::io::Result<Option<String>> {
-    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
-    let mut reader = BufReader::new(&stream);
-    let (mut request, mut length) = (String::new(), 0);
-    reader.read_line(&mut request)?;
-    loop {
-        let mut header = String::new();
-        if reader.read_line(&mut header)? == 0 || header.trim().is_empty() {
-            break;
-        }
-        if let Some(value) = header.to_ascii_lowercase().strip_prefix("content-length:") {
-            length = value.trim().parse().unwrap_or(0);
-        }
-    }
-    let path = request.split(' ').nth(1).unwrap_or_default();
+fn answer(mut request: Request, site: &Path, options: &str) -> std::io::Result<Option<String>> {
     let mut report = None;
-    let (kind, body) = match path {
+    let (kind, body) = match request.url() {
         "/" => ("text/html", include_bytes!("index.html").to_vec()),
         "/options" => ("application/json", options.as_bytes().to_vec()),
         "/page.js" => ("text/javascript", std::fs::read(site.join("page.js"))?),
         "/page_bg.wasm" => ("application/wasm", std::fs::read(site.join("page_bg.wasm"))?),
         "/report" => {
-            let mut text = Vec::new();
-            reader.take(length).read_to_end(&mut text)?;
-            report = Some(String::from_utf8_lossy(&text).into_owned());
+            report = Some(std::io::read_to_string(request.as_reader())?);
             ("text/plain", Vec::new())
         }
         _ => {
-            write!(&stream, "HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")?;
+            request.respond(Response::empty(404))?;
             return Ok(None);
         }
     };
-    write!(
-        &stream,
-        "HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
-        body.len()
-    )?;
-    (&stream).write_all(&body)?;
+    let header = Header::from_bytes("Content-Type", kind).expect("ASCII");
+    request.respond(Response::from_data(body).with_header(header))?;
     Ok(report)
 }
