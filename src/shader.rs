@@ -255,10 +255,13 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         Kernel::Merge => part!("kernel/merge"),
         Kernel::FusedTile | Kernel::FusedSubgroup => {
             let subgroup = b.tiles.fused.subgroup;
-            let staged =
-                if subgroup { part!("exchange/staged_subgroup") } else { part!("exchange/staged_workgroup") };
+            add(part!("kernel/fused_tile"));
             // Behind the kernel's workgroup memory: vec4s first, so that nothing lies between for alignment.
-            add(&[part!("kernel/fused_tile"), staged].join("\n"));
+            add(if subgroup {
+                part!("exchange/staged_subgroup")
+            } else {
+                part!("exchange/staged_workgroup")
+            });
             return out;
         }
         Kernel::FusedMatrix => {
