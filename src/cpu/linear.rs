@@ -130,6 +130,20 @@ struct Piece<'y, T> {
     y: Vec<&'y mut [T]>,
 }
 
+impl<T> Piece<'_, T> {
+    fn shape(&self) -> Shape {
+        Shape { rows: self.y.len(), first_output: self.first_output, outputs: self.y[0].len() }
+    }
+}
+
+/// What of y a piece is. The sums know no more of it, and so are compiled once for all its types.
+#[derive(Clone, Copy)]
+struct Shape {
+    rows: usize,
+    first_output: usize,
+    outputs: usize,
+}
+
 /// Memory that a thread keeps from piece to piece.
 #[derive(Default)]
 struct Scratch {
@@ -166,7 +180,10 @@ impl Map<'_> {
             }
             let pieces = pieces(0, &mut y, p.outputs);
             return each(serial, pieces, |piece, scratch| {
-                self.isa.dispatch(Few { map: self, x: &x, piece, scratch });
+                let shape = piece.shape();
+                self.isa.dispatch(Few { map: self, x: &x, shape, scratch });
+                let sums = &*scratch.sums.get(shape.rows * shape.outputs);
+                self.write(piece, &mut scratch.w, |row| sums[row * shape.outputs..][..shape.outputs].iter());
             });
         }
         let vectors = if p.rows <= lanes { 1 } else { 2 };
@@ -190,10 +207,13 @@ impl Map<'_> {
             each(serial, pieces(first, y, p.outputs), |piece, scratch| {
                 let groups = (piece.first_row - first) / width..;
                 let x = &packed[groups.start * width * p.inputs..];
-                match vectors {
-                    1 => self.isa.dispatch(Many::<T, 1> { map: self, x, piece, scratch }),
-                    _ => self.isa.dispatch(Many::<T, 2> { map: self, x, piece, scratch }),
-                }
+                let shape = piece.shape();
+                let stride = match vectors {
+                    1 => self.isa.dispatch(Many::<1> { map: self, x, shape, scratch }),
+                    _ => self.isa.dispatch(Many::<2> { map: self, x, shape, scratch }),
+                };
+                let sums = &*scratch.sums.get(shape.outputs * stride);
+                self.write(piece, &mut scratch.w, |row| sums[row..].iter().step_by(stride));
             });
         }
     }
@@ -255,7 +275,6 @@ impl Map<'_> {
     }
 
     /// Writes the sums of a piece: those of each of its rows, as `sums` gives them.
-    #[inline(always)]
     fn write<'s, T: Element, I: Iterator<Item = &'s f32>>(
         &self,
         piece: Piece<'_, T>,
@@ -348,23 +367,22 @@ impl WithSimd for Lanes {
     }
 }
 
-/// A piece of many rows, `NV` vectors of them at a time.
-struct Many<'a, 'y, T, const NV: usize> {
+/// The sums of a piece of many rows, `NV` vectors of them at a time: `[outputs][stride]`. Gives the stride.
+struct Many<'a, const NV: usize> {
     map: &'a Map<'a>,
     /// Transposed, from the piece's first row on.
     x: &'a [f32],
-    piece: Piece<'y, T>,
+    shape: Shape,
     scratch: &'a mut Scratch,
 }
 
-impl<T: Element, const NV: usize> WithSimd for Many<'_, '_, T, NV> {
-    type Output = ();
+impl<const NV: usize> WithSimd for Many<'_, NV> {
+    type Output = usize;
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let Self { map, x, piece, scratch } = self;
+    fn with_simd<S: Simd>(self, simd: S) -> usize {
+        let Self { map, x, shape: Shape { rows, first_output, outputs }, scratch } = self;
         let (inputs, width) = (map.problem.inputs, NV * S::F32_LANES);
-        let (rows, outputs) = (piece.y.len(), piece.y[0].len());
         let groups = rows.div_ceil(width);
         // A line more, so that columns do not all begin in the same few sets of a cache.
         let stride = groups * width + 16;
@@ -378,7 +396,7 @@ impl<T: Element, const NV: usize> WithSimd for Many<'_, '_, T, NV> {
                 fold(sums, far);
             }
             let count = block.min(inputs - input);
-            let w = map.w(piece.first_output, outputs, input, count, &mut scratch.w);
+            let w = map.w(first_output, outputs, input, count, &mut scratch.w);
             for group in 0..groups {
                 let x = &x[(group * inputs + input) * width..][..count * width];
                 let sums = &mut sums[group * width..];
@@ -401,8 +419,7 @@ impl<T: Element, const NV: usize> WithSimd for Many<'_, '_, T, NV> {
             }
         }
         sums.iter_mut().zip(&*far).for_each(|(sum, far)| *sum += far);
-        let sums = &*sums;
-        map.write(piece, &mut scratch.w, |row| sums[row..].iter().step_by(stride));
+        stride
     }
 }
 
@@ -436,23 +453,22 @@ fn fold(sums: &mut [f32], far: &mut [f32]) {
     }
 }
 
-/// A piece of few rows.
-struct Few<'a, 'y, T> {
+/// The sums of a piece of few rows: `[rows][outputs]`.
+struct Few<'a> {
     map: &'a Map<'a>,
     /// `[rows][inputs]`.
     x: &'a [f32],
-    piece: Piece<'y, T>,
+    shape: Shape,
     scratch: &'a mut Scratch,
 }
 
-impl<T: Element> WithSimd for Few<'_, '_, T> {
+impl WithSimd for Few<'_> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Self { map, x, piece, scratch } = self;
+        let Self { map, x, shape: Shape { rows, first_output, outputs }, scratch } = self;
         let p = map.problem;
-        let (rows, outputs) = (piece.y.len(), piece.y[0].len());
         let Scratch { sums, level, far, w: buffer } = scratch;
         let sums = sums.get(rows * outputs);
         sums.fill(0.0);
@@ -461,7 +477,7 @@ impl<T: Element> WithSimd for Few<'_, '_, T> {
             let level = LEVEL * S::F32_LANES;
             for input in (0..p.inputs).step_by(level) {
                 let count = level.min(p.inputs - input);
-                let w = map.w(piece.first_output, outputs, input, count, buffer);
+                let w = map.w(first_output, outputs, input, count, buffer);
                 let x = &x[input..];
                 let mut output = 0;
                 macro_rules! blocks_of {
@@ -506,7 +522,7 @@ impl<T: Element> WithSimd for Few<'_, '_, T> {
                     fold(sums, far);
                 }
                 for input in first..(first + LEVEL).min(p.inputs) {
-                    let at = p.w.index([0, 0, piece.first_output, input]);
+                    let at = p.w.index([0, 0, first_output, input]);
                     let w = match (map.inputs.w, to_output) {
                         (TensorRef::F32(w), 1) => &w[at..][..outputs],
                         (w, _) => {
@@ -522,8 +538,6 @@ impl<T: Element> WithSimd for Few<'_, '_, T> {
             }
             sums.iter_mut().zip(&*far).for_each(|(sum, far)| *sum += far);
         }
-        let sums = &*sums;
-        map.write(piece, buffer, |row| sums[row * outputs..][..outputs].iter());
     }
 }
 
