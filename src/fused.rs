@@ -14,8 +14,12 @@ pub(crate) const LANE_KEYS: u32 = 4;
 pub(crate) const ROW_MAP_KEYS: u32 = 32;
 
 /// Most f32 registers that a thread of the tile kernel spends on its part of o. With the scores, the
-/// operands and a partial sum it stays under the 128 at which GPUs begin to hide no latency.
+/// operands and partial sums that makes at most 152: a multiprocessor of 65536 then has three warps for each of
+/// its schedulers, and each warp a hundred products that wait for no other.
 const MOST_OUTPUT_REGISTERS: u32 = 64;
+
+/// Most quads of o of a row that share an exchange of weights: each costs a row four registers.
+const MOST_SHARED: u32 = 2;
 
 /// Registers of a thread at which the tile kernel no longer makes sense.
 pub(crate) const MOST_REGISTERS: u32 = 160;
@@ -67,10 +71,17 @@ impl FusedTile {
         16 * staged + if self.subgroup { 0 } else { exchanged } + 8
     }
 
-    /// Registers of a thread that live through a step: o, scores (then weights), a partial sum, maxima
-    /// and sums, and the operands of one product.
+    /// Quads of o of each row that share an exchange of weights. (Alone, each costs a thread as many loads and
+    /// shuffles as its products take time.)
+    pub(crate) fn share(self) -> u32 {
+        (self.slice / self.lanes.max(1)).min(self.quads).clamp(1, MOST_SHARED)
+    }
+
+    /// Registers of a thread that live through a step: o, scores (then weights), partial sums, maxima
+    /// and sums, and the operands of one product: weights of each row and some values.
     pub(crate) fn registers(self) -> u32 {
-        4 * self.rows * self.quads + self.rows * (LANE_KEYS + 4 + 2) + 4 * (LANE_KEYS + 1)
+        let of_a_row = 4 * self.quads + LANE_KEYS + 4 * self.share() + 2 + 4;
+        self.rows * of_a_row + 4 * LANE_KEYS
     }
 
     /// Why the device's subgroups do not serve; `None` when they do, or are not asked to.

@@ -453,6 +453,7 @@ fn constants(b: &Blueprint) -> Vec<(&'static str, u32)> {
             ("ROWS", t.fused.rows),
             ("SLICE", t.fused.slice),
             ("QUADS", t.fused.quads),
+            ("SHARE", t.fused.share()),
             ("PLAIN", plain.into()),
         ],
         Kernel::FusedMatrix => &[

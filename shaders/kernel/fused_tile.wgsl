@@ -15,7 +15,7 @@
 // K or V; or (BOTH) they lie there side by side, where subgroups exchange the rest, with three barriers a
 // step (staged_subgroup.wgsl has two of them). Q comes from the caches. Workgroup memory is priced in
 // src/fused.rs. Each step's P V is summed apart before it joins O, so that the rounding error of a long
-// row does not grow with it.
+// row does not grow with it; SHARE quads of a row at a time, for which weights are exchanged once.
 
 const TILE_KV = 4u * LANES;
 const THREADS = LANES * ROW_LANES;
@@ -207,21 +207,30 @@ fn main(
                 stage_v(thread, bh.x, kv_head, first, begin * LANES, len_k, turn);
                 careful = staged(turn);
             }
-            for (var n = 0u; n < min(SLICE_QUADS, QUADS - begin); n += 1u) {
-                var part = array<vec4<f32>, ROWS>();
-                let column = V_AT + x + n * LANES;
+            let count = min(SLICE_QUADS, QUADS - begin);
+            for (var n = 0u; n < count; n += SHARE) {
+                var part = array<vec4<f32>, ROWS * SHARE>();
                 for (var giver = 0u; giver < LANES; giver += 1u) {
-                    let v0 = wg_kv[giver * KV_SKEW + column];
-                    let v1 = wg_kv[(giver + LANES) * KV_SKEW + column];
-                    let v2 = wg_kv[(giver + 2u * LANES) * KV_SKEW + column];
-                    let v3 = wg_kv[(giver + 3u * LANES) * KV_SKEW + column];
+                    var weights: array<vec4<f32>, ROWS>;
                     for (var r = 0u; r < ROWS; r += 1u) {
-                        let p = weights_of(own_row + r, giver, dots[r], place);
-                        part[r] += p.x * v0 + p.y * v1 + p.z * v2 + p.w * v3;
+                        weights[r] = weights_of(own_row + r, giver, dots[r], place);
+                    }
+                    for (var s = 0u; s < min(SHARE, count - n); s += 1u) {
+                        let column = V_AT + x + (n + s) * LANES;
+                        let v0 = wg_kv[giver * KV_SKEW + column];
+                        let v1 = wg_kv[(giver + LANES) * KV_SKEW + column];
+                        let v2 = wg_kv[(giver + 2u * LANES) * KV_SKEW + column];
+                        let v3 = wg_kv[(giver + 3u * LANES) * KV_SKEW + column];
+                        for (var r = 0u; r < ROWS; r += 1u) {
+                            let p = weights[r];
+                            part[r * SHARE + s] += p.x * v0 + p.y * v1 + p.z * v2 + p.w * v3;
+                        }
                     }
                 }
                 for (var r = 0u; r < ROWS; r += 1u) {
-                    acc[r * QUADS + begin + n] += part[r];
+                    for (var s = 0u; s < min(SHARE, count - n); s += 1u) {
+                        acc[r * QUADS + begin + n + s] += part[r * SHARE + s];
+                    }
                 }
             }
             if careful {
