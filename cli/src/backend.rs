@@ -107,8 +107,9 @@ impl Choice {
     }
 }
 
-/// A kernel by its name among those of a path, and sizes: `tile:lanes=8`.
+/// A kernel by its name among those of a path, and sizes: `tile:lanes=8`. Tables show it with its path before it.
 pub(crate) fn tile(path: Path, text: &str) -> Result<Tile, String> {
+    let text = text.strip_prefix(&format!("{path}:")).unwrap_or(text);
     let name = text.split(':').next().unwrap_or(text);
     if !Family::of(path).any(|family| family.name() == name) {
         let all: Vec<_> = Family::of(path).map(Family::name).collect();

@@ -253,6 +253,9 @@ fn a_kernel_can_be_forced() {
             assert!(output.status.success() && stderr.contains(&used), "{stderr}");
             assert_eq!(stderr.contains("merge"), path == "decode", "{stderr}");
         }
+        // As tables show it.
+        let output = program(&["run", &from, "-o", &to, "--kernel", "fused:row:rows=1"]);
+        assert!(output.status.success() && String::from_utf8_lossy(&output.stderr).contains("fused_row"));
         let args = ["run", &too_wide, "-o", &to, "--path", "fused", "--kernel", "row"];
         refuse("fused_row unrolls head_dim + head_dim_v = 1200", &args);
     }
