@@ -15,7 +15,7 @@ pub(crate) const ROW_MAP_KEYS: u32 = 32;
 
 /// Most f32 registers that a thread of the tile kernel spends on its part of o. With the scores, the
 /// operands and partial sums that makes at most 152: a multiprocessor of 65536 then has three warps for each of
-/// its schedulers, and each warp a hundred products that wait for no other.
+/// its schedulers, and each thread 32 sums that do not wait for one another.
 const MOST_OUTPUT_REGISTERS: u32 = 64;
 
 /// Most quads of o of a row that share an exchange of weights: each costs a row four registers.
@@ -71,8 +71,8 @@ impl FusedTile {
         16 * staged + if self.subgroup { 0 } else { exchanged } + 8
     }
 
-    /// Quads of o of each row that share an exchange of weights. (Alone, each costs a thread as many loads and
-    /// shuffles as its products take time.)
+    /// Quads of o of each row that share an exchange of weights. (By count, a quad's own loads and shuffles take a
+    /// GPU twice as long as its products.)
     pub(crate) fn share(self) -> u32 {
         (self.slice / self.lanes.max(1)).min(self.quads).clamp(1, MOST_SHARED)
     }

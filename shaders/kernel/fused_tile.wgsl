@@ -209,13 +209,14 @@ fn main(
             }
             let count = min(SLICE_QUADS, QUADS - begin);
             for (var n = 0u; n < count; n += SHARE) {
+                let sharing = min(SHARE, count - n);
                 var part = array<vec4<f32>, ROWS * SHARE>();
                 for (var giver = 0u; giver < LANES; giver += 1u) {
                     var weights: array<vec4<f32>, ROWS>;
                     for (var r = 0u; r < ROWS; r += 1u) {
                         weights[r] = weights_of(own_row + r, giver, dots[r], place);
                     }
-                    for (var s = 0u; s < min(SHARE, count - n); s += 1u) {
+                    for (var s = 0u; s < sharing; s += 1u) {
                         let column = V_AT + x + (n + s) * LANES;
                         let v0 = wg_kv[giver * KV_SKEW + column];
                         let v1 = wg_kv[(giver + LANES) * KV_SKEW + column];
@@ -228,13 +229,13 @@ fn main(
                     }
                 }
                 for (var r = 0u; r < ROWS; r += 1u) {
-                    for (var s = 0u; s < min(SHARE, count - n); s += 1u) {
+                    for (var s = 0u; s < sharing; s += 1u) {
                         acc[r * QUADS + begin + n + s] += part[r * SHARE + s];
                     }
                 }
             }
             if careful {
-                for (var n = 0u; n < min(SLICE_QUADS, QUADS - begin); n += 1u) {
+                for (var n = 0u; n < count; n += 1u) {
                     let d = 4u * (x + (begin + n) * LANES);
                     for (var key = 0u; key < TILE_KV && first + key < len_k; key += 1u) {
                         var v = vec4<f32>();
