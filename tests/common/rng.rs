@@ -66,6 +66,12 @@ pub fn every() -> usize {
     env_number("WGPU_ATTENTION_TABLE").unwrap_or(1).max(1) as usize
 }
 
+/// Whether the row `at` of a table has its turn where each row costs an adapter several kernels: on the slowest
+/// one of two has.
+pub fn has_turn(at: usize) -> bool {
+    at.is_multiple_of(every().div_ceil(10))
+}
+
 /// Every Nth row of a table from row `WGPU_ATTENTION_FIRST` on: adapters that cannot try all of them in time
 /// try different ones.
 pub fn slice<T>(table: impl IntoIterator<Item = T>) -> impl Iterator<Item = T> {
