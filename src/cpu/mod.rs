@@ -37,6 +37,7 @@ mod state;
 #[cfg(test)]
 mod tests;
 mod tile;
+mod transpose;
 
 use crate::dtype::Tensor;
 use crate::error::{Operand, Result};

@@ -7,6 +7,7 @@ use super::Isa;
 use super::lanes::{Context, Tile};
 use super::math::exp2;
 use super::state::State;
+use super::transpose::transpose;
 use crate::dtype::Tensor;
 use crate::error::Operand;
 use crate::host::Outputs;
@@ -47,13 +48,14 @@ fn split_rows<'a, T>(problem: &AttentionProblem, mut rest: &'a mut [T]) -> Optio
     if layout.strides[3] != 1 && d != 1 {
         return None;
     }
-    let rows = b * h * s;
-    let logical = |row: usize| layout.index([row / s / h, row / s % h, row % s, 0]);
-    let mut order: Vec<(usize, usize)> = (0..rows).map(|row| (logical(row), row)).collect();
+    let mut order: Vec<(usize, usize)> = Vec::with_capacity(b * h * s);
+    for head in 0..b * h {
+        order.extend((0..s).map(|i| (layout.index([head / h, head % h, i, 0]), head * s + i)));
+    }
     if !order.is_sorted() {
         order.sort_unstable();
     }
-    let mut out: Vec<&mut [T]> = (0..rows).map(|_| Default::default()).collect();
+    let mut out: Vec<&mut [T]> = order.iter().map(|_| Default::default()).collect();
     let mut at = 0;
     for (start, row) in order {
         // Rows interleave only where an innermost dimension of 1 hides another's stride.
@@ -120,14 +122,15 @@ impl State {
                 _ => 1.0 / sum,
             })
             .collect();
-        for row in acc.chunks_exact_mut(width) {
-            row.iter_mut().zip(&inverse).for_each(|(x, inverse)| *x *= inverse);
-        }
         acc.iter_mut().zip(&self.non_finite).for_each(|(x, more)| *x += more);
+        let shape = [p.head_dim_v, tile.lanes.len()];
+        self.rows.resize(shape[0] * shape[1], 0.0);
+        transpose(shape, acc, width, &mut self.rows, p.head_dim_v);
+        let from = self.rows.chunks_exact(p.head_dim_v).zip(&inverse);
         match out.o {
-            RowsMut::F32(rows) => write_rows(rows, acc, width, |x| x),
-            RowsMut::F16(rows) => write_rows(rows, acc, width, f16::from_f32),
-            RowsMut::Bf16(rows) => write_rows(rows, acc, width, bf16::from_f32),
+            RowsMut::F32(rows) => write_rows(rows, from, |x| x),
+            RowsMut::F16(rows) => write_rows(rows, from, f16::from_f32),
+            RowsMut::Bf16(rows) => write_rows(rows, from, bf16::from_f32),
         }
         let unit = f64::from(context.to_log2) * core::f64::consts::LN_2;
         if let Some(lse) = out.lse {
@@ -155,10 +158,14 @@ impl State {
     }
 }
 
-/// `out[row][d] = from[d * width + row]`.
-fn write_rows<T>(out: &mut [&mut [T]], from: &[f32], width: usize, convert: impl Fn(f32) -> T) {
-    for (lane, row) in out.iter_mut().enumerate() {
-        row.iter_mut().zip(from[lane..].iter().step_by(width)).for_each(|(to, &x)| *to = convert(x));
+/// Rows times their factors.
+fn write_rows<'a, T>(
+    out: &mut [&mut [T]],
+    from: impl Iterator<Item = (&'a [f32], &'a f32)>,
+    convert: impl Fn(f32) -> T,
+) {
+    for (out, (row, factor)) in out.iter_mut().zip(from) {
+        out.iter_mut().zip(row).for_each(|(to, &x)| *to = convert(x * factor));
     }
 }
 

@@ -44,6 +44,6 @@ pub(super) struct Scratch {
     pub(super) inverse_norms: Vec<f32>,
     /// A block's keys, projected: `[keys][hidden]`.
     pub(super) projected: Vec<f32>,
-    /// One row of q as it is stored.
-    pub(super) row: Vec<f32>,
+    /// q's rows as they are stored: `[lanes][query_dim]`.
+    pub(super) rows: Vec<f32>,
 }

@@ -11,20 +11,19 @@ pub(super) struct State {
     pub(super) acc: Vec<f32>,
     /// Lanes of a row of `acc`.
     pub(super) width: usize,
+    /// `[lanes]`: NaN where some sum is no finite number.
+    pub(super) taint: Vec<f32>,
     /// `[head_dim_v][lanes]`: what NaN and infinities in v add to the output; empty when there
     /// are none.
     pub(super) non_finite: Vec<f32>,
+    /// `[lanes][head_dim_v]`: the output by rows, before it is divided.
+    pub(super) rows: Vec<f32>,
 }
 
 impl State {
     /// Whether some output of the first `lanes` lanes would be NaN or infinite.
     pub(super) fn is_tainted(&self, lanes: usize) -> bool {
-        // A sum that no finite numbers give; the products with 0 keep the sign of finite ones out.
-        let mut taint = vec![0.0_f32; self.width];
-        for row in self.acc.chunks_exact(self.width) {
-            taint.iter_mut().zip(row).for_each(|(taint, &x)| *taint += x * 0.0);
-        }
-        taint[..lanes].iter().any(|x| x.is_nan())
+        self.taint[..lanes].iter().any(|x| x.is_nan())
     }
 
     /// Joins the sums over other keys of the same rows.

@@ -23,6 +23,7 @@ use super::math::exp2;
 use super::score::{per_lane, transform, vectors, vectors_mut};
 use super::scratch::Scratch;
 use super::state::{State, take_apart};
+use super::transpose::transpose;
 use crate::cache::KvRows;
 use crate::error::Operand;
 use crate::problem::Similarity;
@@ -143,8 +144,6 @@ impl TileRun<'_> {
         let extra = extra.get(if plain { 0 } else { TILE_KV * width });
         let zero = [simd.splat_f32s(0.0); NV];
         acc.fill(zero);
-        far.fill(zero);
-        lost.fill(zero);
 
         let to_log2 = simd.splat_f32s(context.to_log2);
         let lazy = simd.splat_f32s(lazy);
@@ -162,7 +161,27 @@ impl TileRun<'_> {
 
         let mut start = self.keys.start;
         let mut near = 0;
+        // Rows of the far sums, which hold nothing before the first blocks have joined them.
+        let mut reached = 0;
         while start < self.keys.end {
+            if near == BLOCKS_NEAR {
+                near = 0;
+                if reached == 0 {
+                    reached = far.len();
+                    far.fill(zero);
+                    lost.fill(zero);
+                }
+                for ((far, lost), acc) in far.iter_mut().zip(lost.iter_mut()).zip(acc.iter_mut()) {
+                    for n in 0..NV {
+                        let more = simd.sub_f32s(acc[n], lost[n]);
+                        let sum = simd.add_f32s(far[n], more);
+                        lost[n] = simd.sub_f32s(simd.sub_f32s(sum, far[n]), more);
+                        far[n] = sum;
+                    }
+                    *acc = zero;
+                }
+            }
+            near += 1;
             let count = TILE_KV.min(self.keys.end - start);
             let scores = &mut scores[..count];
             if few {
@@ -208,7 +227,7 @@ impl TileRun<'_> {
                     factor[n] = exp2(simd, simd.mul_f32s(change, to_log2));
                 }
                 row_max = new_max;
-                for row in acc.iter_mut().chain(far.iter_mut()).chain(lost.iter_mut()) {
+                for row in acc.iter_mut().chain(&mut far[..reached]).chain(&mut lost[..reached]) {
                     for n in 0..NV {
                         row[n] = simd.mul_f32s(row[n], factor[n]);
                     }
@@ -230,20 +249,6 @@ impl TileRun<'_> {
             } else {
                 kernel::weighted_sum(simd, values.data, values.stride, scores, &mut acc[..dims]);
             }
-
-            near += 1;
-            if near == BLOCKS_NEAR {
-                near = 0;
-                for ((far, lost), acc) in far.iter_mut().zip(lost.iter_mut()).zip(acc.iter_mut()) {
-                    for n in 0..NV {
-                        let more = simd.sub_f32s(acc[n], lost[n]);
-                        let sum = simd.add_f32s(far[n], more);
-                        lost[n] = simd.sub_f32s(simd.sub_f32s(sum, far[n]), more);
-                        far[n] = sum;
-                    }
-                    *acc = zero;
-                }
-            }
             start += count;
         }
 
@@ -252,11 +257,22 @@ impl TileRun<'_> {
         state.row_max.resize(width, 0.0);
         vectors_mut::<S, NV>(&mut state.row_max)[0] = row_max;
         state.acc.resize((dims + 1) * width, 0.0);
-        for (at, to) in vectors_mut::<S, NV>(&mut state.acc).iter_mut().enumerate() {
+        let sums = vectors_mut::<S, NV>(&mut state.acc);
+        sums.copy_from_slice(acc);
+        for ((sum, far), lost) in sums.iter_mut().zip(&far[..reached]).zip(&lost[..reached]) {
             for n in 0..NV {
-                to[n] = simd.add_f32s(far[at][n], simd.sub_f32s(acc[at][n], lost[at][n]));
+                sum[n] = simd.add_f32s(far[n], simd.sub_f32s(sum[n], lost[n]));
             }
         }
+        // A sum that no finite numbers give; the products with 0 keep the sign of finite ones out.
+        let mut taint = zero;
+        for sum in sums.iter() {
+            for n in 0..NV {
+                taint[n] = simd.mul_add_e_f32s(sum[n], zero[n], taint[n]);
+            }
+        }
+        state.taint.resize(width, 0.0);
+        vectors_mut::<S, NV>(&mut state.taint)[0] = taint;
     }
 
     /// q, scaled and transposed into the lanes; for the bilinear similarity `W^T q`, for the cosine at length 1,
@@ -265,18 +281,21 @@ impl TileRun<'_> {
     fn load_q<S: Simd, const NV: usize>(&mut self, simd: S) {
         let (context, tile, p) = (self.context, self.tile, self.context.problem);
         let (width, query_dim) = (NV * S::F32_LANES, p.query_dim());
-        let Scratch { q, q_raw, row, .. } = &mut *self.scratch;
-        row.resize(query_dim, 0.0);
-        let mut transpose = |to: &mut [f32]| {
-            to.fill(0.0);
-            for (lane, Lane { head, query, .. }) in tile.lanes.iter().enumerate() {
-                let at = p.q.index([tile.batch, *head, *query, 0]);
-                read(&context.inputs.q, at, p.q.strides[3], row);
-                if p.similarity == Similarity::Cosine {
-                    cosine::normalize(row);
-                }
-                to[lane..].iter_mut().step_by(width).zip(row.iter()).for_each(|(to, &x)| *to = x);
+        let Scratch { q, q_raw, rows, .. } = &mut *self.scratch;
+        let shape = [tile.lanes.len(), query_dim];
+        rows.resize(shape[0] * shape[1], 0.0);
+        for (row, Lane { head, query, .. }) in rows.chunks_exact_mut(query_dim).zip(&tile.lanes) {
+            let at = p.q.index([tile.batch, *head, *query, 0]);
+            read(&context.inputs.q, at, p.q.strides[3], row);
+            if p.similarity == Similarity::Cosine {
+                cosine::normalize(row);
             }
+        }
+        let transpose = |to: &mut [f32]| {
+            if shape[0] < width {
+                to.fill(0.0);
+            }
+            transpose(shape, rows, query_dim, to, width);
         };
         let q = q.get(p.compared_dim() * width);
         if let Some(additive) = Additive::new(context, tile) {
