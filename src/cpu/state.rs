@@ -11,8 +11,6 @@ pub(super) struct State {
     pub(super) acc: Vec<f32>,
     /// Lanes of a row of `acc`.
     pub(super) width: usize,
-    /// `[lanes]`: NaN where some sum is no finite number.
-    pub(super) taint: Vec<f32>,
     /// `[head_dim_v][lanes]`: what NaN and infinities in v add to the output; empty when there
     /// are none.
     pub(super) non_finite: Vec<f32>,
@@ -21,11 +19,6 @@ pub(super) struct State {
 }
 
 impl State {
-    /// Whether some output of the first `lanes` lanes would be NaN or infinite.
-    pub(super) fn is_tainted(&self, lanes: usize) -> bool {
-        self.taint[..lanes].iter().any(|x| x.is_nan())
-    }
-
     /// Joins the sums over other keys of the same rows.
     pub(super) fn merge(&mut self, other: &Self, to_log2: f32) {
         for lane in 0..self.width {

@@ -63,8 +63,8 @@ impl TileRun<'_> {
     pub(super) fn run(mut self, isa: Isa) {
         for (careful, lazy) in [(false, LAZY), (true, LAZY), (true, 0.0)] {
             self.state.non_finite.clear();
-            isa.dispatch(Pass { run: &mut self, careful, lazy });
-            if !self.state.is_tainted(self.tile.lanes.len()) && !self.sank() {
+            let tainted = isa.dispatch(Pass { run: &mut self, careful, lazy });
+            if !tainted && !self.sank() {
                 break;
             }
         }
@@ -78,7 +78,7 @@ impl TileRun<'_> {
     }
 }
 
-/// One pass over the keys.
+/// One pass over the keys; gives whether some output would be NaN or infinite.
 struct Pass<'p, 'a> {
     run: &'p mut TileRun<'a>,
     /// Takes NaN and infinities in v apart, and keeps kept scores finite below. Slower.
@@ -88,10 +88,10 @@ struct Pass<'p, 'a> {
 }
 
 impl WithSimd for Pass<'_, '_> {
-    type Output = ();
+    type Output = bool;
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
+    fn with_simd<S: Simd>(self, simd: S) -> bool {
         match self.run.tile.lanes.len().div_ceil(S::F32_LANES) {
             0 | 1 => self.run.pass::<S, 1>(simd, self.careful, self.lazy),
             3 if kernel::most_vectors::<S>() == 3 => self.run.pass::<S, 3>(simd, self.careful, self.lazy),
@@ -102,7 +102,7 @@ impl WithSimd for Pass<'_, '_> {
 
 impl TileRun<'_> {
     #[inline(always)]
-    fn pass<S: Simd, const NV: usize>(&mut self, simd: S, careful: bool, lazy: f32) {
+    fn pass<S: Simd, const NV: usize>(&mut self, simd: S, careful: bool, lazy: f32) -> bool {
         let (context, tile, p) = (self.context, self.tile, self.context.problem);
         let (width, dims) = (NV * S::F32_LANES, p.head_dim_v);
         self.load_q::<S, NV>(simd);
@@ -133,8 +133,8 @@ impl TileRun<'_> {
         } = &mut *self.scratch;
         let q = q.get(p.compared_dim() * width);
         if few {
-            q_rows.clear();
-            (0..lanes).for_each(|lane| q_rows.extend(q[lane..].iter().step_by(width)));
+            q_rows.resize(lanes * p.head_dim, 0.0);
+            transpose([p.head_dim, lanes], q, width, q_rows, p.head_dim);
         }
         let q = vectors::<S, NV>(q);
         let acc = vectors_mut::<S, NV>(acc.get((dims + 1) * width));
@@ -213,7 +213,8 @@ impl TileRun<'_> {
                 }
             }
             if let Some(out) = &mut self.scores_out {
-                save_scores::<S, NV>(scores, lanes, &mut out[start..], p.seq_kv);
+                let scores = bytemuck::cast_slice(scores.as_flattened());
+                transpose([count, lanes], scores, width, &mut out[start..], p.seq_kv);
             }
 
             for n in 0..NV {
@@ -271,8 +272,7 @@ impl TileRun<'_> {
                 taint[n] = simd.mul_add_e_f32s(sum[n], zero[n], taint[n]);
             }
         }
-        state.taint.resize(width, 0.0);
-        vectors_mut::<S, NV>(&mut state.taint)[0] = taint;
+        bytemuck::cast_slice::<_, f32>(&taint)[..lanes].iter().any(|x| x.is_nan())
     }
 
     /// q, scaled and transposed into the lanes; for the bilinear similarity `W^T q`, for the cosine at length 1,
@@ -352,18 +352,4 @@ fn exponentials<S: Simd, const NV: usize>(
 #[inline(always)]
 fn bytes_differ<S: Simd, const NV: usize>(a: &[S::f32s; NV], b: &[S::f32s; NV]) -> bool {
     bytemuck::cast_slice::<_, u8>(a.as_slice()) != bytemuck::cast_slice::<_, u8>(b.as_slice())
-}
-
-#[inline(always)]
-fn save_scores<S: Simd, const NV: usize>(
-    scores: &[[S::f32s; NV]],
-    lanes: usize,
-    out: &mut [f32],
-    seq_kv: usize,
-) {
-    let scores: &[f32] = bytemuck::cast_slice(scores.as_flattened());
-    for (lane, row) in out.chunks_mut(seq_kv).take(lanes).enumerate() {
-        let column = scores[lane..].iter().step_by(NV * S::F32_LANES);
-        row.iter_mut().zip(column).for_each(|(to, s)| *to = *s);
-    }
 }

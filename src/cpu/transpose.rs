@@ -20,8 +20,8 @@ pub(super) fn transpose(
                 line.copy_from_slice(&from[(row + r) * from_stride + column..][..SIDE]);
             }
             for c in 0..SIDE {
-                let [a, b, c_, d] = block;
-                to[(column + c) * to_stride + row..][..SIDE].copy_from_slice(&[a[c], b[c], c_[c], d[c]]);
+                let to = &mut to[(column + c) * to_stride + row..][..SIDE];
+                to.iter_mut().zip(&block).for_each(|(to, line)| *to = line[c]);
             }
         }
     }
