@@ -58,6 +58,9 @@ pub struct Caps {
 pub struct MatrixUnits {
     /// Rows and columns of a matrix.
     pub edge: u32,
+    /// Threads of the subgroups that they run in. Where a driver has several sizes, the largest: in smaller ones the
+    /// kernels give the same results and do part of the work twice.
+    pub subgroup: u32,
     /// What [`Attention::self_test`](crate::Attention::self_test) has found; `None` before.
     pub tested: Option<Result<(), String>>,
 }
@@ -78,8 +81,18 @@ impl MatrixUnits {
         }
         let sizes = adapter.cooperative_matrix_properties();
         let edge = sizes.iter().filter(suits).map(|p| p.m_size).max()?;
-        adapter.features().contains(Caps::MATRIX_FEATURE).then_some(Self { edge, tested: None })
+        let (_, subgroup) = subgroups(&info);
+        adapter.features().contains(Caps::MATRIX_FEATURE).then_some(Self { edge, subgroup, tested: None })
     }
+}
+
+/// The smallest and the largest subgroup of an adapter.
+fn subgroups(info: &wgpu::AdapterInfo) -> (u32, u32) {
+    // wgpu says 4 to 64 of everything that Metal runs on. All of Apple's own GPUs have 32.
+    if info.backend == wgpu::Backend::Metal && info.name.starts_with("Apple") {
+        return (32, 32);
+    }
+    (info.subgroup_min_size, info.subgroup_max_size)
 }
 
 impl Caps {
@@ -117,13 +130,12 @@ impl Caps {
     }
 
     fn distil(info: &wgpu::AdapterInfo, features: wgpu::Features, limits: &wgpu::Limits) -> Self {
-        let subgroup = (info.subgroup_min_size, info.subgroup_max_size);
         let mut caps = Self::from_limits(features, limits);
         caps.adapter = info.name.clone();
         caps.driver = format!("{} {}", info.driver, info.driver_info).trim().to_owned();
         caps.backend = info.backend;
         caps.device_type = info.device_type;
-        caps.subgroup = features.contains(wgpu::Features::SUBGROUP).then_some(subgroup);
+        caps.subgroup = features.contains(wgpu::Features::SUBGROUP).then_some(subgroups(info));
         caps
     }
 

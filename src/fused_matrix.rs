@@ -1,7 +1,7 @@
 //! Sizes of the fused kernel on cooperative matrices: a pure function of widths and device, priced in
 //! bytes of workgroup memory and registers of a thread.
 
-use crate::caps::{Caps, NO_SUBGROUPS};
+use crate::caps::{Caps, MatrixUnits, NO_SUBGROUPS};
 use crate::dtype::Dtype;
 use crate::problem::AttentionProblem;
 use crate::tile::{Tile, check};
@@ -22,9 +22,10 @@ const NAMED_ON_CPU: u32 = 4;
 pub(crate) struct FusedMatrix {
     /// Rows and columns of a fragment.
     pub(crate) edge: u32,
-    /// Threads of a subgroup.
+    /// Threads of a subgroup, at most.
     pub(crate) subgroup: u32,
-    /// Subgroups of a workgroup, by the rows of Q and O and by the columns of O.
+    /// Subgroups of a workgroup, by the rows of Q and O and by the columns of O. Of smaller subgroups there are more,
+    /// which do the same as the first.
     pub(crate) row_subgroups: u32,
     pub(crate) columns: u32,
     /// Fragments of query rows of a subgroup.
@@ -177,11 +178,11 @@ pub(crate) fn lacks(caps: &Caps) -> Option<String> {
         return Some("it needs SHADER_F16".into());
     }
     match caps.subgroup {
-        Some((least, most)) if least == most && least.is_multiple_of(matrix.edge) => None,
-        Some((least, most)) => Some(format!(
-            "it needs subgroups of one size, a multiple of {}, the device has {least} to {most}",
+        Some((least, most)) if !least.is_multiple_of(matrix.edge) => Some(format!(
+            "it needs subgroups of a multiple of {}, the device has {least} to {most}",
             matrix.edge
         )),
+        Some(_) => None,
         None => Some(NO_SUBGROUPS.into()),
     }
 }
@@ -190,10 +191,9 @@ pub(crate) fn lacks(caps: &Caps) -> Option<String> {
 /// processor), then as many bands as there are rows for, then the widest step of keys (each costs four barriers)
 /// that fits.
 pub(crate) fn sizes(problem: &AttentionProblem, caps: &Caps) -> FusedMatrix {
-    let (Some(matrix), Some((subgroup, _))) = (&caps.matrix, caps.subgroup) else {
+    let (Some(&MatrixUnits { edge, subgroup, .. }), Some((least, _))) = (caps.matrix.as_ref(), caps.subgroup) else {
         return FusedMatrix::NONE;
     };
-    let edge = matrix.edge;
     let parts = if problem.projects() { 2 } else { 1 };
     let frags = (problem.head_dim as u32).div_ceil(edge);
     let frags_v = (problem.head_dim_v as u32).div_ceil(edge);
@@ -227,7 +227,8 @@ pub(crate) fn sizes(problem: &AttentionProblem, caps: &Caps) -> FusedMatrix {
             && tile.threads() <= caps.max_invocations.min(caps.max_workgroup_size[0])
             && tile.registers() <= MOST_REGISTERS
             && tile.tile_kv >= edge * tile.columns.max(2)
-            && (1..=subgroup).contains(&tile.lanes())
+            // A row's lanes are neighbours in a subgroup.
+            && (1..=least).contains(&tile.lanes())
             // A row's quads of keys are dealt out to its lanes.
             && (tile.tile_kv / 4).is_multiple_of(tile.lanes())
     })
@@ -237,14 +238,13 @@ pub(crate) fn sizes(problem: &AttentionProblem, caps: &Caps) -> FusedMatrix {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::caps::MatrixUnits;
 
     /// Subgroups of 32 and matrices of 16, as a large card has them.
     fn card() -> Caps {
         Caps {
             shader_f16: true,
             subgroup: Some((32, 32)),
-            matrix: Some(MatrixUnits { edge: 16, tested: Some(Ok(())) }),
+            matrix: Some(MatrixUnits { edge: 16, subgroup: 32, tested: Some(Ok(())) }),
             max_workgroup_bytes: 48 << 10,
             max_invocations: 1024,
             ..Caps::minimal()
@@ -265,6 +265,16 @@ mod tests {
         assert_eq!(sizes(&problem(17, 64, 64), &card()).tile_q(), 32);
     }
 
+    /// Where a driver has subgroups of two sizes, the larger are counted on, and a row's lanes lie in the smaller.
+    #[test]
+    fn subgroups_may_have_two_sizes() {
+        let matrix = Some(MatrixUnits { edge: 16, subgroup: 64, tested: Some(Ok(())) });
+        let caps = Caps { subgroup: Some((32, 64)), matrix, ..card() };
+        let tile = sizes(&problem(4096, 128, 128), &caps);
+        assert_eq!((tile.tile_q(), tile.threads(), tile.lanes()), (64, 256, 4), "{tile:?}");
+        assert_eq!(tile.unfit(&problem(4096, 128, 128), &caps), None);
+    }
+
     /// O of one subgroup and Q beside it are more registers than there are: Q leaves them first.
     #[test]
     fn wide_heads_move_q_out_and_share_o() {
@@ -277,7 +287,7 @@ mod tests {
     #[test]
     fn a_processor_gets_few_fragments_with_names() {
         let edge = 8;
-        let matrix = Some(MatrixUnits { edge, tested: Some(Ok(())) });
+        let matrix = Some(MatrixUnits { edge, subgroup: 8, tested: Some(Ok(())) });
         let caps = Caps { matrix, subgroup: Some((8, 8)), max_workgroup_bytes: 32 << 10, ..card() };
         let caps = Caps { device_type: wgpu::DeviceType::Cpu, ..caps };
         for width in [1, 8, 64, 100, 128] {
@@ -291,8 +301,8 @@ mod tests {
         let wide = problem(64, 512, 512);
         let why = sizes(&wide, &card()).unfit(&wide, &card()).unwrap_or_default();
         assert!(why.contains("512") && why.contains("registers"), "{why}");
-        let two_sizes = Caps { subgroup: Some((32, 64)), ..card() };
-        assert!(lacks(&two_sizes).is_some_and(|why| why.contains("32 to 64")));
+        let narrow = Caps { subgroup: Some((8, 32)), ..card() };
+        assert!(lacks(&narrow).is_some_and(|why| why.contains("8 to 32")));
         let f32 = problem(64, 64, 64).with_dtype(Dtype::F32);
         assert!(sizes(&f32, &card()).unfit(&f32, &card()).is_some_and(|why| why.contains("f32")));
     }

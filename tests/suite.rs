@@ -462,6 +462,18 @@ fn cooperative_matrices_pass_their_test() {
     assert!(plan.contains("fused:tile_matrix kernels, products on matrix units"), "{plan}");
 }
 
+/// A driver may run them in smaller subgroups than the largest that it has.
+#[test]
+fn cooperative_matrices_take_smaller_subgroups() {
+    let Some(gpu) = gpu::get(Kind::Full, false) else { return };
+    let Some(units) = gpu.attention.caps().matrix.clone() else { return };
+    let matrix = Some(MatrixUnits { subgroup: 2 * units.subgroup, tested: None, ..units });
+    let (device, queue) = (gpu.attention.device(), gpu.attention.queue());
+    let larger = Attention::with_options(device, queue, Options { matrix, ..Options::default() });
+    let tested = pollster::block_on(larger.self_test()).caps().matrix.clone();
+    assert_eq!(tested.and_then(|units| units.tested), Some(Ok(())));
+}
+
 /// A bias given by a function of `[b, h, i, j]`, on top of `axes`.
 fn with_bias(axes: Axes, seed: u64, value: impl Fn([usize; 4]) -> f32) -> Case {
     let mut case = axes.build(seed);

@@ -23,6 +23,8 @@
 //
 // The LANES threads of a row are neighbours in a subgroup (shaders/exchange/subgroup.wgsl).
 
+// That have products of their own.
+const SUBGROUPS = TILE_Q / (BANDS * EDGE) * COLUMNS;
 const THREADS = LANES * TILE_Q;
 // Quads of four scores of a thread.
 const OWN_QUADS = TILE_KV / 4u / LANES;
@@ -92,8 +94,10 @@ fn main(
     //$ for once in ROLLED..1
     const nought = 0u;
     //$ end
-    let band = place.subgroup / COLUMNS * BANDS * EDGE;
-    let column = place.subgroup % COLUMNS;
+    // Smaller subgroups than THREADS was made for are more: those do, and store, as the first do.
+    let subgroup = place.subgroup % SUBGROUPS;
+    let band = subgroup / COLUMNS * BANDS * EDGE;
+    let column = subgroup % COLUMNS;
 
     let query = query_row(head, row_of(own));
     var scale = 1.0;

@@ -31,9 +31,12 @@ fn main(
     let tile = min(asked, params.groups - 1u);
     let first_row = band_of(tile / tiles_n) * TILE_ROWS;
     let first_quad = tile % tiles_n * TILE_QUADS;
-    // The subgroup's own, in the tile.
-    let band = place.subgroup / ACROSS * BANDS * EDGE;
-    let column = place.subgroup % ACROSS * COLUMNS * EDGE;
+    // The subgroup's own, in the tile. (Smaller subgroups than THREADS was made for are more: those do as the first
+    // do, and only these store.)
+    let subgroup = place.subgroup % (DOWN * ACROSS);
+    let band = subgroup / ACROSS * BANDS * EDGE;
+    let column = subgroup % ACROSS * COLUMNS * EDGE;
+    let stores = asked < params.groups && place.subgroup < DOWN * ACROSS;
 
     //$ for b in 0..BANDS
     //$ for n in 0..COLUMNS
@@ -102,12 +105,12 @@ fn main(
     //$ for once in 0..FAR
     total_$b_$n = total_$b_$n + far_$b_$n;
     //$ end
-    coopStoreT(total_$b_$n, &wg_y[place.subgroup * EDGE * Y_STRIDE], Y_STRIDE);
+    coopStoreT(total_$b_$n, &wg_y[subgroup * EDGE * Y_STRIDE], Y_STRIDE);
     workgroupBarrier();
-    for (var at = place.lane; at < EDGE * EDGE / 4u && asked < params.groups; at += SUBGROUP) {
+    for (var at = place.lane; at < EDGE * EDGE / 4u && stores; at += THREADS / place.subgroups) {
         let row = at / (EDGE / 4u);
         let quad = at % (EDGE / 4u);
-        let y = (place.subgroup * EDGE + row) * Y_STRIDE + 4u * quad;
+        let y = (subgroup * EDGE + row) * Y_STRIDE + 4u * quad;
         let sum = vec4<f32>(wg_y[y], wg_y[y + 1u], wg_y[y + 2u], wg_y[y + 3u]);
         end_quad(first_row + band + $bu * EDGE + row, first_quad + (column + $nu * EDGE) / 4u + quad, sum);
     }

@@ -1,7 +1,7 @@
 //! The kernels of linear maps: what is compiled into one, its WGSL, its bindings and its uniform block.
 
 use super::{LinearKernel, LinearProblem, OPERANDS};
-use crate::caps::Caps;
+use crate::caps::{Caps, MatrixUnits};
 use crate::dtype::Dtype;
 use crate::error::Operand;
 use crate::fused::LEAST_SUBGROUP;
@@ -75,8 +75,7 @@ impl Matrix {
 
     /// The most rows that there are, and that registers and workgroup memory take.
     fn of(rows: u32, far: bool, by_outputs: bool, caps: &Caps) -> Self {
-        let (Some(units), Some((subgroup, _))) = (&caps.matrix, caps.subgroup) else { return Self::NONE };
-        let edge = units.edge;
+        let Some(&MatrixUnits { edge, subgroup, .. }) = caps.matrix.as_ref() else { return Self::NONE };
         let sized = |bands| Self { edge, subgroup, down: 2, across: 2, bands, columns: 2, step: 32 };
         let suits = |matrix: &Self| {
             matrix.registers(far) <= MOST_REGISTERS
@@ -451,7 +450,6 @@ impl Linear {
             Sizes::Matrix(m) => {
                 let own = [
                     ("EDGE", m.edge),
-                    ("SUBGROUP", m.subgroup),
                     ("THREADS", m.subgroup * m.subgroups()),
                     ("DOWN", m.down),
                     ("ACROSS", m.across),
@@ -552,7 +550,6 @@ impl LinearParams {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::caps::MatrixUnits;
     use crate::pipeline::{Recipe, reflection};
 
     /// Every kernel that there is: families x types x alignments x orders of W x bias, with and without the
@@ -563,7 +560,7 @@ mod tests {
             let caps = Caps {
                 shader_f16,
                 subgroup: Some((32, 32)),
-                matrix: Some(MatrixUnits { edge: 16, tested: None }),
+                matrix: Some(MatrixUnits { edge: 16, subgroup: 32, tested: None }),
                 ..Caps::minimal()
             };
             for kernel in LinearKernel::ALL {
