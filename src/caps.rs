@@ -61,6 +61,8 @@ pub struct MatrixUnits {
     /// Threads of the subgroups that they run in. Where a driver has several sizes, the largest: in smaller ones the
     /// kernels give the same results and do part of the work twice.
     pub subgroup: u32,
+    /// They are read from arrays of scalars alone, and not of vectors: as naga writes it for Metal.
+    pub scalars: bool,
     /// What [`Attention::self_test`](crate::Attention::self_test) has found; `None` before.
     pub tested: Option<Result<(), String>>,
 }
@@ -82,7 +84,9 @@ impl MatrixUnits {
         let sizes = adapter.cooperative_matrix_properties();
         let edge = sizes.iter().filter(suits).map(|p| p.m_size).max()?;
         let (_, subgroup) = subgroups(&info);
-        adapter.features().contains(Caps::MATRIX_FEATURE).then_some(Self { edge, subgroup, tested: None })
+        let scalars = info.backend == wgpu::Backend::Metal;
+        let units = Self { edge, subgroup, scalars, tested: None };
+        adapter.features().contains(Caps::MATRIX_FEATURE).then_some(units)
     }
 }
 

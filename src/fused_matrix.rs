@@ -35,10 +35,17 @@ pub(crate) struct FusedMatrix {
     /// Fragments of head_dim and head_dim_v.
     pub(crate) frags: u32,
     pub(crate) frags_v: u32,
+    /// Whether those are whole.
+    pub(crate) whole: bool,
+    pub(crate) whole_v: bool,
+    /// Whether K and V are f16 whose rows are contiguous multiples of eight elements: they are read so many at a time.
+    pub(crate) eights: bool,
     /// f16 numbers that make up an element of q.
     pub(crate) parts: u32,
     /// Whether Q stays in fragments; else in workgroup memory.
     pub(crate) kept_q: bool,
+    /// Workgroup memory is of scalars.
+    pub(crate) scalars: bool,
     /// Whether compilers are kept from unrolling loops.
     pub(crate) rolled: bool,
 }
@@ -54,8 +61,12 @@ impl FusedMatrix {
         tile_kv: 0,
         frags: 0,
         frags_v: 0,
+        whole: false,
+        whole_v: false,
+        eights: false,
         parts: 0,
         kept_q: false,
+        scalars: false,
         rolled: false,
     };
 
@@ -93,9 +104,22 @@ impl FusedMatrix {
         self.tile_kv / self.edge.max(1)
     }
 
+    /// Fragments of S of a band that are summed side by side: four chains of products, which do not wait for one
+    /// another. (Each product is text, on a processor.)
+    pub(crate) fn side(self) -> u32 {
+        let most = if self.rolled { NAMED_ON_CPU / self.frags.clamp(1, NAMED_ON_CPU) } else { 4 };
+        let most = (most / self.bands.max(1)).max(1);
+        1 << most.min(self.key_frags() / self.columns.max(1)).max(1).ilog2()
+    }
+
     /// Fragments of a subgroup's columns of O.
     pub(crate) fn own_frags(self) -> u32 {
         self.frags_v.div_ceil(self.columns.max(1))
+    }
+
+    /// Whether all columns of all subgroups are columns of v.
+    pub(crate) fn fills_v(self) -> bool {
+        self.whole_v && self.frags_v.is_multiple_of(self.columns)
     }
 
     /// Of those, as many as S has room for at a time.
@@ -117,24 +141,25 @@ impl FusedMatrix {
         self.threads() / self.tile_q().max(1)
     }
 
-    /// Workgroup memory: K or V (and, at first or for good, Q), the scores and the weights, rows skewed by 16
-    /// bytes; and two flags.
+    /// Workgroup memory: K or V turned over (and, at first or for good, Q), the scores and the weights, rows skewed by
+    /// 16 bytes; and two flags.
     pub(crate) fn workgroup_bytes(self) -> u32 {
-        let width = self.frags.max(self.columns * self.own_frags()) * self.edge;
-        let (of_kv, of_q) = (2 * width + 16, 2 * self.frags * self.edge + 16);
+        let of_k = 2 * self.frags * self.edge + 16;
+        let of_p = 2 * self.tile_kv + 16;
+        let v = self.columns * self.own_frags() * self.edge * of_p;
         let staged = match self.kept_q {
-            true => self.tile_q().max(self.tile_kv) * of_kv,
-            false => self.tile_kv * of_kv + self.parts * self.tile_q() * of_q,
+            true => (self.tile_q().max(self.tile_kv) * of_k).max(v),
+            false => (self.tile_kv * of_k).max(v) + self.parts * self.tile_q() * of_k,
         };
-        staged + self.tile_q() * ((4 * self.tile_kv + 16) + (2 * self.tile_kv + 16)) + 8
+        staged + self.tile_q() * (4 * self.tile_kv + 16 + of_p) + 8
     }
 
     /// Registers of a thread for the fragments that live through a step: Q (two f16 in one) if it is kept, O, and
-    /// one of S or of K and V.
+    /// those of S that lie side by side with one of K or V.
     pub(crate) fn registers(self) -> u32 {
         let of_a_fragment = (self.edge * self.edge).div_ceil(self.subgroup.max(1));
         let q = if self.kept_q { (self.parts * self.frags).div_ceil(2) } else { 0 };
-        of_a_fragment * self.bands * (q + self.own_frags() + 2)
+        of_a_fragment * self.bands * (q + self.own_frags() + self.side() + 1)
     }
 
     /// Why a problem or a device does not suit; `None` when both do.
@@ -157,6 +182,13 @@ impl FusedMatrix {
                 caps.max_workgroup_bytes,
                 caps.max_invocations,
                 MOST_REGISTERS
+            ));
+        }
+        let least = caps.subgroup.map_or(0, |(least, _)| least);
+        if self.lanes() > least {
+            return Some(format!(
+                "its {} threads of a row are no neighbours in subgroups of {least}",
+                self.lanes()
             ));
         }
         if self.registers() > MOST_REGISTERS {
@@ -191,12 +223,17 @@ pub(crate) fn lacks(caps: &Caps) -> Option<String> {
 /// processor), then as many bands as there are rows for, then the widest step of keys (each costs four barriers)
 /// that fits.
 pub(crate) fn sizes(problem: &AttentionProblem, caps: &Caps) -> FusedMatrix {
-    let (Some(&MatrixUnits { edge, subgroup, .. }), Some((least, _))) = (caps.matrix.as_ref(), caps.subgroup) else {
+    let (Some(&MatrixUnits { edge, subgroup, scalars, .. }), Some((least, _))) =
+        (caps.matrix.as_ref(), caps.subgroup)
+    else {
         return FusedMatrix::NONE;
     };
     let parts = if problem.projects() { 2 } else { 1 };
     let frags = (problem.head_dim as u32).div_ceil(edge);
     let frags_v = (problem.head_dim_v as u32).div_ceil(edge);
+    let eights = problem.stored_kv() == Dtype::F16
+        && problem.k.is_vec(8, problem.head_dim)
+        && problem.v.is_vec(8, problem.head_dim_v);
     let wanted = (problem.owned_rows() as u32).div_ceil(edge).next_power_of_two().clamp(1, MOST_BANDS);
     let shapes = if caps.on_cpu() {
         // At least two: each of a lane's scores is text, too.
@@ -216,8 +253,12 @@ pub(crate) fn sizes(problem: &AttentionProblem, caps: &Caps) -> FusedMatrix {
                 tile_kv,
                 frags,
                 frags_v,
+                whole: (problem.head_dim as u32).is_multiple_of(edge),
+                whole_v: (problem.head_dim_v as u32).is_multiple_of(edge),
+                eights,
                 parts,
                 kept_q,
+                scalars,
                 rolled,
             })
         })
@@ -244,7 +285,7 @@ mod tests {
         Caps {
             shader_f16: true,
             subgroup: Some((32, 32)),
-            matrix: Some(MatrixUnits { edge: 16, subgroup: 32, tested: Some(Ok(())) }),
+            matrix: Some(MatrixUnits { edge: 16, subgroup: 32, scalars: false, tested: Some(Ok(())) }),
             max_workgroup_bytes: 48 << 10,
             max_invocations: 1024,
             ..Caps::minimal()
@@ -268,7 +309,7 @@ mod tests {
     /// Where a driver has subgroups of two sizes, the larger are counted on, and a row's lanes lie in the smaller.
     #[test]
     fn subgroups_may_have_two_sizes() {
-        let matrix = Some(MatrixUnits { edge: 16, subgroup: 64, tested: Some(Ok(())) });
+        let matrix = Some(MatrixUnits { edge: 16, subgroup: 64, scalars: false, tested: Some(Ok(())) });
         let caps = Caps { subgroup: Some((32, 64)), matrix, ..card() };
         let tile = sizes(&problem(4096, 128, 128), &caps);
         assert_eq!((tile.tile_q(), tile.threads(), tile.lanes()), (64, 256, 4), "{tile:?}");
@@ -287,7 +328,7 @@ mod tests {
     #[test]
     fn a_processor_gets_few_fragments_with_names() {
         let edge = 8;
-        let matrix = Some(MatrixUnits { edge, subgroup: 8, tested: Some(Ok(())) });
+        let matrix = Some(MatrixUnits { edge, subgroup: 8, scalars: false, tested: Some(Ok(())) });
         let caps = Caps { matrix, subgroup: Some((8, 8)), max_workgroup_bytes: 32 << 10, ..card() };
         let caps = Caps { device_type: wgpu::DeviceType::Cpu, ..caps };
         for width in [1, 8, 64, 100, 128] {

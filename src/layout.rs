@@ -92,14 +92,27 @@ impl Layout {
     /// Whether every group of four neighbours along the innermost dimension is contiguous and
     /// starts at a multiple of four elements, so that a kernel may read it as one vector.
     pub(crate) fn is_vec4(&self, dim: usize) -> bool {
+        self.is_vec(4, dim)
+    }
+
+    /// The same of every group of `n` neighbours.
+    pub(crate) fn is_vec(&self, n: usize, dim: usize) -> bool {
         let [b, h, s, d] = self.strides;
-        d == 1 && dim.is_multiple_of(4) && [self.offset, b, h, s].iter().all(|x| x.is_multiple_of(4))
+        d == 1 && [dim, self.offset, b, h, s].iter().all(|x| x.is_multiple_of(n))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn vectors_want_every_step_to_be_theirs() {
+        let layout = Layout::bhsd(2, 3, 24);
+        assert!(layout.is_vec(8, 24) && layout.at(16).is_vec(8, 24));
+        assert!(layout.at(4).is_vec4(24) && !layout.at(4).is_vec(8, 24));
+        assert!(!Layout::bhsd(2, 3, 12).is_vec(8, 12) && !layout.is_vec(8, 20));
+    }
 
     #[test]
     fn extents_and_broadcasts() {

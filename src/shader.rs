@@ -50,7 +50,12 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         [(b.q, Operand::Q, "query_dim"), (b.k, Operand::K, "head_dim"), (b.v, Operand::V, "head_dim_v")]
     {
         if let Some(io) = io {
-            add(&load(io, operand).replace("WIDTH", width));
+            let eights = b.kernel == Kernel::FusedMatrix && b.tiles.matrix.eights && operand != Operand::Q;
+            add(&if eights {
+                named(part!("io/load_f16_vec8"), operand)
+            } else {
+                load(io, operand).replace("WIDTH", width)
+            });
             if operand == Operand::Q {
                 add(&row(operand, b.ragged_q));
             } else {
@@ -268,8 +273,16 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
             add(part!("exchange/place_subgroup"));
             add(part!("exchange/subgroup"));
             let edge = b.tiles.matrix.edge;
+            let scalars = b.tiles.matrix.scalars;
+            for (name, of) in [("kv", "f16"), ("q", "f16"), ("s", "f32"), ("p", "f16")] {
+                if name != "q" || !b.tiles.matrix.kept_q {
+                    add(&cells(scalars, name, of));
+                }
+            }
             let text = unroll(part!("kernel/fused_matrix"), &constants(b));
             add(&text.replace("FRAGMENT", &format!("coop_mat{edge}x{edge}")));
+            let eights = b.tiles.matrix.eights;
+            add(if eights { part!("exchange/stage_eights") } else { part!("exchange/stage_quads") });
             return out;
         }
         Kernel::FusedRow => {
@@ -463,7 +476,11 @@ fn constants(b: &Blueprint) -> Vec<(&'static str, u32)> {
             ("TILE_Q", t.matrix.tile_q()),
             ("TILE_KV", t.matrix.tile_kv),
             ("D_FRAGS", t.matrix.frags),
+            ("WHOLE_D", t.matrix.whole.into()),
+            ("WHOLE_V", t.matrix.fills_v().into()),
             ("KEY_FRAGS", t.matrix.key_frags()),
+            ("SIDE", t.matrix.side()),
+            ("CELL", if t.matrix.scalars { 4 } else { 1 }),
             ("COLUMNS", t.matrix.columns),
             ("OWN_FRAGS", t.matrix.own_frags()),
             ("ROUND_FRAGS", t.matrix.round_frags()),
@@ -505,6 +522,12 @@ fn product(b: &Blueprint, to: &str, w: Operand, [width, out]: [&str; 2]) -> Stri
     let kernel = b.product.map_or(String::new(), |product| product.product_wgsl(number, [width, out]));
     let owners = part!("io/product").replace("OUT", out);
     [to, &owners, &kernel].join("\n")
+}
+
+/// Workgroup memory that fragments are read from and stored to, and threads by quads; in `scalars` or in vectors.
+pub(crate) fn cells(scalars: bool, name: &str, of: &str) -> String {
+    let text = if scalars { part!("exchange/elements") } else { part!("exchange/quads") };
+    text.replace("NAME", name).replace("TYPE", of)
 }
 
 fn named(text: &str, operand: Operand) -> String {

@@ -25,7 +25,7 @@ fn devices() -> Vec<Caps> {
             device_type: wgpu::DeviceType::Cpu,
             shader_f16: true,
             subgroup: Some((8, 8)),
-            matrix: Some(MatrixUnits { edge: 8, subgroup: 8, tested: Some(Ok(())) }),
+            matrix: Some(MatrixUnits { edge: 8, subgroup: 8, scalars: false, tested: Some(Ok(())) }),
             max_workgroup_bytes: 32 << 10,
             max_invocations: 1024,
             max_workgroup_size: [1024, 1024, 1024],
@@ -39,7 +39,7 @@ fn devices() -> Vec<Caps> {
             shader_f16: true,
             timestamps: true,
             subgroup: Some((32, 32)),
-            matrix: Some(MatrixUnits { edge: 16, subgroup: 32, tested: Some(Ok(())) }),
+            matrix: Some(MatrixUnits { edge: 16, subgroup: 32, scalars: false, tested: Some(Ok(())) }),
             max_storage_binding: (4 << 30) - 4,
             max_buffer: 1 << 40,
             max_workgroup_bytes: 48 << 10,
@@ -47,6 +47,19 @@ fn devices() -> Vec<Caps> {
             max_workgroup_size: [1024, 1024, 64],
             max_storage_buffers: 1_000_000,
             storage_alignment: 16,
+            ..minimal.clone()
+        },
+        Caps {
+            adapter: "a laptop's, by Metal".into(),
+            backend: wgpu::Backend::Metal,
+            device_type: wgpu::DeviceType::IntegratedGpu,
+            shader_f16: true,
+            subgroup: Some((32, 32)),
+            matrix: Some(MatrixUnits { edge: 8, subgroup: 32, scalars: true, tested: Some(Ok(())) }),
+            max_workgroup_bytes: 32 << 10,
+            max_invocations: 1024,
+            max_workgroup_size: [1024, 1024, 1024],
+            max_storage_buffers: 31,
             ..minimal.clone()
         },
         Caps {

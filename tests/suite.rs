@@ -462,16 +462,22 @@ fn cooperative_matrices_pass_their_test() {
     assert!(plan.contains("fused:tile_matrix kernels, products on matrix units"), "{plan}");
 }
 
-/// A driver may run them in smaller subgroups than the largest that it has.
+/// As other devices have them: a driver may run them in smaller subgroups than the largest that it has, or read them
+/// from arrays of scalars alone.
 #[test]
-fn cooperative_matrices_take_smaller_subgroups() {
+fn cooperative_matrices_of_other_devices() {
     let Some(gpu) = gpu::get(Kind::Full, false) else { return };
     let Some(units) = gpu.attention.caps().matrix.clone() else { return };
-    let matrix = Some(MatrixUnits { subgroup: 2 * units.subgroup, tested: None, ..units });
     let (device, queue) = (gpu.attention.device(), gpu.attention.queue());
-    let larger = Attention::with_options(device, queue, Options { matrix, ..Options::default() });
-    let tested = pollster::block_on(larger.self_test()).caps().matrix.clone();
-    assert_eq!(tested.and_then(|units| units.tested), Some(Ok(())));
+    let smaller = MatrixUnits { subgroup: 2 * units.subgroup, tested: None, ..units.clone() };
+    let scalars = MatrixUnits { scalars: !units.scalars, tested: None, ..units };
+    for units in [smaller, scalars] {
+        let what = format!("{units:?}");
+        let options = Options { matrix: Some(units), ..Options::default() };
+        let other = Attention::with_options(device, queue, options);
+        let tested = pollster::block_on(other.self_test()).caps().matrix.clone();
+        assert_eq!(tested.and_then(|units| units.tested), Some(Ok(())), "{what}");
+    }
 }
 
 /// A bias given by a function of `[b, h, i, j]`, on top of `axes`.

@@ -1,7 +1,7 @@
 // W's tile in workgroup memory, a row of inputs for each output. Read as columns it is W^T.
 const W_STRIDE = STEP / 4u + 2u;
 
-var<workgroup> wg_w: array<vec4<f16>, TILE_OUTPUTS * W_STRIDE>;
+const SIZE_w = TILE_OUTPUTS * W_STRIDE;
 
 fn stage_w(at: u32, first_quad: u32, k: u32) {
     let n = at / (STEP / 4u);
@@ -10,7 +10,7 @@ fn stage_w(at: u32, first_quad: u32, k: u32) {
     if k + 4u * e < params.inputs {
         w = w4(4u * first_quad + n, k + 4u * e);
     }
-    wg_w[n * W_STRIDE + e] = vec4<f16>(w);
+    put_w(n * W_STRIDE + e, vec4<f16>(w));
 }
 
 // Where the fragment of outputs from `n` on and inputs from `e` on begins.

@@ -1,7 +1,7 @@
 // W's tile in workgroup memory, a row of outputs for each input.
 const W_STRIDE = TILE_OUTPUTS / 4u + 2u;
 
-var<workgroup> wg_w: array<vec4<f16>, STEP * W_STRIDE>;
+const SIZE_w = STEP * W_STRIDE;
 
 fn stage_w(at: u32, first_quad: u32, k: u32) {
     let e = at / (TILE_OUTPUTS / 4u);
@@ -10,7 +10,7 @@ fn stage_w(at: u32, first_quad: u32, k: u32) {
     if k + e < params.inputs {
         w = w4(first_quad + quad, k + e);
     }
-    wg_w[e * W_STRIDE + quad] = vec4<f16>(w);
+    put_w(e * W_STRIDE + quad, vec4<f16>(w));
 }
 
 // Where the fragment of outputs from `n` on and inputs from `e` on begins.

@@ -11,7 +11,9 @@
 //
 //   stage K | S = Q KT, stored | each thread: scores of a part of its row, P stored; stage V | O += P V
 //
-// with a barrier at each stroke. K and V take turns in wg_kv. A fragment has no elements that a thread
+// with a barrier at each stroke. K and V take turns in wg_kv, V turned over: the rows of both hold what a product
+// sums over, as matrix units take their second factor. (Read across its rows, it costs a load for each number, or
+// a transposition for each fragment.) A fragment has no elements that a thread
 // could name, so S and P go through workgroup memory (the bytes of a step: 8 TILE_Q TILE_KV for S, 4 for
 // P, and 2 (TILE_KV D) for each of K and V once for the staging and once for each subgroup's reading).
 // O is rescaled there as well, but only in a step where some row's maximum rises by more than LAZY; and
@@ -31,22 +33,21 @@ const OWN_QUADS = TILE_KV / 4u / LANES;
 // A row of K (and Q), and one of V in whole fragments of each column, in quads.
 const D_QUADS = D_FRAGS * EDGE / 4u;
 const V_QUADS = COLUMNS * OWN_FRAGS * EDGE / 4u;
-// Rows of workgroup memory, skewed by 16 bytes so that they begin in different banks, in quads.
-const KV_STRIDE = max(D_QUADS, V_QUADS) + 2u;
-const S_STRIDE = TILE_KV / 4u + 1u;
-const P_STRIDE = TILE_KV / 4u + 2u;
+const KEY_QUADS = TILE_KV / 4u;
+// Rows of workgroup memory, skewed by 16 bytes so that they begin in different banks, in quads. V has a row for each
+// column, like P for each query.
+const K_STRIDE = D_QUADS + 2u;
+const S_STRIDE = KEY_QUADS + 1u;
+const P_STRIDE = KEY_QUADS + 2u;
+const V_STRIDE = P_STRIDE;
 
-//$ for once in 0..KEPT_Q
-// At first Q's.
-var<workgroup> wg_kv: array<vec4<f16>, max(TILE_Q, TILE_KV) * KV_STRIDE>;
-//$ end
+// Quads of workgroup memory (shaders/exchange/quads.wgsl). Where Q is kept it lies at first where K and V do then.
+const SIZE_kv = max(max(TILE_KV, TILE_Q * KEPT_Q) * K_STRIDE, 4u * V_QUADS * V_STRIDE);
 //$ for once in KEPT_Q..1
-const Q_STRIDE = D_QUADS + 2u;
-var<workgroup> wg_q: array<vec4<f16>, Q_PARTS * TILE_Q * Q_STRIDE>;
-var<workgroup> wg_kv: array<vec4<f16>, TILE_KV * KV_STRIDE>;
+const SIZE_q = Q_PARTS * TILE_Q * K_STRIDE;
 //$ end
-var<workgroup> wg_s: array<vec4<f32>, TILE_Q * S_STRIDE>;
-var<workgroup> wg_p: array<vec4<f16>, TILE_Q * P_STRIDE>;
+const SIZE_s = TILE_Q * S_STRIDE;
+const SIZE_p = TILE_Q * P_STRIDE;
 // Whether O has to leave its fragments, and whether for values that are not finite.
 var<workgroup> wg_leaves: atomic<u32>;
 var<workgroup> wg_careful: atomic<u32>;
@@ -132,17 +133,17 @@ fn main(
             q = vec4<f32>();
         }
         //$ for once in 0..KEPT_Q
-        wg_kv[own_row * KV_STRIDE + e] = vec4<f16>(q);
+        put_kv(own_row * K_STRIDE + e, vec4<f16>(q));
         //$ end
         //$ for once in KEPT_Q..1
-        wg_q[($hu * TILE_Q + own_row) * Q_STRIDE + e] = vec4<f16>(q);
+        put_q(($hu * TILE_Q + own_row) * K_STRIDE + e, vec4<f16>(q));
         //$ end
     }
     //$ for once in 0..KEPT_Q
     workgroupBarrier();
     //$ for b in 0..BANDS
     //$ for e in 0..D_FRAGS
-    let q_$b_$e_$h = coopLoadT<FRAGMENT<f16, A>>(&wg_kv[(band + $bu * EDGE) * KV_STRIDE + $eu * EDGE / 4u], KV_STRIDE);
+    let q_$b_$e_$h = coopLoadT<FRAGMENT<f16, A>>(&wg_kv[CELL * ((band + $bu * EDGE) * K_STRIDE + $eu * EDGE / 4u)], CELL * K_STRIDE);
     //$ end
     //$ end
     //$ end
@@ -163,51 +164,58 @@ fn main(
             continue;
         }
         workgroupBarrier();
-        for (var at = thread; at < TILE_KV * D_QUADS + nought; at += THREADS) {
-            let r = at / D_QUADS;
-            let e = at % D_QUADS;
-            var k = vec4<f32>();
-            if 4u * e < params.head_dim {
-                k = load4_k(row_k(bh.x, kv_head, min(first + r, len_k - 1u)), 4u * e);
-            }
-            wg_kv[r * KV_STRIDE + e] = vec4<f16>(k);
-        }
+        stage_k(thread, nought, bh.x, kv_head, first, len_k);
         if thread == 0u {
             atomicStore(&wg_leaves, 0u);
             atomicStore(&wg_careful, 0u);
         }
         workgroupBarrier();
-        for (var own = 0u; own < KEY_FRAGS / COLUMNS + nought; own += 1u) {
-            let c = own * COLUMNS + column;
+        // SIDE fragments of S side by side: their products do not wait for one another.
+        for (var own = 0u; own < KEY_FRAGS / COLUMNS + nought; own += SIDE) {
+            //$ for c in 0..SIDE
+            let key_$c = ((own + $cu) * COLUMNS + column) * EDGE;
             //$ for b in 0..BANDS
-            var s_$b = FRAGMENT<f32, C>();
+            var s_$b_$c = FRAGMENT<f32, C>();
+            //$ end
             //$ end
             // Rows of K are read as columns: its transpose.
             //$ for once in 0..KEPT_Q
             //$ for e in 0..D_FRAGS
+            //$ for c in 0..SIDE
             {
-                let k = coopLoad<FRAGMENT<f16, B>>(&wg_kv[c * EDGE * KV_STRIDE + $eu * EDGE / 4u], KV_STRIDE);
+                let k = coopLoad<FRAGMENT<f16, B>>(&wg_kv[CELL * (key_$c * K_STRIDE + $eu * EDGE / 4u)], CELL * K_STRIDE);
                 //$ for b in 0..BANDS
                 //$ for h in 0..Q_PARTS
-                s_$b = coopMultiplyAdd(q_$b_$e_$h, k, s_$b);
+                s_$b_$c = coopMultiplyAdd(q_$b_$e_$h, k, s_$b_$c);
                 //$ end
                 //$ end
             }
+            //$ end
             //$ end
             //$ end
             //$ for once in KEPT_Q..1
             for (var e = 0u; e < D_FRAGS + nought; e += 1u) {
-                let k = coopLoad<FRAGMENT<f16, B>>(&wg_kv[c * EDGE * KV_STRIDE + e * EDGE / 4u], KV_STRIDE);
                 //$ for b in 0..BANDS
                 //$ for h in 0..Q_PARTS
-                let q_$b_$h = coopLoadT<FRAGMENT<f16, A>>(&wg_q[($hu * TILE_Q + band + $bu * EDGE) * Q_STRIDE + e * EDGE / 4u], Q_STRIDE);
-                s_$b = coopMultiplyAdd(q_$b_$h, k, s_$b);
+                let q_$b_$h = coopLoadT<FRAGMENT<f16, A>>(&wg_q[CELL * (($hu * TILE_Q + band + $bu * EDGE) * K_STRIDE + e * EDGE / 4u)], CELL * K_STRIDE);
                 //$ end
+                //$ end
+                //$ for c in 0..SIDE
+                {
+                    let k = coopLoad<FRAGMENT<f16, B>>(&wg_kv[CELL * (key_$c * K_STRIDE + e * EDGE / 4u)], CELL * K_STRIDE);
+                    //$ for b in 0..BANDS
+                    //$ for h in 0..Q_PARTS
+                    s_$b_$c = coopMultiplyAdd(q_$b_$h, k, s_$b_$c);
+                    //$ end
+                    //$ end
+                }
                 //$ end
             }
             //$ end
+            //$ for c in 0..SIDE
             //$ for b in 0..BANDS
-            coopStoreT(s_$b, &wg_s[(band + $bu * EDGE) * S_STRIDE + c * EDGE / 4u], S_STRIDE);
+            coopStoreT(s_$b_$c, &wg_s[CELL * ((band + $bu * EDGE) * S_STRIDE + key_$c / 4u)], CELL * S_STRIDE);
+            //$ end
             //$ end
         }
         workgroupBarrier();
@@ -222,7 +230,7 @@ fn main(
         var scores: array<vec4<f32>, OWN_QUADS>;
         if plain {
             for (var c = 0u; c < OWN_QUADS; c += 1u) {
-                scores[c] = unscale * wg_s[own_row * S_STRIDE + x + c * LANES] * params.scale;
+                scores[c] = unscale * get_s(own_row * S_STRIDE + x + c * LANES) * params.scale;
                 plain = plain && are_ordinary(scores[c]);
             }
         }
@@ -230,7 +238,7 @@ fn main(
         for (var c = 0u; c < OWN_QUADS; c += 1u) {
             if !plain {
                 let quad = x + c * LANES;
-                let dots = unscale * wg_s[own_row * S_STRIDE + quad];
+                let dots = unscale * get_s(own_row * S_STRIDE + quad);
                 for (var j = 0u; j < 4u; j += 1u) {
                     scores[c][j] = finish_score(dots[j], bh.x, h, i, first + 4u * quad + j, range, len_k, masked);
                 }
@@ -261,23 +269,9 @@ fn main(
                 weights = select(vec4<f16>(p), vec4<f16>(-0.0), dropped);
             }
             l += (kept.x + kept.y) + (kept.z + kept.w);
-            wg_p[own_row * P_STRIDE + x + c * LANES] = weights;
+            put_p(own_row * P_STRIDE + x + c * LANES, weights);
         }
-        for (var at = thread; at < TILE_KV * V_QUADS + nought; at += THREADS) {
-            let key = first + at / V_QUADS;
-            let e = at % V_QUADS;
-            var v = vec4<f32>();
-            if key < len_k && 4u * e < params.head_dim_v {
-                v = load4_v(row_v(bh.x, kv_head, key), 4u * e);
-            }
-            // 0 * NaN is NaN, also where the key is dropped: such quads are added by themselves.
-            if !is_finite4(v) {
-                v = vec4<f32>();
-                atomicStore(&wg_leaves, 1u);
-                atomicStore(&wg_careful, 1u);
-            }
-            wg_kv[(key - first) * KV_STRIDE + e] = vec4<f16>(v);
-        }
+        stage_v(thread, nought, bh.x, kv_head, first, len_k);
         workgroupBarrier();
 
         if atomicLoad(&wg_leaves) != 0u {
@@ -289,35 +283,35 @@ fn main(
             //$ end
             //$ for n in $g*ROUND_FRAGS..$g*ROUND_FRAGS+ROUND_FRAGS below OWN_FRAGS
             //$ for b in 0..BANDS
-            coopStoreT(o_$b_$n, &wg_s[(band + $bu * EDGE) * S_STRIDE + (column * ROUND_FRAGS + $nu % ROUND_FRAGS) * EDGE / 4u], S_STRIDE);
+            coopStoreT(o_$b_$n, &wg_s[CELL * ((band + $bu * EDGE) * S_STRIDE + (column * ROUND_FRAGS + $nu % ROUND_FRAGS) * EDGE / 4u)], CELL * S_STRIDE);
             //$ end
             //$ end
             workgroupBarrier();
             for (var e = x; e < TILE_KV / 4u; e += LANES) {
                 let d = column_in_s($gu, e);
                 if d < params.head_dim_v {
-                    var sum = shrink * wg_s[own_row * S_STRIDE + e];
+                    var sum = shrink * get_s(own_row * S_STRIDE + e);
                     if careful {
                         sum += not_finite(own_row, bh.x, kv_head, first, len_k, d);
                     }
-                    wg_s[own_row * S_STRIDE + e] = sum;
+                    put_s(own_row * S_STRIDE + e, sum);
                 }
             }
             workgroupBarrier();
             //$ for n in $g*ROUND_FRAGS..$g*ROUND_FRAGS+ROUND_FRAGS below OWN_FRAGS
             //$ for b in 0..BANDS
-            o_$b_$n = coopLoadT<FRAGMENT<f32, C>>(&wg_s[(band + $bu * EDGE) * S_STRIDE + (column * ROUND_FRAGS + $nu % ROUND_FRAGS) * EDGE / 4u], S_STRIDE);
+            o_$b_$n = coopLoadT<FRAGMENT<f32, C>>(&wg_s[CELL * ((band + $bu * EDGE) * S_STRIDE + (column * ROUND_FRAGS + $nu % ROUND_FRAGS) * EDGE / 4u)], CELL * S_STRIDE);
             //$ end
             //$ end
             //$ end
         }
         for (var c = 0u; c < KEY_FRAGS + nought; c += 1u) {
             //$ for b in 0..BANDS
-            let p_$b = coopLoadT<FRAGMENT<f16, A>>(&wg_p[(band + $bu * EDGE) * P_STRIDE + c * EDGE / 4u], P_STRIDE);
+            let p_$b = coopLoadT<FRAGMENT<f16, A>>(&wg_p[CELL * ((band + $bu * EDGE) * P_STRIDE + c * EDGE / 4u)], CELL * P_STRIDE);
             //$ end
             //$ for n in 0..OWN_FRAGS
             {
-                let v = coopLoadT<FRAGMENT<f16, B>>(&wg_kv[c * EDGE * KV_STRIDE + (column * OWN_FRAGS + $nu) * EDGE / 4u], KV_STRIDE);
+                let v = coopLoad<FRAGMENT<f16, B>>(&wg_kv[CELL * ((column * OWN_FRAGS + $nu) * EDGE * V_STRIDE + c * EDGE / 4u)], CELL * V_STRIDE);
                 //$ for b in 0..BANDS
                 o_$b_$n = coopMultiplyAdd(p_$b, v, o_$b_$n);
                 //$ end
@@ -337,14 +331,14 @@ fn main(
     workgroupBarrier();
     //$ for n in $g*ROUND_FRAGS..$g*ROUND_FRAGS+ROUND_FRAGS below OWN_FRAGS
     //$ for b in 0..BANDS
-    coopStoreT(o_$b_$n, &wg_s[(band + $bu * EDGE) * S_STRIDE + (column * ROUND_FRAGS + $nu % ROUND_FRAGS) * EDGE / 4u], S_STRIDE);
+    coopStoreT(o_$b_$n, &wg_s[CELL * ((band + $bu * EDGE) * S_STRIDE + (column * ROUND_FRAGS + $nu % ROUND_FRAGS) * EDGE / 4u)], CELL * S_STRIDE);
     //$ end
     //$ end
     workgroupBarrier();
     for (var e = x; e < TILE_KV / 4u && exists; e += LANES) {
         let d = column_in_s($gu, e);
         if d < params.head_dim_v {
-            end_quad(index, out, d, wg_s[own_row * S_STRIDE + e], end, split);
+            end_quad(index, out, d, get_s(own_row * S_STRIDE + e), end, split);
         }
     }
     //$ end
@@ -363,7 +357,7 @@ fn not_finite(row: u32, b: u32, kv_head: u32, first: u32, len_k: u32, d: u32) ->
     var sum = vec4<f32>();
     for (var key = 0u; key < TILE_KV && first + key < len_k; key += 1u) {
         let v = load4_v(row_v(b, kv_head, first + key), d);
-        let p = f32(wg_p[row * P_STRIDE + key / 4u][key % 4u]);
+        let p = f32(get_p(row * P_STRIDE + key / 4u)[key % 4u]);
         if !is_finite4(v) && !is_dropped_weight(p) {
             sum += p * v;
         }

@@ -14,7 +14,7 @@ const TILE_OUTPUTS = 4u * TILE_QUADS;
 const X_STRIDE = STEP / 4u + 2u;
 const Y_STRIDE = EDGE + 4u;
 
-var<workgroup> wg_x: array<vec4<f16>, TILE_ROWS * X_STRIDE>;
+const SIZE_x = TILE_ROWS * X_STRIDE;
 var<workgroup> wg_y: array<f32, DOWN * ACROSS * EDGE * Y_STRIDE>;
 
 @compute @workgroup_size(THREADS)
@@ -62,7 +62,7 @@ fn main(
                 if k + 4u * e < params.inputs {
                     x = x4(min(first_row + row, params.rows - 1u), k + 4u * e);
                 }
-                wg_x[row * X_STRIDE + e] = vec4<f16>(x);
+                put_x(row * X_STRIDE + e, vec4<f16>(x));
             }
             for (var at = thread; at < TILE_OUTPUTS * (STEP / 4u); at += THREADS) {
                 stage_w(at, first_quad, k);
@@ -70,11 +70,11 @@ fn main(
             workgroupBarrier();
             for (var e = 0u; e < STEP; e += EDGE) {
                 //$ for b in 0..BANDS
-                let x_$b = coopLoadT<FRAGMENT<f16, A>>(&wg_x[(band + $bu * EDGE) * X_STRIDE + e / 4u], X_STRIDE);
+                let x_$b = coopLoadT<FRAGMENT<f16, A>>(&wg_x[CELL * ((band + $bu * EDGE) * X_STRIDE + e / 4u)], CELL * X_STRIDE);
                 //$ end
                 //$ for n in 0..COLUMNS
                 {
-                    let w = LOAD_W<FRAGMENT<f16, B>>(&wg_w[w_at(column + $nu * EDGE, e)], W_STRIDE);
+                    let w = LOAD_W<FRAGMENT<f16, B>>(&wg_w[CELL * w_at(column + $nu * EDGE, e)], CELL * W_STRIDE);
                     //$ for b in 0..BANDS
                     sum_$b_$n = coopMultiplyAdd(x_$b, w, sum_$b_$n);
                     //$ end

@@ -8,7 +8,7 @@ use crate::fused::LEAST_SUBGROUP;
 use crate::kernel::Io;
 use crate::layout::Layout;
 use crate::params::ParamLayout;
-use crate::shader::{load_part, store_part};
+use crate::shader::{cells, load_part, store_part};
 use crate::unroll::unroll;
 
 macro_rules! part {
@@ -67,16 +67,21 @@ struct Matrix {
     columns: u32,
     /// Inputs that are staged at a time.
     step: u32,
+    /// Workgroup memory is of scalars.
+    scalars: bool,
 }
 
 impl Matrix {
     /// Of a device that has none.
-    const NONE: Self = Self { edge: 0, subgroup: 0, down: 0, across: 0, bands: 0, columns: 0, step: 0 };
+    const NONE: Self =
+        Self { edge: 0, subgroup: 0, down: 0, across: 0, bands: 0, columns: 0, step: 0, scalars: false };
 
     /// The most rows that there are, and that registers and workgroup memory take.
     fn of(rows: u32, far: bool, by_outputs: bool, caps: &Caps) -> Self {
-        let Some(&MatrixUnits { edge, subgroup, .. }) = caps.matrix.as_ref() else { return Self::NONE };
-        let sized = |bands| Self { edge, subgroup, down: 2, across: 2, bands, columns: 2, step: 32 };
+        let Some(&MatrixUnits { edge, subgroup, scalars, .. }) = caps.matrix.as_ref() else {
+            return Self::NONE;
+        };
+        let sized = |bands| Self { edge, subgroup, down: 2, across: 2, bands, columns: 2, step: 32, scalars };
         let suits = |matrix: &Self| {
             matrix.registers(far) <= MOST_REGISTERS
                 && matrix.workgroup_bytes(by_outputs) <= caps.max_workgroup_bytes
@@ -413,6 +418,9 @@ impl Linear {
                     (part!("io/linear_matrix_by_inputs"), "coopLoad")
                 };
                 add(stage);
+                for name in ["x", "w"] {
+                    add(&cells(matrix.scalars, name, "f16"));
+                }
                 let fragment = format!("coop_mat{0}x{0}", matrix.edge);
                 let text = part!("kernel/linear_matrix").replace("FRAGMENT", &fragment);
                 add(&unroll(&text.replace("LOAD_W", load), &self.constants()));
@@ -456,6 +464,7 @@ impl Linear {
                     ("BANDS", m.bands),
                     ("COLUMNS", m.columns),
                     ("STEP", m.step),
+                    ("CELL", if m.scalars { 4 } else { 1 }),
                 ];
                 [&own[..], &tile, &levels(1)].concat()
             }
@@ -560,7 +569,7 @@ mod tests {
             let caps = Caps {
                 shader_f16,
                 subgroup: Some((32, 32)),
-                matrix: Some(MatrixUnits { edge: 16, subgroup: 32, tested: None }),
+                matrix: Some(MatrixUnits { edge: 16, subgroup: 32, scalars: false, tested: None }),
                 ..Caps::minimal()
             };
             for kernel in LinearKernel::ALL {

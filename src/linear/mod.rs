@@ -298,7 +298,7 @@ mod tests {
         let subgroups = Caps { subgroup: Some((32, 32)), ..Caps::minimal() };
         let card = |tested| Caps {
             shader_f16: true,
-            matrix: Some(MatrixUnits { edge: 16, subgroup: 32, tested }),
+            matrix: Some(MatrixUnits { edge: 16, subgroup: 32, scalars: false, tested }),
             ..subgroups.clone()
         };
         let (trusted, untested) = (card(Some(Ok(()))), card(None));
