@@ -13,16 +13,8 @@ pub(crate) const LANE_KEYS: u32 = 4;
 /// looking it up costs nothing, and as fine as the tile kernel's. Divides the levels of its sums.
 pub(crate) const ROW_MAP_KEYS: u32 = 32;
 
-/// Most f32 registers that a thread of the tile kernel spends on its part of o. With the scores, the
-/// operands and partial sums that makes at most 152: a multiprocessor of 65536 then has three warps for each of
-/// its schedulers, and each thread 32 sums that do not wait for one another.
-const MOST_OUTPUT_REGISTERS: u32 = 64;
-
 /// Most quads of o of a row that share an exchange of weights: each costs a row four registers.
 const MOST_SHARED: u32 = 2;
-
-/// Registers of a thread at which the tile kernel no longer makes sense.
-pub(crate) const MOST_REGISTERS: u32 = 160;
 
 /// The tile kernel's sizes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -35,18 +27,31 @@ pub(crate) struct FusedTile {
     pub(crate) rows: u32,
     /// Quads of head_dim or head_dim_v that are staged at a time.
     pub(crate) slice: u32,
+    /// Whether all slices of head_dim, and of head_dim_v, are whole.
+    pub(crate) whole: [bool; 2],
     /// Quads of head_dim_v of a thread.
     pub(crate) quads: u32,
     /// Keys and values are staged together.
     pub(crate) both: bool,
+    /// Quads of head_dim if queries are held in workgroup memory, else 0.
+    pub(crate) held: u32,
     /// The threads of a row exchange by subgroup operations, else through workgroup memory.
     pub(crate) subgroup: bool,
 }
 
 impl FusedTile {
     /// Of kernels that are none.
-    pub(crate) const NONE: Self =
-        Self { lanes: 0, row_lanes: 0, rows: 0, slice: 0, quads: 0, both: false, subgroup: false };
+    pub(crate) const NONE: Self = Self {
+        lanes: 0,
+        row_lanes: 0,
+        rows: 0,
+        slice: 0,
+        whole: [false; 2],
+        quads: 0,
+        both: false,
+        held: 0,
+        subgroup: false,
+    };
 
     /// Query rows of a workgroup.
     pub(crate) fn tile_q(self) -> u32 {
@@ -63,12 +68,14 @@ impl FusedTile {
     }
 
     /// Workgroup memory: a slice of the key or value tile or of both (skewed by a vec4, so that rows
-    /// begin in different banks) and two flags; and without subgroup operations the weights (skewed,
-    /// too) and a number for each row and lane.
+    /// begin in different banks), the queries if they are held, and two flags; and without subgroup
+    /// operations the weights (skewed, too) and a number for each row and lane.
     pub(crate) fn workgroup_bytes(self) -> u32 {
         let staged = self.tile_kv() * (self.slice + 1) * if self.both { 2 } else { 1 };
         let exchanged = self.tile_q() * (16 * (self.lanes + 1) + 4 * self.lanes);
-        16 * staged + if self.subgroup { 0 } else { exchanged } + 8
+        let skew = if self.lanes < 8 { 1 } else { 0 };
+        let queries = if self.held > 0 { self.tile_q() * (self.held + skew) } else { 0 };
+        16 * (staged + queries) + if self.subgroup { 0 } else { exchanged } + 8
     }
 
     /// Quads of o of each row that share an exchange of weights. (By count, a quad's own loads and shuffles take a
@@ -84,6 +91,17 @@ impl FusedTile {
         self.rows * of_a_row + 4 * LANE_KEYS
     }
 
+    /// The same, knowing which widths its slices cut without a rest.
+    fn cutting(self, widths: [usize; 2]) -> Self {
+        Self { whole: widths.map(|width| (width as u32).is_multiple_of(4 * self.slice)), ..self }
+    }
+
+    /// The same with queries held in workgroup memory, if there is room.
+    fn holding(self, head_dim: usize, caps: &Caps) -> Option<Self> {
+        let held = Self { held: (head_dim as u32).div_ceil(4), ..self };
+        (held.workgroup_bytes() <= most_holding_bytes(caps)).then_some(held)
+    }
+
     /// Why the device's subgroups do not serve; `None` when they do, or are not asked to.
     pub(crate) fn subgroup_unfit(self, caps: &Caps) -> Option<String> {
         if !self.subgroup {
@@ -97,6 +115,12 @@ impl FusedTile {
     }
 }
 
+/// Most workgroup memory of a workgroup that holds its queries there: a multiprocessor should have two of them.
+/// Of those that offer up to 48 KiB most have twice that and more (NVIDIA); that of others is what they offer (AMD).
+fn most_holding_bytes(caps: &Caps) -> u32 {
+    if caps.max_workgroup_bytes > 48 << 10 { 32 << 10 } else { caps.max_workgroup_bytes }
+}
+
 /// Threads of a workgroup of the tile kernels: four warps, and no fewer than the largest subgroup there is.
 const MOST_THREADS: u32 = 128;
 
@@ -108,7 +132,8 @@ const LEAST_THREADS: u32 = 64;
 pub(crate) const LEAST_SUBGROUP: u32 = 4;
 
 /// The tile kernels' sizes for a problem: the widest step of keys whose tiles fit the device's workgroup
-/// memory (barriers dominate small steps), then keys and values together, then the widest slice.
+/// memory (barriers dominate small steps), then with queries beside them, then keys and values together, then the
+/// widest slice.
 pub(crate) fn tile(
     rows: usize,
     head_dim: usize,
@@ -128,11 +153,7 @@ pub(crate) fn tile(
         let wanted = (rows as u32 * lanes).max(least_threads).next_power_of_two();
         let row_lanes = threads.min(wanted) / lanes;
         let own_quads = quads(head_dim_v).div_ceil(lanes);
-        // Rows that there are, and registers that there are.
-        let wanted = (rows as u32).div_ceil(row_lanes).next_power_of_two();
-        let rows = (MOST_OUTPUT_REGISTERS / 4 / own_quads).clamp(1, 4).min(wanted);
-        let rows = if rows == 3 { 2 } else { rows.max(1) };
-        FusedTile {
+        let of_rows = |rows| FusedTile {
             lanes,
             row_lanes,
             rows,
@@ -140,22 +161,36 @@ pub(crate) fn tile(
             quads: own_quads,
             both,
             subgroup,
-        }
+            ..FusedTile::NONE
+        };
+        // As many as there are, and as there are registers for: with four, each thread has 32 sums that do not wait
+        // for one another.
+        let wanted = (rows as u32).div_ceil(row_lanes).next_power_of_two();
+        let fits = |tile: &FusedTile| tile.rows <= wanted && tile.registers() <= caps.max_registers;
+        [4, 2].map(of_rows).into_iter().find(fits).unwrap_or(of_rows(1)).cutting([head_dim, head_dim_v])
     };
     // Side by side they fit whole, and only where nothing else asks for barriers.
     let together = [(true, widest)].into_iter().filter(|_| subgroup);
     let slices = together.chain([32, 16, 8].map(|slice| (false, slice)));
-    let all = [8, 4, 2]
-        .into_iter()
-        .filter(|&lanes| lanes <= neighbours.max(2))
-        .flat_map(|lanes| slices.clone().map(move |(both, slice)| candidate(lanes, both, slice)));
-    let fits = |tile: &FusedTile| tile.workgroup_bytes() <= caps.max_workgroup_bytes;
-    all.clone().find(fits).or(all.last()).unwrap_or(FusedTile::NONE)
+    let best = |lanes: u32| {
+        let all = slices.clone().map(|(both, slice)| candidate(lanes, both, slice));
+        // Short slices cost barriers.
+        let long = |tile: &FusedTile| tile.slice >= 16.min(widest);
+        let holding = all.clone().filter(long).find_map(|tile| tile.holding(head_dim, caps));
+        holding.or_else(|| all.clone().find(|tile| tile.workgroup_bytes() <= caps.max_workgroup_bytes))
+    };
+    let lanes = [8, 4, 2].into_iter().filter(|&lanes| lanes <= neighbours);
+    lanes.into_iter().find_map(best).unwrap_or(candidate(2, false, 8))
 }
 
 /// Sizes of a caller's choice in the place of the planner's; or why they make no kernel. Whether it fits
 /// the device is asked of every kernel alike.
-pub(crate) fn sized(of: FusedTile, tile: &Tile, problem: &AttentionProblem) -> Result<FusedTile, String> {
+pub(crate) fn sized(
+    of: FusedTile,
+    tile: &Tile,
+    problem: &AttentionProblem,
+    caps: &Caps,
+) -> Result<FusedTile, String> {
     let quads = |width: usize| (width as u32).div_ceil(4);
     let widest = quads(problem.head_dim.max(problem.head_dim_v));
     let lanes = tile.lanes.unwrap_or(of.lanes);
@@ -173,7 +208,7 @@ pub(crate) fn sized(of: FusedTile, tile: &Tile, problem: &AttentionProblem) -> R
         "a multiple of lanes, at most 128",
     )?;
     let both = of.subgroup && slice >= widest && tile.slice.is_none_or(|_| of.both);
-    Ok(FusedTile {
+    let sized = FusedTile {
         lanes,
         row_lanes: threads / lanes,
         rows,
@@ -181,7 +216,10 @@ pub(crate) fn sized(of: FusedTile, tile: &Tile, problem: &AttentionProblem) -> R
         quads: quads(problem.head_dim_v).div_ceil(lanes),
         both,
         subgroup: of.subgroup,
-    })
+        ..FusedTile::NONE
+    }
+    .cutting([problem.head_dim, problem.head_dim_v]);
+    Ok(sized.holding(problem.head_dim, caps).unwrap_or(sized))
 }
 
 /// The row kernel's sizes.
@@ -304,7 +342,7 @@ mod tests {
                     let t = tile(seq_q, head_dim, head_dim_v, false, &Caps::minimal());
                     assert!(t.workgroup_bytes() <= 16 << 10, "{head_dim} {head_dim_v}: {t:?}");
                     assert!(
-                        t.registers() <= MOST_REGISTERS,
+                        t.registers() <= Caps::minimal().max_registers,
                         "{head_dim} {head_dim_v}: {t:?}, {}",
                         t.registers()
                     );
@@ -314,6 +352,29 @@ mod tests {
                     );
                 }
             }
+        }
+    }
+
+    /// By the statistics of Mesa's compilers: at 120 registers Intel's spills a hundred, at 88 none.
+    #[test]
+    fn few_registers_get_fewer_rows() {
+        let few = Caps { max_registers: 96, ..Caps::minimal() };
+        for (width, rows) in [(32, [4, 4]), (64, [4, 2]), (128, [4, 2]), (256, [2, 1]), (512, [1, 1])] {
+            let tiles = [&Caps::minimal(), &few].map(|caps| tile(4096, width, width, false, caps));
+            assert_eq!(tiles.map(|tile| tile.rows), rows, "{width}: {tiles:?}");
+        }
+    }
+
+    /// Queries are held where a multiprocessor has room for two workgroups that do so.
+    #[test]
+    fn queries_are_held_where_there_is_room() {
+        for (kib, width, held) in
+            [(16, 64, 0), (32, 64, 0), (32, 32, 8), (48, 64, 16), (48, 66, 17), (48, 128, 0), (64, 64, 0)]
+        {
+            let caps = Caps { max_workgroup_bytes: kib << 10, ..Caps::minimal() };
+            let tile = tile(4096, width, width, false, &caps);
+            assert_eq!(tile.held, held, "{kib} KiB, {width}: {tile:?}");
+            assert!(tile.workgroup_bytes() <= caps.max_workgroup_bytes, "{tile:?}");
         }
     }
 

@@ -1,7 +1,7 @@
 //! The table of kernels, and the blueprint of one: everything that is compiled in.
 
 use crate::cache::Cache;
-use crate::caps::Caps;
+use crate::caps::{Caps, MANY_REGISTERS};
 use crate::dtype::Dtype;
 use crate::error::Operand;
 use crate::fused::{self, FusedRow, FusedTile};
@@ -635,11 +635,10 @@ impl Blueprint {
                 return Some(format!("{} needs {need} {what}, the device has {got}", self.kernel.name()));
             }
         }
-        if self.kernel.is_fused_tile() && t.registers() > fused::MOST_REGISTERS {
+        if self.kernel.is_fused_tile() && t.registers() > MANY_REGISTERS {
             let need = t.registers();
-            let most = fused::MOST_REGISTERS;
             return Some(format!(
-                "{} needs {need} registers a thread, {most} is the most",
+                "{} needs {need} registers a thread, {MANY_REGISTERS} is the most",
                 self.kernel.name()
             ));
         }

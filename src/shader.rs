@@ -260,8 +260,11 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         Kernel::Merge => part!("kernel/merge"),
         Kernel::FusedTile | Kernel::FusedSubgroup => {
             let subgroup = b.tiles.fused.subgroup;
+            // Before the kernel's workgroup memory, and behind it: vec4s first, so that nothing lies between for
+            // alignment.
+            let held = b.tiles.fused.held > 0;
+            add(if held { part!("exchange/queries_held") } else { part!("exchange/queries_cached") });
             add(part!("kernel/fused_tile"));
-            // Behind the kernel's workgroup memory: vec4s first, so that nothing lies between for alignment.
             add(if subgroup {
                 part!("exchange/staged_subgroup")
             } else {
@@ -467,6 +470,9 @@ fn constants(b: &Blueprint) -> Vec<(&'static str, u32)> {
             ("SLICE", t.fused.slice),
             ("QUADS", t.fused.quads),
             ("SHARE", t.fused.share()),
+            ("Q_QUADS", t.fused.held),
+            ("WHOLE_D", t.fused.whole[0].into()),
+            ("WHOLE_V", t.fused.whole[1].into()),
             ("PLAIN", plain.into()),
         ],
         Kernel::FusedMatrix => &[

@@ -164,7 +164,7 @@ impl Tile {
         match self.family {
             Family::StagedTile | Family::StagedDirect => {}
             Family::FusedTile | Family::FusedSubgroup => {
-                tiles.fused = fused::sized(tiles.fused, self, problem)?;
+                tiles.fused = fused::sized(tiles.fused, self, problem, caps)?;
             }
             Family::FusedMatrix => tiles.matrix = tiles.matrix.sized(self)?,
             Family::FusedRow => tiles.row = tiles.row.sized(self)?,

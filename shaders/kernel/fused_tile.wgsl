@@ -13,8 +13,8 @@
 // kernels that share this text (shaders/exchange/). K and V take turns in wg_kv, SLICE quads of a row
 // at a time, with four barriers a step where a row is one slice and two more for each further slice of
 // K or V; or (BOTH) they lie there side by side, where subgroups exchange the rest, with three barriers a
-// step (staged_subgroup.wgsl has two of them). Q comes from the caches. Workgroup memory is priced in
-// src/fused.rs. Each step's P V is summed apart before it joins O, so that the rounding error of a long
+// step (staged_subgroup.wgsl has two of them). Q lies in workgroup memory for good where it has room there,
+// else it comes from the caches (shaders/exchange/queries_*.wgsl). Workgroup memory is priced in src/fused.rs. Each step's P V is summed apart before it joins O, so that the rounding error of a long
 // row does not grow with it; SHARE quads of a row at a time, for which weights are exchanged once.
 
 const TILE_KV = 4u * LANES;
@@ -35,7 +35,7 @@ fn stage_k(thread: u32, b: u32, kv_head: u32, first: u32, begin: u32, len_k: u32
     for (var at = thread; at < TILE_KV * SLICE; at += THREADS) {
         let d = 4u * (begin + at % SLICE);
         var k = vec4<f32>();
-        if d < params.head_dim {
+        if WHOLE_D == 1u || d < params.head_dim {
             k = load4_k(row_k(b, kv_head, min(first + at / SLICE, len_k - 1u)), d);
         }
         wg_kv[at / SLICE * KV_SKEW + at % SLICE] = k;
@@ -47,7 +47,7 @@ fn stage_v(thread: u32, b: u32, kv_head: u32, first: u32, begin: u32, len_k: u32
         let key = first + at / SLICE;
         let d = 4u * (begin + at % SLICE);
         var v = vec4<f32>();
-        if key < len_k && d < params.head_dim_v {
+        if key < len_k && (WHOLE_V == 1u || d < params.head_dim_v) {
             v = load4_v(row_v(b, kv_head, key), d);
         }
         // 0 * NaN is NaN, also where the key is dropped: such quads are added by themselves.
@@ -106,6 +106,7 @@ fn main(
         acc[n] = vec4<f32>();
     }
 
+    stage_q(thread, owner, row);
     if thread == 0u {
         atomicStore(&wg_careful[0], 0u);
     }
@@ -133,13 +134,13 @@ fn main(
             } else {
                 workgroupBarrier();
             }
-            for (var e = 0u; e < min(SLICE, quads - begin); e += 1u) {
+            for (var e = 0u; e < select(min(SLICE, quads - begin), SLICE, WHOLE_D == 1u); e += 1u) {
                 let k0 = wg_kv[x * KV_SKEW + e];
                 let k1 = wg_kv[(x + LANES) * KV_SKEW + e];
                 let k2 = wg_kv[(x + 2u * LANES) * KV_SKEW + e];
                 let k3 = wg_kv[(x + 3u * LANES) * KV_SKEW + e];
                 for (var r = 0u; r < ROWS; r += 1u) {
-                    let q = load4_q(query[r], 4u * (begin + e));
+                    let q = quad_of_q(own_row + r, query[r], begin + e);
                     dots[r] += vec4<f32>(dot(q, k0), dot(q, k1), dot(q, k2), dot(q, k3));
                 }
             }
@@ -224,7 +225,12 @@ fn main(
                         let v3 = wg_kv[(giver + 3u * LANES) * KV_SKEW + column];
                         for (var r = 0u; r < ROWS; r += 1u) {
                             let p = weights[r];
-                            part[r * SHARE + s] += p.x * v0 + p.y * v1 + p.z * v2 + p.w * v3;
+                            // One by one: their sum would be an addition more.
+                            let at = r * SHARE + s;
+                            part[at] += p.x * v0;
+                            part[at] += p.y * v1;
+                            part[at] += p.z * v2;
+                            part[at] += p.w * v3;
                         }
                     }
                 }

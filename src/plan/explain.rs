@@ -53,11 +53,12 @@ impl std::fmt::Display for Plan {
                     None => "no tiles".into(),
                 },
                 Kernel::FusedTile | Kernel::FusedSubgroup => format!(
-                    "{} queries x {} keys, {} of a row at a time{}, {} registers a thread",
+                    "{} queries x {} keys, {} of a row at a time{}, queries in {}, {} registers a thread",
                     t.fused.tile_q(),
                     t.fused.tile_kv(),
                     4 * t.fused.slice,
                     if t.fused.both { " of keys and values together" } else { "" },
+                    if t.fused.held > 0 { "workgroup memory" } else { "caches" },
                     t.fused.registers()
                 ),
                 Kernel::FusedMatrix => format!(
