@@ -174,9 +174,9 @@ pub(crate) fn tile(
     let slices = together.chain([32, 16, 8].map(|slice| (false, slice)));
     let best = |lanes: u32| {
         let all = slices.clone().map(|(both, slice)| candidate(lanes, both, slice));
-        // Short slices cost barriers.
-        let long = |tile: &FusedTile| tile.slice >= 16.min(widest);
-        let holding = all.clone().filter(long).find_map(|tile| tile.holding(head_dim, caps));
+        // Many slices cost barriers.
+        let few = |tile: &FusedTile| 2 * tile.slice >= widest;
+        let holding = all.clone().filter(few).find_map(|tile| tile.holding(head_dim, caps));
         holding.or_else(|| all.clone().find(|tile| tile.workgroup_bytes() <= caps.max_workgroup_bytes))
     };
     let lanes = [8, 4, 2].into_iter().filter(|&lanes| lanes <= neighbours);
@@ -369,7 +369,7 @@ mod tests {
     #[test]
     fn queries_are_held_where_there_is_room() {
         for (kib, width, held) in
-            [(16, 64, 0), (32, 64, 0), (32, 32, 8), (48, 64, 16), (48, 66, 17), (48, 128, 0), (64, 64, 0)]
+            [(16, 64, 0), (32, 32, 8), (32, 64, 16), (48, 64, 16), (48, 66, 17), (48, 128, 0), (64, 64, 16)]
         {
             let caps = Caps { max_workgroup_bytes: kib << 10, ..Caps::minimal() };
             let tile = tile(4096, width, width, false, &caps);
