@@ -1,7 +1,7 @@
 //! Tiles of the fused kernels: pure functions of widths, lengths and device, priced in bytes of
 //! workgroup memory and registers of a thread.
 
-use crate::caps::Caps;
+use crate::caps::{Caps, MANY_REGISTERS};
 use crate::dtype::Dtype;
 use crate::problem::AttentionProblem;
 use crate::tile::{Tile, check};
@@ -169,9 +169,12 @@ pub(crate) fn tile(
         let fits = |tile: &FusedTile| tile.rows <= wanted && tile.registers() <= caps.max_registers;
         [4, 2].map(of_rows).into_iter().find(fits).unwrap_or(of_rows(1)).cutting([head_dim, head_dim_v])
     };
+    // Compilers keep all that a thread stages in registers: twice the slice is twice as many.
+    let longest = if caps.max_registers < MANY_REGISTERS { 16 } else { 32 };
     // Side by side they fit whole, and only where nothing else asks for barriers.
-    let together = [(true, widest)].into_iter().filter(|_| subgroup);
-    let slices = together.chain([32, 16, 8].map(|slice| (false, slice)));
+    let together = [(true, widest)].into_iter().filter(|_| subgroup && widest.min(32) <= longest);
+    let slices = [32, 16, 8].into_iter().filter(move |&slice| slice <= longest);
+    let slices = together.chain(slices.map(|slice| (false, slice)));
     let best = |lanes: u32| {
         let all = slices.clone().map(|(both, slice)| candidate(lanes, both, slice));
         // Many slices cost barriers.
@@ -362,6 +365,7 @@ mod tests {
         for (width, rows) in [(32, [4, 4]), (64, [4, 2]), (128, [4, 2]), (256, [2, 1]), (512, [1, 1])] {
             let tiles = [&Caps::minimal(), &few].map(|caps| tile(4096, width, width, false, caps));
             assert_eq!(tiles.map(|tile| tile.rows), rows, "{width}: {tiles:?}");
+            assert!(tiles[1].slice <= 16, "{width}: {tiles:?}");
         }
     }
 
