@@ -46,7 +46,7 @@ pub struct Caps {
     /// Threads of a workgroup along each dimension.
     pub max_workgroup_size: [u32; 3],
     /// f32 registers of a thread that kernels may count on before a GPU's compiler spills. No API tells; this is from
-    /// the size of subgroups.
+    /// the name and the size of subgroups.
     pub max_registers: u32,
     /// Workgroups along each dimension of a dispatch.
     pub max_dispatch: u32,
@@ -93,19 +93,33 @@ impl MatrixUnits {
     }
 }
 
-/// Registers of a thread on most GPUs: a multiprocessor of 65536 then has three warps for each of its schedulers.
+/// Registers of a thread on NVIDIA's and AMD's GPUs, which have 255 or 256: a multiprocessor of 65536 then has three warps
+/// for each of its schedulers.
 pub(crate) const MANY_REGISTERS: u32 = 160;
 
-/// The same on Intel's GPUs: Mesa's compiler for them spills none of a tile kernel's for 88 and a hundred for 120.
-const FEW_REGISTERS: u32 = 96;
+fn is_apples(info: &wgpu::AdapterInfo) -> bool {
+    info.device_type != wgpu::DeviceType::Cpu && info.name.starts_with("Apple")
+}
 
 /// The smallest and the largest subgroup of an adapter.
 fn subgroups(info: &wgpu::AdapterInfo) -> (u32, u32) {
     // wgpu says 4 to 64 of everything that Metal runs on. All of Apple's own GPUs have 32.
-    if info.backend == wgpu::Backend::Metal && info.name.starts_with("Apple") {
-        return (32, 32);
+    if is_apples(info) { (32, 32) } else { (info.subgroup_min_size, info.subgroup_max_size) }
+}
+
+/// Registers that a thread has there, as kernels price them: from what Mesa's compilers spill of the tile kernels.
+fn registers(info: &wgpu::AdapterInfo) -> u32 {
+    match subgroups(info) {
+        _ if info.device_type == wgpu::DeviceType::Cpu => MANY_REGISTERS,
+        // Intel's GPUs have 128 for a subgroup of 8 and half for 16: none is spilled at a price of 88, a hundred at 120.
+        // Mali has 64.
+        (least, most) if least <= 16 && most <= 32 => 96,
+        // Apple's have 128: none of tile's at 120, 35 at 136. Adreno's have 192: none of tile's at 120.
+        (64, 128) => 120,
+        _ if is_apples(info) => 120,
+        // (Browsers say 4 to 128 of all.)
+        _ => MANY_REGISTERS,
     }
-    (info.subgroup_min_size, info.subgroup_max_size)
 }
 
 impl Caps {
@@ -148,11 +162,7 @@ impl Caps {
         caps.driver = format!("{} {}", info.driver, info.driver_info).trim().to_owned();
         caps.backend = info.backend;
         caps.device_type = info.device_type;
-        // Narrow subgroups go with few registers: Intel's GPUs have 128 for a subgroup of 8, and half for 16; Mali 64.
-        // (4 to 128 is what browsers say of all.)
-        if !caps.on_cpu() && info.subgroup_min_size <= 16 && info.subgroup_max_size <= 32 {
-            caps.max_registers = FEW_REGISTERS;
-        }
+        caps.max_registers = registers(info);
         caps.subgroup = features.contains(wgpu::Features::SUBGROUP).then_some(subgroups(info));
         caps
     }
@@ -228,5 +238,33 @@ impl Caps {
             missing.push("TIMESTAMP_QUERY: no GPU time, only the time that the host sees".into());
         }
         missing
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use wgpu::{AdapterInfo, Backend, DeviceType};
+
+    #[test]
+    fn registers_are_those_of_the_vendor() {
+        use Backend::{BrowserWebGpu, Dx12, Metal, Vulkan};
+        use DeviceType::{Cpu, DiscreteGpu, IntegratedGpu, Other};
+        for (name, device_type, backend, (least, most), expected) in [
+            ("NVIDIA H100", DiscreteGpu, Vulkan, (32, 32), (160, (32, 32))),
+            ("AMD Radeon RX 7900 XTX", DiscreteGpu, Dx12, (32, 64), (160, (32, 64))),
+            ("Intel(R) Arc(tm) A770 Graphics (DG2)", DiscreteGpu, Vulkan, (8, 32), (96, (8, 32))),
+            ("Mali-G78", IntegratedGpu, Vulkan, (16, 16), (96, (16, 16))),
+            ("Adreno (TM) 730", IntegratedGpu, Vulkan, (64, 128), (120, (64, 128))),
+            ("Apple M1 Pro", IntegratedGpu, Metal, (4, 64), (120, (32, 32))),
+            ("AMD Radeon Pro 5500M", DiscreteGpu, Metal, (4, 64), (160, (4, 64))),
+            ("", Other, BrowserWebGpu, (4, 128), (160, (4, 128))),
+            ("llvmpipe (LLVM 19.1.7, 256 bits)", Cpu, Vulkan, (8, 8), (160, (8, 8))),
+        ] {
+            let mut info = AdapterInfo::new(device_type, backend);
+            info.name = name.into();
+            (info.subgroup_min_size, info.subgroup_max_size) = (least, most);
+            assert_eq!((registers(&info), subgroups(&info)), expected, "{name}");
+        }
     }
 }

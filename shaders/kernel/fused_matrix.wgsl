@@ -13,9 +13,9 @@
 //
 // with a barrier at each stroke. K and V take turns in wg_kv, V turned over: the rows of both hold what a product
 // sums over, as matrix units take their second factor. (Read across its rows, it costs a load for each number, or
-// a transposition for each fragment.) A fragment has no elements that a thread
-// could name, so S and P go through workgroup memory (the bytes of a step: 8 TILE_Q TILE_KV for S, 4 for
-// P, and 2 (TILE_KV D) for each of K and V once for the staging and once for each subgroup's reading).
+// a transposition for each fragment.) A fragment has no elements that a thread could name, so S and P go through
+// workgroup memory (the bytes of a step: 8 TILE_Q TILE_KV for S, 4 for P, and 2 (TILE_KV D) for each of K and V once
+// for the staging and once for each subgroup's reading).
 // O is rescaled there as well, but only in a step where some row's maximum rises by more than LAZY; and
 // what is not finite in V, which staging replaces by 0, joins O on the same way. Sums are taken of P
 // before it is rounded to f16: lse keeps f32's digits.
@@ -25,7 +25,7 @@
 //
 // The LANES threads of a row are neighbours in a subgroup (shaders/exchange/subgroup.wgsl).
 
-// That have products of their own.
+// Subgroups that have products of their own.
 const SUBGROUPS = TILE_Q / (BANDS * EDGE) * COLUMNS;
 const THREADS = LANES * TILE_Q;
 // Quads of four scores of a thread.
