@@ -1,5 +1,5 @@
-// How K and V get into workgroup memory where they are f16 already: eight numbers, 16 bytes, at a time, and never
-// as f32 (compilers leave out what goes there and straight back).
+// How K and V get into workgroup memory where they are f16 already: eight numbers, 16 bytes, at a time. The text has
+// no other way from words to f16 than by f32: some compilers leave that out.
 
 const D_EIGHTS = D_QUADS / 2u;
 const V_EIGHTS = V_QUADS / 2u;
@@ -49,10 +49,10 @@ fn value_eight(b: u32, kv_head: u32, key: u32, len_k: u32, d: u32) -> vec4<u32> 
 // V turned over, a row a column, by blocks of four keys and eight columns. Neighbours read whole sectors (16 rows by
 // 32 bytes), and write to different banks.
 fn stage_v(thread: u32, nought: u32, b: u32, kv_head: u32, first: u32, len_k: u32) {
-    const SIDE_BY_SIDE = min(16u, KEY_QUADS);
     for (var at = thread; at < KEY_QUADS * V_EIGHTS + nought; at += THREADS) {
-        let d = 8u * (at / SIDE_BY_SIDE % V_EIGHTS);
-        let quad = at / (SIDE_BY_SIDE * V_EIGHTS) * SIDE_BY_SIDE + at % SIDE_BY_SIDE;
+        let block = block_of_v(at, V_EIGHTS, 16u);
+        let d = 8u * block.x;
+        let quad = block.y;
         let key = first + 4u * quad;
         let v0 = value_eight(b, kv_head, key, len_k, d);
         let v1 = value_eight(b, kv_head, key + 1u, len_k, d);

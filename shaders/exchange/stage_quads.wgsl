@@ -31,10 +31,10 @@ fn value_quad(b: u32, kv_head: u32, key: u32, len_k: u32, d: u32) -> vec4<f32> {
 // V turned over, a row a column, by blocks of four keys and four columns. Neighbours read whole sectors (8 rows by
 // 32 bytes), and write to different banks.
 fn stage_v(thread: u32, nought: u32, b: u32, kv_head: u32, first: u32, len_k: u32) {
-    const SIDE_BY_SIDE = min(8u, KEY_QUADS);
     for (var at = thread; at < KEY_QUADS * V_QUADS + nought; at += THREADS) {
-        let d = 4u * (at / SIDE_BY_SIDE % V_QUADS);
-        let quad = at / (SIDE_BY_SIDE * V_QUADS) * SIDE_BY_SIDE + at % SIDE_BY_SIDE;
+        let block = block_of_v(at, V_QUADS, 8u);
+        let d = 4u * block.x;
+        let quad = block.y;
         let key = first + 4u * quad;
         let v = transpose(mat4x4<f32>(
             value_quad(b, kv_head, key, len_k, d),

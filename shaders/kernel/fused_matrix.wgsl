@@ -344,6 +344,13 @@ fn main(
     //$ end
 }
 
+// A block of V by its turn: its place among `width` blocks of columns, and its quad of keys. Neighbours take up to `side`
+// quads of keys, and then the next columns.
+fn block_of_v(at: u32, width: u32, side: u32) -> vec2<u32> {
+    let beside = min(side, KEY_QUADS);
+    return vec2<u32>(at / beside % width, at / (beside * width) * beside + at % beside);
+}
+
 // The column of O that begins a quad of S while O is there, in a round; past every column where S has room for more.
 fn column_in_s(round: u32, quad: u32) -> u32 {
     let fragment = quad / (EDGE / 4u);
