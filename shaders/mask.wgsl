@@ -3,19 +3,15 @@
 const TOP_LEFT: u32 = 1u;
 
 // The position of query 0 of batch entry `b`, in keys.
-fn position_offset(alignment: u32, b: u32, len_k: u32) -> i32 {
-    return select(i32(len_k) - i32(query_count(b)), 0, alignment == TOP_LEFT);
+fn position_offset(b: u32, len_k: u32) -> i32 {
+    return select(i32(len_k) - i32(query_count(b)), 0, params.align == TOP_LEFT);
 }
 
-// [lo, hi) of the keys that causality, window and key length leave to query `row`.
+// [lo, hi) of the keys that causality, window and key length leave to query `row`. Causality is a window, too.
 fn kv_range(b: u32, row: u32, len_k: u32) -> vec2<u32> {
-    var hi = i32(len_k);
-    if params.causal != 0u {
-        hi = min(hi, i32(row) + position_offset(params.causal, b, len_k) + 1);
-    }
-    let position = i32(row) + position_offset(params.window_align, b, len_k);
+    let position = i32(row) + position_offset(b, len_k);
     let lo = max(0, position - params.window_left);
-    hi = max(0, min(hi, position + params.window_right + 1));
+    let hi = max(0, min(i32(len_k), position + params.window_right + 1));
     return vec2<u32>(u32(min(lo, hi)), u32(hi));
 }
 

@@ -43,12 +43,11 @@ struct Params {
     w_head_stride: u32,
     wk_head_stride: u32,
     score_v_head_stride: u32,
-    // Masks: alignment 0 is none, 1 top-left, 2 bottom-right.
+    // Masks, and the alignment of positions: 1 top-left, 2 bottom-right. A causal window's right end is 0 at most.
     causal: u32,
-    window_align: u32,
+    align: u32,
     window_left: i32,
     window_right: i32,
-    alibi_align: u32,
     // Layouts.
     q_offset: u32,
     q_stride_b: u32,

@@ -58,11 +58,11 @@ impl AttentionProblem {
     pub(crate) fn kv_range_of(&self, row: usize, len_q: usize, len_k: usize) -> Range<usize> {
         let len_k = len_k.min(self.seq_kv);
         let (mut lo, mut hi) = (0, len_k as i64);
-        if let Some(align) = self.causal {
-            hi = hi.min(row as i64 + align.offset(len_q, len_k) + 1);
+        let position = row as i64 + self.positions_align().offset(len_q, len_k);
+        if self.causal.is_some() {
+            hi = hi.min(position + 1);
         }
         if let Some(window) = self.window {
-            let position = row as i64 + self.align.offset(len_q, len_k);
             if let Some(left) = window.left {
                 lo = lo.max(position.saturating_sub(left.min(i64::MAX as usize) as i64));
             }
@@ -103,6 +103,9 @@ mod tests {
         let p = AttentionProblem { window, align: Align::TopLeft, ..problem(8, 3) };
         assert_eq!(p.kv_range(0, 3), 0..2);
         assert!(p.kv_range(7, 3).is_empty());
+        // A causal mask says where the window stands, too, whatever `align` does.
+        let p = AttentionProblem { window, causal: Some(Align::TopLeft), ..problem(4, 8) };
+        assert_eq!((0..4).map(|i| p.kv_range(i, 8)).collect::<Vec<_>>(), [0..1, 0..2, 0..3, 1..4]);
         let all = Some(Window { left: Some(usize::MAX), right: Some(usize::MAX) });
         assert_eq!(AttentionProblem { window: all, ..problem(4, 8) }.kv_range(1, 8), 0..8);
     }

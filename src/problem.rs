@@ -124,11 +124,11 @@ pub struct AttentionProblem {
     pub alibi: bool,
     /// A boolean mask, one byte an element; non-zero keeps the key.
     pub mask: Option<Layout>,
-    /// Drops keys after the query's position.
+    /// Drops keys after the query's position, and says where query 0 stands among the keys.
     pub causal: Option<Align>,
     /// Drops keys too far from the query's position.
     pub window: Option<Window>,
-    /// Where query 0 stands among the keys, for the window; for ALiBi too unless `causal` says it.
+    /// Where query 0 stands among the keys, for window and ALiBi, unless `causal` says it.
     pub align: Align,
     /// Each batch entry has its own number of valid keys; later keys are never used.
     pub kv_lens: bool,
@@ -319,8 +319,8 @@ impl AttentionProblem {
         if heads.is_multiple_of(group) { heads / group } else { heads.min(2) }
     }
 
-    /// Alignment of the positions that ALiBi measures distances between.
-    pub fn alibi_align(&self) -> Align {
+    /// Where query 0 stands among the keys, for the causal mask, the window and ALiBi alike.
+    pub fn positions_align(&self) -> Align {
         self.causal.unwrap_or(self.align)
     }
 
@@ -549,8 +549,10 @@ impl AttentionProblem {
             Cache::Ring { capacity } => {
                 too_large("the ring's capacity", capacity, MAX_SEQ)?;
                 // What the first of the last queries sees, and all up to the last.
-                let left =
-                    self.window.and_then(|window| window.left).filter(|_| self.align == Align::BottomRight);
+                let left = self
+                    .window
+                    .and_then(|window| window.left)
+                    .filter(|_| self.positions_align() == Align::BottomRight);
                 let need = left.map_or(self.seq_kv, |left| left.saturating_add(self.seq_q)).min(self.seq_kv);
                 if capacity < need.max(1) {
                     let why = format!("a ring of {capacity} rows, where queries see {} keys", need.max(1));

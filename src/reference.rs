@@ -7,7 +7,6 @@ use crate::error::{Operand, Result};
 use crate::host::Inputs;
 pub use crate::layer::oracle::{LayerReference, layer, layer_naive};
 pub use crate::linear::oracle::{LinearReference, linear};
-use crate::mask::Align;
 pub use crate::merge::oracle::{Merged, merge_states};
 use crate::problem::{AttentionProblem, LEAST_NORM, Similarity};
 
@@ -176,7 +175,7 @@ fn scores(
     let q = projected_query(p, inputs, place, round);
     let keys = KvRows::new(p, inputs, Operand::K);
     let scale = p.effective_scale();
-    let position = |align: Align| i as i64 + align.offset(len_q, len_k);
+    let position = i as i64 + p.positions_align().offset(len_q, len_k);
     (0..len_k)
         .map(|j| {
             let masked = p
@@ -215,7 +214,7 @@ fn scores(
                 s = round(s + bias);
             }
             if let (true, Some(slopes)) = (p.alibi, inputs.alibi_slopes) {
-                let distance = (position(p.alibi_align()) - j as i64).unsigned_abs();
+                let distance = (position - j as i64).unsigned_abs();
                 s = round(s - f64::from(slopes[h]) * distance as f64);
             }
             Some(s)
@@ -325,6 +324,7 @@ fn max_finite(p: &AttentionProblem, inputs: &Inputs<'_>) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::mask::Align;
 
     #[test]
     fn a_row_without_keys_is_zero_and_a_sink_gives_its_lse() {

@@ -96,7 +96,7 @@ fn naive_row(p: &AttentionProblem, inputs: &Inputs<'_>, row: usize) -> Result<Ve
     let own = |operand| if per_head { p.extent(operand) as usize / p.heads_q * h } else { 0 };
     // ALiBi depends on where the query stands among all keys: here it is a part of the bias.
     let slope = p.alibi.then(|| inputs.alibi_slopes.map_or(0.0, |slopes| slopes[h]));
-    let position = i as i64 + p.alibi_align().offset(p.seq_q, len_k);
+    let position = i as i64 + p.positions_align().offset(p.seq_q, len_k);
     let biases: Option<Vec<f32>> = slope.map(|slope| {
         let given = |j| match (p.bias, inputs.bias) {
             (Some(bias), Some(values)) => values.get(bias.layout.index([b, h, i, j])),

@@ -172,7 +172,7 @@ pub(crate) struct ContractArgs {
     /// Keep L keys before the query's position and R after it; - is unbounded
     #[arg(long, value_name = "L,R", allow_hyphen_values = true)]
     pub(crate) window: Option<WindowArg>,
-    /// Where query 0 stands, for the window
+    /// Where query 0 stands, for window and ALiBi, unless --causal says it
     #[arg(long, value_enum, value_name = "ALIGN", default_value = "bottom-right")]
     pub(crate) align: AlignArg,
 }
@@ -301,7 +301,7 @@ pub(crate) fn describe(p: &AttentionProblem) -> String {
     words.extend(p.softcap.map(|cap| format!("softcap={cap}")));
     words.extend(p.causal.map(|align| format!("causal={align}")));
     words.extend(p.window.map(|window| format!("window={}", WindowArg(window))));
-    if (p.window.is_some() || p.alibi) && p.align == Align::TopLeft {
+    if (p.window.is_some() || p.alibi) && p.causal.is_none() && p.align == Align::TopLeft {
         words.push("align=top-left".into());
     }
     for (present, word) in [

@@ -84,7 +84,7 @@ impl Tile {
         let keys = some().map(|r| r.start).min().unwrap_or(0)..some().map(|r| r.end).max().unwrap_or(0);
         let full = lanes.iter().map(|l| l.range.start).max().unwrap_or(0)
             ..lanes.iter().map(|l| l.range.end).min().unwrap_or(0);
-        let offset = p.alibi_align().offset(p.seq_q, len_k);
+        let offset = p.positions_align().offset(p.seq_q, len_k);
         Self { batch, kv_head: p.kv_head(head), lanes, keys, full, offset }
     }
 }

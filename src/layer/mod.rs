@@ -224,7 +224,7 @@ impl Layer {
     /// Where the first query of each entry stands, if that is one place at or behind the first key.
     fn first_position(&self) -> Option<usize> {
         let p = &self.attention;
-        if self.context_width.is_none() || p.alibi_align() == Align::TopLeft {
+        if self.context_width.is_none() || p.positions_align() == Align::TopLeft {
             return Some(0);
         }
         let lengths_differ = p.kv_lens || p.total_q.is_some() || p.cache != Cache::Contiguous;

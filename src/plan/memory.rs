@@ -32,10 +32,6 @@ impl Plan {
         let parts = self.parts();
         let chunk = self.chunk(block / parts);
         let part = block % parts;
-        let align = |align: Align| match align {
-            Align::TopLeft => 1,
-            Align::BottomRight => 2,
-        };
         // Beyond both lengths a window bounds nothing, and positions stay far inside an i32.
         let side = |side: Option<usize>| side.map_or(2 * MAX_SEQ, |n| n.min(2 * MAX_SEQ)) as i32;
         let window = p.window.unwrap_or_default();
@@ -86,11 +82,13 @@ impl Plan {
             w_head_stride: of_head(p.query_dim() * p.compared_dim()),
             wk_head_stride: of_head(p.compared_dim() * p.head_dim),
             score_v_head_stride: of_head(p.compared_dim()),
-            causal: p.causal.map_or(0, align),
-            window_align: align(p.align),
+            causal: u32::from(p.causal.is_some()),
+            align: match p.positions_align() {
+                Align::TopLeft => 1,
+                Align::BottomRight => 2,
+            },
             window_left: side(window.left),
-            window_right: side(window.right),
-            alibi_align: align(p.alibi_align()),
+            window_right: if p.causal.is_some() { 0 } else { side(window.right) },
             q: layout(Operand::Q),
             k: layout(Operand::K),
             v: layout(Operand::V),

@@ -104,7 +104,10 @@ impl Case {
         match to.kept {
             Kept::Plain => Box::new(|b, j| [b, j]),
             Kept::Ring(more) => {
-                let left = p.window.and_then(|window| window.left).filter(|_| p.align == Align::BottomRight);
+                let left = p
+                    .window
+                    .and_then(|window| window.left)
+                    .filter(|_| p.positions_align() == Align::BottomRight);
                 let need = left.map_or(p.seq_kv, |left| left.saturating_add(p.seq_q)).min(p.seq_kv);
                 let capacity = need.max(1) + more;
                 p.cache = Cache::Ring { capacity };
