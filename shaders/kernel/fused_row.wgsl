@@ -21,6 +21,8 @@
 
 // Keys between two additions to the outer sums.
 const LEVEL = 256u;
+// Where the last quad of q begins.
+const LAST = 4u * QUADS - 4u;
 
 @compute @workgroup_size(LANES)
 fn main(
@@ -68,12 +70,12 @@ fn main(
     //$ end
     for (var turn = 0u; turn < div_ceil(params.head_dim, 16u); turn += 1u) {
         let d = 16u * turn;
-        // Quads past the last one are not taken, whatever is loaded for them.
+        // Past the last quad that one again, which is not taken: behind it the buffer may end.
         let four = array<vec4<f32>, 4>(
             load4_q(query_$r, d),
-            load4_q(query_$r, d + 4u),
-            load4_q(query_$r, d + 8u),
-            load4_q(query_$r, d + 12u),
+            load4_q(query_$r, min(d + 4u, LAST)),
+            load4_q(query_$r, min(d + 8u, LAST)),
+            load4_q(query_$r, min(d + 12u, LAST)),
         );
         //$ for i in 0..QUADS
         q_$r_$i = select(q_$r_$i, four[$iu % 4u], turn == $iu / 4u);
