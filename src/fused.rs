@@ -128,6 +128,9 @@ const MOST_THREADS: u32 = 128;
 /// each takes a part of its workgroup memory, has loads in flight.
 const LEAST_THREADS: u32 = 64;
 
+/// Quads of the longest slice.
+const MOST_QUADS: u32 = 128;
+
 /// The smallest subgroup there is.
 pub(crate) const LEAST_SUBGROUP: u32 = 4;
 
@@ -141,6 +144,8 @@ pub(crate) fn tile(
     subgroup: bool,
     caps: &Caps,
 ) -> FusedTile {
+    // More rows make no other tile, and no product of theirs overflows.
+    let rows = rows.min(1 << 20);
     let quads = |width: usize| (width as u32).div_ceil(4);
     let widest = quads(head_dim.max(head_dim_v));
     let threads = caps.max_invocations.clamp(8, MOST_THREADS);
@@ -172,7 +177,8 @@ pub(crate) fn tile(
     // Compilers keep all that a thread stages in registers: twice the slice is twice as many.
     let longest = if caps.max_registers < MANY_REGISTERS { 16 } else { 32 };
     // Side by side they fit whole, and only where nothing else asks for barriers.
-    let together = [(true, widest)].into_iter().filter(|_| subgroup && widest.min(32) <= longest);
+    let fit = subgroup && widest.min(32) <= longest && widest <= MOST_QUADS;
+    let together = [(true, widest)].into_iter().filter(|_| fit);
     let slices = [32, 16, 8].into_iter().filter(move |&slice| slice <= longest);
     let slices = together.chain(slices.map(|slice| (false, slice)));
     let best = |lanes: u32| {
@@ -207,8 +213,8 @@ pub(crate) fn sized(
     check(
         "slice",
         slice,
-        slice.is_multiple_of(lanes) && (lanes..=128).contains(&slice),
-        "a multiple of lanes, at most 128",
+        slice.is_multiple_of(lanes) && (lanes..=MOST_QUADS).contains(&slice),
+        &format!("a multiple of lanes, at most {MOST_QUADS}"),
     )?;
     let both = of.subgroup && slice >= widest && tile.slice.is_none_or(|_| of.both);
     let sized = FusedTile {

@@ -10,6 +10,9 @@ use crate::tile::{Tile, check};
 /// products wants some of them.
 const MOST_REGISTERS: u32 = 176;
 
+/// Widest rows that are priced: none that is wider fits.
+const MOST_WIDTH: usize = 1 << 14;
+
 /// Most bands of rows of a workgroup: four warps of a multiprocessor.
 const MOST_BANDS: u32 = 4;
 
@@ -228,6 +231,9 @@ pub(crate) fn sizes(problem: &AttentionProblem, caps: &Caps) -> FusedMatrix {
     else {
         return FusedMatrix::NONE;
     };
+    if problem.head_dim.max(problem.head_dim_v) > MOST_WIDTH {
+        return FusedMatrix::NONE;
+    }
     let parts = if problem.projects() { 2 } else { 1 };
     let frags = (problem.head_dim as u32).div_ceil(edge);
     let frags_v = (problem.head_dim_v as u32).div_ceil(edge);

@@ -484,6 +484,21 @@ fn huge_problems_do_not_overflow() {
     let mut rng = Rng::new(13);
     let (mut planned, mut refused) = (0, 0);
     for caps in devices() {
+        // One that is huge among small ones reaches what prices each kernel.
+        for (size, at) in
+            (16..29).map(|bits| 1_usize << bits).chain(sizes).flat_map(|n| (0..6).map(move |at| (n, at)))
+        {
+            let mut small = [1, 1, 2, 1, 1, 1];
+            small[at] = size;
+            let [heads, group, seq_q, seq_kv, head_dim, head_dim_v] = small;
+            let heads_q = heads.saturating_mul(group);
+            let problem = AttentionProblem::new(1, heads_q, heads, seq_q, seq_kv, head_dim, head_dim_v);
+            for dtype in [Dtype::F32, Dtype::F16] {
+                let options = PlanOptions::default();
+                let _ = Plan::new(&problem.clone().with_dtype(dtype), &caps, &options)
+                    .map(|plan| check_plan(&plan, &caps, 64 << 20));
+            }
+        }
         for _ in 0..2000 {
             // Mostly small, or nothing would be planned.
             let mut size = || if rng.chance(0.7) { 1 + rng.below(300) } else { rng.pick(&sizes) };
