@@ -8,7 +8,8 @@ use crate::dtype::Dtype;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum Operand {
-    /// Queries, `[batch, heads_q, seq_q, head_dim]`.
+    /// Queries, `[batch, heads_q, seq_q, query_dim]`; `query_dim` is `head_dim` but where the similarity gives
+    /// queries a width of their own.
     Q,
     /// Keys, `[batch, heads_kv, seq_kv, head_dim]`.
     K,
@@ -175,10 +176,11 @@ pub enum Error {
         /// What it has to be.
         need: &'static str,
     },
-    /// An output's strides make two elements share a place.
+    /// Strides make two elements share a place: any two of an output, or two of one head's rows of q, k or v whose
+    /// strides are not 0 (as when `head_dim` has changed and the layout has not).
     #[error("{operand}: strides {strides:?} map two elements of shape {shape:?} to one place")]
-    OutputOverlaps {
-        /// The output.
+    Overlaps {
+        /// The operand.
         operand: Operand,
         /// Its logical shape.
         shape: [usize; 4],

@@ -143,7 +143,8 @@ pub struct AttentionProblem {
     pub status: bool,
     /// Each head has a logit that joins the denominator alone (attention sinks, Xiao 2023).
     pub sinks: bool,
-    /// Where q's elements lie: `[batch, heads_q, seq_q, head_dim]`.
+    /// Where q's elements lie: `[batch, heads_q, seq_q, query_dim]`, of which the last is
+    /// [`query_dim`](Self::query_dim).
     pub q: Layout,
     /// Where k's elements lie: `[batch, heads_kv, seq_kv, head_dim]`, or as [`Cache`] says. The innermost
     /// size of a quantised one is [`row_elements`].
@@ -206,6 +207,20 @@ impl AttentionProblem {
     /// The same problem with q, k, v and o stored as `dtype`.
     pub fn with_dtype(self, dtype: Dtype) -> Self {
         Self { dtype, out_dtype: dtype, kv_dtype: None, ..self }
+    }
+
+    /// The same problem with another similarity, which may give q a width of its own: q is contiguous
+    /// `[batch, heads_q, seq_q, query_dim]`.
+    ///
+    /// ```
+    /// use wgpu_attention::{AttentionProblem, Similarity};
+    /// let problem = AttentionProblem::new(1, 8, 8, 128, 512, 64, 64)
+    ///     .with_similarity(Similarity::Bilinear { query_dim: 96, per_head: false });
+    /// assert_eq!((problem.query_dim(), problem.validate()), (96, Ok(())));
+    /// ```
+    pub fn with_similarity(self, similarity: Similarity) -> Self {
+        let problem = Self { similarity, ..self };
+        Self { q: Layout::bhsd(problem.heads_q, problem.seq_q, problem.query_dim()), ..problem }
     }
 
     /// The same problem against a cache of contiguous `[entry, row, heads_kv, dim]` rows (all that a token
@@ -456,7 +471,7 @@ impl AttentionProblem {
     ///
     /// # Errors
     /// [`Error::ZeroSize`], [`Error::HeadGroups`], [`Error::TooLarge`], [`Error::BadNumber`],
-    /// [`Error::DtypeUnfit`], [`Error::Cache`] and [`Error::OutputOverlaps`]. `batch`, `seq_q` and `seq_kv` may
+    /// [`Error::DtypeUnfit`], [`Error::Cache`] and [`Error::Overlaps`]. `batch`, `seq_q` and `seq_kv` may
     /// be 0.
     pub fn validate(&self) -> Result<()> {
         self.validate_sizes()?;
@@ -486,9 +501,17 @@ impl AttentionProblem {
                 });
             }
         }
+        for (operand, layout) in [(Operand::Q, self.q), (Operand::K, self.k), (Operand::V, self.v)] {
+            let (shape, strides) = (self.shape(operand), layout.strides);
+            // Heads and entries may be windows on one sequence. A stride of 0 is one row, or number, for all.
+            let own = [2, 3].map(|i| if strides[i] == 0 { 1 } else { shape[i] });
+            if !layout.is_injective([1, 1, own[0], own[1]]) {
+                return Err(Error::Overlaps { operand, shape, strides });
+            }
+        }
         let (operand, shape) = (Operand::O, self.shape(Operand::O));
         if !self.o.is_injective(shape) {
-            return Err(Error::OutputOverlaps { operand, shape, strides: self.o.strides });
+            return Err(Error::Overlaps { operand, shape, strides: self.o.strides });
         }
         Ok(())
     }

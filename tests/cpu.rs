@@ -211,16 +211,16 @@ fn options() -> Vec<Choice> {
         p.window = Some(Window { left, right });
     }
     vec![
-        ("dot", |p| (p.similarity, p.scale) = (Similarity::Dot, None)),
-        ("dot scaled", |p| (p.similarity, p.scale) = (Similarity::Dot, Some(-0.3))),
+        ("dot", |p| set_similarity(p, Similarity::Dot, None)),
+        ("dot scaled", |p| set_similarity(p, Similarity::Dot, Some(-0.3))),
         ("scale", |p| p.scale = Some(0.7)),
         ("no scale", |p| p.scale = Some(0.0)),
         ("bilinear", |p| set_bilinear(p, 11, false)),
         ("bilinear per head", |p| set_bilinear(p, 70, true)),
         ("additive", |p| set_additive(p, 11, 40, false)),
         ("additive per head", |p| set_additive(p, 70, 5, true)),
-        ("cosine", |p| p.similarity = Similarity::Cosine),
-        ("cosine scaled", |p| (p.similarity, p.scale) = (Similarity::Cosine, Some(9.0))),
+        ("cosine", |p| set_similarity(p, Similarity::Cosine, p.scale)),
+        ("cosine scaled", |p| set_similarity(p, Similarity::Cosine, Some(9.0))),
         ("softcap", |p| p.softcap = Some(1.5)),
         ("wide softcap", |p| p.softcap = Some(50.0)),
         ("softcap far away", |p| p.softcap = Some(10_000.0)),
@@ -252,14 +252,16 @@ fn options() -> Vec<Choice> {
     ]
 }
 
+fn set_similarity(p: &mut AttentionProblem, similarity: Similarity, scale: Option<f32>) {
+    *p = AttentionProblem { scale, ..p.clone() }.with_similarity(similarity);
+}
+
 fn set_bilinear(p: &mut AttentionProblem, query_dim: usize, per_head: bool) {
-    p.similarity = Similarity::Bilinear { query_dim, per_head };
-    p.q = Layout::bhsd(p.heads_q, p.seq_q, query_dim);
+    set_similarity(p, Similarity::Bilinear { query_dim, per_head }, p.scale);
 }
 
 fn set_additive(p: &mut AttentionProblem, query_dim: usize, hidden: usize, per_head: bool) {
-    p.similarity = Similarity::Additive { query_dim, hidden, per_head };
-    p.q = Layout::bhsd(p.heads_q, p.seq_q, query_dim);
+    set_similarity(p, Similarity::Additive { query_dim, hidden, per_head }, p.scale);
 }
 
 /// Shapes on which options are tried: one tile, several, grouped heads, few rows with many

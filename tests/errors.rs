@@ -10,8 +10,8 @@ use common::check::{Expected, Gap, poison};
 use common::gpu::{self, Door, Gpu, Guarded, Kind, download, upload};
 use common::subject::Subject;
 use wgpu_attention::{
-    Attention, AttentionProblem, Bias, Caps, DeviceRequest, Dtype, Error, Family, Inputs, Layout, Operand,
-    Operands, Path, Plan, PlanOptions, Similarity, TensorRef,
+    Attention, AttentionProblem, Bias, Cache, Caps, DeviceRequest, Dtype, Error, Family, Inputs, Layout,
+    Operand, Operands, Path, Plan, PlanOptions, Similarity, TensorRef,
 };
 
 fn problem() -> AttentionProblem {
@@ -126,7 +126,18 @@ fn overlapping_output() {
     for strides in [[160, 40, 8, 0], [160, 40, 7, 1], [0, 24, 8, 1], [96, 24, 8, 3]] {
         let p = AttentionProblem { o: Layout { offset: 0, strides }, ..problem() };
         let shape = [2, 4, 3, 8];
-        assert_eq!(invalid(p), Error::OutputOverlaps { operand: Operand::O, shape, strides });
+        assert_eq!(invalid(p), Error::Overlaps { operand: Operand::O, shape, strides });
+    }
+    // Widths that have changed where layouts have not. Rows that are all one, and entries that are windows on one
+    // sequence, are no such thing.
+    let stale =
+        AttentionProblem { similarity: Similarity::Bilinear { query_dim: 9, per_head: false }, ..problem() };
+    assert!(matches!(invalid(stale), Error::Overlaps { operand: Operand::Q, .. }));
+    let stale = problem().with_cache(Cache::Contiguous, Dtype::Int8).with_dtype(Dtype::F16);
+    assert!(matches!(invalid(stale), Error::Overlaps { operand: Operand::K, .. }));
+    for strides in [[0, 0, 0, 1], [0, 0, 8, 0], [8, 0, 8, 1], [3, 5, 8, 1]] {
+        let k = Layout { strides, ..problem().k };
+        assert_eq!(AttentionProblem { k, ..problem() }.validate(), Ok(()));
     }
 }
 

@@ -531,7 +531,7 @@ fn invalid_problems() {
         (p.with_bias(Dtype::Int4), unfit(Operand::Bias, Dtype::Int4)),
         (
             LinearProblem { y: Layout::rows(11), ..p },
-            Error::OutputOverlaps { operand: Operand::Y, shape: [1, 1, 4, 12], strides: [0, 0, 11, 1] },
+            Error::Overlaps { operand: Operand::Y, shape: [1, 1, 4, 12], strides: [0, 0, 11, 1] },
         ),
     ] {
         assert_eq!(p.validate(), Err(error.clone()), "{p:?}");

@@ -691,7 +691,7 @@ fn invalid_problems() {
         (wide, partials(0, too_large("o's last element index", 192 + 2 * usize::MAX as u128, most))),
         (
             MergeProblem { o: Layout { offset: 0, strides }, ..problem() },
-            Error::OutputOverlaps { operand, shape, strides },
+            Error::Overlaps { operand, shape, strides },
         ),
     ] {
         assert_eq!(p.validate(), Err(error.clone()), "{p:?}");

@@ -242,7 +242,7 @@ impl Append {
     /// # Errors
     /// Those of [`AttentionProblem::validate`]; [`Error::MissingOperand`] where the problem has no `kv_lens`,
     /// [`Error::ZeroSize`] where it has no `seq_kv`; [`Error::BadNumber`] for a norm's epsilon;
-    /// [`Error::Cache`] for a ragged cache and for a rotation that does not fit; [`Error::OutputOverlaps`] and
+    /// [`Error::Cache`] for a ragged cache and for a rotation that does not fit; [`Error::Overlaps`] and
     /// [`Error::TooLarge`].
     pub fn validate(&self) -> Result<()> {
         let p = &self.problem;
@@ -272,7 +272,7 @@ impl Append {
             }
             let writes = matches!(operand, Operand::K | Operand::V | Operand::Q);
             if writes && !layout.is_injective(shape) {
-                return Err(Error::OutputOverlaps { operand, shape, strides: layout.strides });
+                return Err(Error::Overlaps { operand, shape, strides: layout.strides });
             }
         }
         Ok(())

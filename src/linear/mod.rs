@@ -240,7 +240,7 @@ impl LinearProblem {
     ///
     /// # Errors
     /// [`Error::ZeroSize`] (no rows are fine), [`Error::TooLarge`], [`Error::DtypeUnfit`] for quantised
-    /// types, and [`Error::OutputOverlaps`].
+    /// types, and [`Error::Overlaps`].
     pub fn validate(&self) -> Result<()> {
         for (what, size) in [("inputs", self.inputs), ("outputs", self.outputs)] {
             if size == 0 {
@@ -271,7 +271,7 @@ impl LinearProblem {
         }
         let (operand, shape) = (Operand::Y, self.shape(Operand::Y));
         if !self.y.is_injective(shape) {
-            return Err(Error::OutputOverlaps { operand, shape, strides: self.y.strides });
+            return Err(Error::Overlaps { operand, shape, strides: self.y.strides });
         }
         Ok(())
     }

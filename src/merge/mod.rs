@@ -197,7 +197,7 @@ impl MergeProblem {
     /// Checks every rule that does not depend on data or device.
     ///
     /// # Errors
-    /// [`Error::DtypeUnfit`], [`Error::ZeroSize`], [`Error::TooLarge`], [`Error::OutputOverlaps`], and
+    /// [`Error::DtypeUnfit`], [`Error::ZeroSize`], [`Error::TooLarge`], [`Error::Overlaps`], and
     /// [`Error::Partials`] where one of them is about an entry of [`partials`](Self::partials). `batch` and `seq_q` may be 0.
     pub fn validate(&self) -> Result<()> {
         if let Some(got) = [self.dtype, self.out_dtype].into_iter().find(|dtype| !dtype.is_float()) {
@@ -244,7 +244,7 @@ impl MergeProblem {
         }
         let (operand, shape) = (Operand::O, self.shape(Operand::O));
         if !self.o.is_injective(shape) {
-            return Err(Error::OutputOverlaps { operand, shape, strides: self.o.strides });
+            return Err(Error::Overlaps { operand, shape, strides: self.o.strides });
         }
         Ok(())
     }
