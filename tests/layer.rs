@@ -698,6 +698,14 @@ fn wrong_layers_are_errors() {
     assert!(said(Layer { positions: true, ..layer.clone() }).contains("nothing is turned"));
     let norm = Some(QkNorm::L2 { epsilon: 0.0 });
     assert!(said(Layer { norm, ..layer.clone() }).contains("epsilon = 0"));
+    let norm = Some(QkNorm::L2 { epsilon: 1e-6 });
+    assert!(said(Layer { norm, ..layer.clone() }).contains("1/sqrt(head_dim)"));
+    for free in [
+        AttentionProblem { scale: Some(9.0), ..attention.clone() },
+        AttentionProblem { similarity: Similarity::Dot, ..attention.clone() },
+    ] {
+        assert_eq!(Layer { norm, ..Layer::new(&free, 16) }.validate(), Ok(()));
+    }
     let ring = attention.clone().with_cache(Cache::Ring { capacity: 5 }, Dtype::F32);
     assert!(said(Layer::new(&ring, 16)).contains("contiguous"));
     // Where a packed matrix's second part begins is only known where both have rows of one width.

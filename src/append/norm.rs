@@ -14,8 +14,10 @@ pub enum QkNorm {
         /// Keeps a row of zeros finite.
         epsilon: f32,
     },
-    /// `x / max(|x|, epsilon)` (Henry 2020, arXiv 2010.04245). Its learned factor is the problem's
-    /// [`scale`](AttentionProblem::scale).
+    /// `x / max(|x|, epsilon)` (Henry 2020, arXiv 2010.04245), and no `1/sqrt(D)` behind it. Its learned factor is the
+    /// problem's [`scale`](AttentionProblem::scale): give one, or [`Similarity::Dot`](crate::Similarity::Dot). A
+    /// [`Layer`](crate::Layer) without either is an error; what [`Append`](crate::Append) writes is compared by another
+    /// problem, which it does not know.
     L2 {
         /// Keeps a row of zeros finite.
         epsilon: f32,

@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::linear::LinearProblem;
 use crate::mask::Align;
-use crate::problem::{AttentionProblem, MAX_SEQ};
+use crate::problem::{AttentionProblem, MAX_SEQ, Similarity};
 use crate::rope::Rope;
 
 /// One attention layer as models have it: projections of a sequence to queries, keys and values, attention of
@@ -353,6 +353,12 @@ impl Layer {
             return fail("a packed matrix has rows of one width, x and the context have others");
         }
         self.norm.map_or(Ok(()), QkNorm::validate)?;
+        let divides = p.similarity == Similarity::ScaledDot && p.scale.is_none();
+        if divides && matches!(self.norm, Some(QkNorm::L2 { .. })) {
+            return fail(
+                "1/sqrt(head_dim) belongs to no L2 norm: give the problem a scale, or Similarity::Dot",
+            );
+        }
         if let Some(rope) = self.rope {
             let first = self.first_position();
             let positions = match (first, self.positions, self.context_width) {
