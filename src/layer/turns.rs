@@ -37,7 +37,7 @@ impl Attention {
                 p.seq_q,
                 p.query_dim(),
                 p.total_q,
-                operands.options.cu_seqlens_q,
+                (Operand::CuSeqlensQ, operands.options.cu_seqlens_q),
                 [places.row_q, q].map(|row| Layer::heads(0, row, p.seq_q, p.query_dim())),
                 layer.first_query(),
             ),
@@ -48,7 +48,7 @@ impl Attention {
                 p.seq_kv,
                 p.head_dim,
                 if let Cache::Ragged { total } = p.cache { Some(total) } else { None },
-                operands.options.cu_seqlens_k,
+                (Operand::CuSeqlensK, operands.options.cu_seqlens_k),
                 [(places.k, places.row_k), (to_k, k)]
                     .map(|(at, row)| Layer::heads(at, row, p.seq_kv, p.head_dim)),
                 layer.first_key(),
@@ -105,7 +105,7 @@ impl Attention {
                 let (buffer, window) = match holds {
                     Holds::From => (turns.from.clone(), window(from)),
                     Holds::To => (turns.to.clone(), window(to)),
-                    Holds::Operand(Operand::CuSeqlensQ) => words(list, Operand::CuSeqlensQ, p.batch + 1)?,
+                    Holds::Operand(Operand::CuSeqlensQ) => words(list.1, list.0, p.batch + 1)?,
                     Holds::Operand(Operand::Rope) => {
                         let elements = layer.rope.map_or(0, |rope| rope.positions * rope.width);
                         words(operands.rope, Operand::Rope, elements)?
