@@ -295,6 +295,18 @@ pub enum Error {
         /// Flags that the buffer has.
         got: wgpu::BufferUsages,
     },
+    /// A range of a buffer that cannot be read back.
+    #[error("bytes {start}..{end} of a buffer of {size} cannot be read: {why}")]
+    ReadRange {
+        /// The first byte asked for.
+        start: u64,
+        /// The byte behind the last.
+        end: u64,
+        /// Bytes of the buffer.
+        size: u64,
+        /// What is wrong.
+        why: &'static str,
+    },
     /// An output shares its buffer with another operand of the same dispatch, which wgpu forbids.
     #[error("{operand}: shares its buffer with {with}; an output needs a buffer of its own")]
     Aliased {

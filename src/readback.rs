@@ -20,14 +20,29 @@ pub(crate) enum Wait {
 /// Copies `range` (bytes, multiples of 4) of a buffer with `COPY_SRC` usage to the host. Submits one
 /// copy; resolves when it has run.
 ///
+/// Natively wgpu tells that work is done only to who polls the device: a short-lived thread does so until this copy
+/// has run, and callbacks of yours that are due by then (of `map_async`, of `on_submitted_work_done`) run on it. In a
+/// browser there is no such thread.
+///
 /// # Errors
-/// [`Error::OutOfMemory`], [`Error::Driver`] and [`Error::DeviceLost`].
+/// [`Error::ReadRange`], [`Error::OutOfMemory`], [`Error::Driver`] and [`Error::DeviceLost`].
 pub async fn read_buffer(
     device: &wgpu::Device,
     queue: &wgpu::Queue,
     buffer: &wgpu::Buffer,
     range: Range<u64>,
 ) -> Result<Vec<u8>> {
+    let (size, whole) = (buffer.size(), |at: u64| at.is_multiple_of(wgpu::COPY_BUFFER_ALIGNMENT));
+    let why = match range {
+        Range { start, end } if start > end => "it ends before it begins",
+        Range { end, .. } if end > size => "it ends behind the buffer",
+        Range { start, end } if !whole(start) || !whole(end) => "its ends are no multiples of 4",
+        _ if !buffer.usage().contains(wgpu::BufferUsages::COPY_SRC) => "the buffer lacks the usage COPY_SRC",
+        _ => "",
+    };
+    if !why.is_empty() {
+        return Err(Error::ReadRange { start: range.start, end: range.end, size, why });
+    }
     let mut all = read_buffers(device, queue, &[(buffer, range)], Vec::new(), Wait::Elsewhere).await?;
     Ok(all.pop().unwrap_or_default())
 }
@@ -51,7 +66,7 @@ pub(crate) async fn read_buffers(
         .collect();
     let total: u64 = ranges.iter().map(|(_, range)| (range.end - range.start).next_multiple_of(8)).sum();
     let (sender, receiver) = oneshot_channel();
-    let staging = scoped(device, "readback memory", || {
+    let (staging, submitted) = scoped(device, "readback memory", || {
         let staging = device.create_buffer(&wgpu::BufferDescriptor {
             label: Some("attention readback"),
             size: total.max(8),
@@ -65,14 +80,14 @@ pub(crate) async fn read_buffers(
                 encoder.copy_buffer_to_buffer(buffer, range.start, &staging, start, range.end - range.start);
             }
         }
-        queue.submit(commands.into_iter().chain([encoder.finish()]));
+        let submitted = queue.submit(commands.into_iter().chain([encoder.finish()]));
         staging.map_async(wgpu::MapMode::Read, .., move |result| {
             // The receiver may have been dropped: then nobody wants to know.
             let _ = sender.send(result.map_err(|error| error.to_string()));
         });
-        staging
+        (staging, submitted)
     })?;
-    drive(device, wait)?;
+    drive(device, submitted, wait)?;
     match receiver.receive().await {
         Some(Ok(())) => {}
         Some(Err(why)) => return Err(Error::DeviceLost { why }),
@@ -89,14 +104,16 @@ pub(crate) async fn read_buffers(
 }
 
 #[cfg(target_arch = "wasm32")]
-fn drive(_: &wgpu::Device, _: Wait) -> Result<()> {
+fn drive(_: &wgpu::Device, _: wgpu::SubmissionIndex, _: Wait) -> Result<()> {
     Ok(())
 }
 
-/// Natively a map callback runs only inside a poll.
+/// Natively a map callback runs only inside a poll. Work that was submitted later is not waited for.
 #[cfg(not(target_arch = "wasm32"))]
-fn drive(device: &wgpu::Device, wait: Wait) -> Result<()> {
-    let poll = |device: &wgpu::Device| device.poll(wgpu::PollType::wait_indefinitely());
+fn drive(device: &wgpu::Device, submitted: wgpu::SubmissionIndex, wait: Wait) -> Result<()> {
+    let poll = move |device: &wgpu::Device| {
+        device.poll(wgpu::PollType::Wait { submission_index: Some(submitted), timeout: None })
+    };
     match wait {
         Wait::Here => match poll(device) {
             Ok(_) => Ok(()),

@@ -571,6 +571,38 @@ fn no_adapter() {
     assert!(why.contains("no adapter has this name"), "{why}");
 }
 
+/// What cannot be read back is said before anything is submitted.
+#[test]
+fn ranges_that_cannot_be_read() {
+    let Some(gpu) = gpu::get(Kind::Full, false) else { return };
+    let (device, queue) = (gpu.attention.device(), gpu.attention.queue());
+    let buffer = |usage| {
+        device.create_buffer(&wgpu::BufferDescriptor {
+            label: None,
+            size: 16,
+            usage,
+            mapped_at_creation: false,
+        })
+    };
+    let (good, sealed) = (buffer(wgpu::BufferUsages::COPY_SRC), buffer(wgpu::BufferUsages::COPY_DST));
+    let read = |buffer, range| pollster::block_on(wgpu_attention::read_buffer(device, queue, buffer, range));
+    assert_eq!(read(&good, 4..12), Ok(vec![0; 8]));
+    assert_eq!(read(&good, 16..16), Ok(Vec::new()));
+    #[allow(clippy::reversed_empty_ranges)]
+    for (buffer, range, says) in [
+        (&good, 8..4, "before it begins"),
+        (&good, 8..20, "behind the buffer"),
+        (&good, 0..u64::MAX, "behind the buffer"),
+        (&good, 0..6, "multiples of 4"),
+        (&good, 2..8, "multiples of 4"),
+        (&sealed, 0..8, "COPY_SRC"),
+    ] {
+        let error = read(buffer, range).expect_err(says);
+        assert!(matches!(error, Error::ReadRange { size: 16, .. }), "{error:?}");
+        assert!(error.to_string().contains(says), "{error}");
+    }
+}
+
 /// A lost device is an error of every call, and no panic.
 #[test]
 fn lost_device() {
