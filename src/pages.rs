@@ -210,6 +210,38 @@ impl Sequence {
         Ok((Self { pages, ..*self }, copy))
     }
 
+    /// Takes tokens back from its end, such as guesses that were refused: keeps the first `len`, or all where there
+    /// are fewer. Pages without tokens go back. Where the last page that stays was full and is shared, this sequence
+    /// gets one of its own for it, as by [`fork`](Self::fork), and the caller has to copy what is in the old one.
+    ///
+    /// # Errors
+    /// [`Error::OutOfPages`], and [`Error::PageNotInUse`] with an allocator that is not this sequence's. Then
+    /// nothing has changed.
+    pub fn truncate(&mut self, allocator: &mut PageAllocator, len: usize) -> Result<Option<PageCopy>> {
+        if len >= self.len {
+            return Ok(None);
+        }
+        self.check(allocator)?;
+        let (kept, tokens) = (len.div_ceil(self.page_size), len % self.page_size);
+        // What is appended must not be written to what another sequence reads.
+        let copies = tokens > 0 && allocator.owners(self.pages[kept - 1]) > 1;
+        let comes_back = |page: &u32| allocator.owners(*page) == 1;
+        if copies && allocator.available() == 0 && !self.pages[kept..].iter().any(comes_back) {
+            return Err(Error::OutOfPages { need: 1, free: 0 });
+        }
+        for page in self.pages.drain(kept..) {
+            allocator.free(page)?;
+        }
+        self.len = len;
+        if !copies {
+            return Ok(None);
+        }
+        let (from, to) = (self.pages[kept - 1], allocator.alloc()?);
+        self.pages[kept - 1] = to;
+        allocator.free(from)?;
+        Ok(Some(PageCopy { from, to, tokens }))
+    }
+
     /// Gives all pages back.
     ///
     /// # Errors
@@ -309,7 +341,29 @@ mod tests {
         assert_eq!((sequence.free(&mut other), other.owners(0)), (Err(not_in_use), 1));
     }
 
-    /// Any order of appending, forking and freeing, against a model that counts owners by looking.
+    /// A full page that is shared and is to be written to again becomes a copy.
+    #[test]
+    fn tokens_are_taken_back() {
+        let mut pages = PageAllocator::new(4);
+        let mut sequence = Sequence::new(4).unwrap();
+        sequence.append(&mut pages, 9).unwrap();
+        assert_eq!((sequence.truncate(&mut pages, 10), sequence.len()), (Ok(None), 9));
+        assert_eq!((sequence.truncate(&mut pages, 8), sequence.pages()), (Ok(None), &[0, 1][..]));
+        let (mut other, _) = sequence.fork(&mut pages).unwrap();
+        let copy = PageCopy { from: 1, to: 2, tokens: 3 };
+        assert_eq!((other.truncate(&mut pages, 7), other.pages()), (Ok(Some(copy)), &[0, 2][..]));
+        assert_eq!((pages.owners(0), pages.owners(1), pages.available()), (2, 1, 1));
+        // No page for the copy: nothing has changed.
+        pages.alloc().unwrap();
+        assert_eq!(sequence.truncate(&mut pages, 8), Ok(None));
+        assert_eq!(other.truncate(&mut pages, 4), Ok(None));
+        pages.alloc().unwrap();
+        assert_eq!(other.truncate(&mut pages, 1), Err(Error::OutOfPages { need: 1, free: 0 }));
+        assert_eq!((other.len(), other.pages(), pages.owners(0)), (4, &[0][..], 2));
+        assert_eq!((other.truncate(&mut pages, 0), pages.owners(0)), (Ok(None), 1));
+    }
+
+    /// Any order of appending, forking, truncating and freeing, against a model that counts owners by looking.
     #[test]
     fn no_page_has_two_owners_that_were_not_forked() {
         for seed in 0..200_u64 {
@@ -330,18 +384,20 @@ mod tests {
             let mut token = 0;
             for _ in 0..120 {
                 let full = |error| assert!(matches!(error, Error::OutOfPages { .. }), "{error}");
-                match (below(8), all.len()) {
+                let copied = |memory: &mut HashMap<(u32, usize), u32>, copy: Option<PageCopy>| {
+                    for (from, to, at) in copy.iter().flat_map(|c| (0..c.tokens).map(|at| (c.from, c.to, at)))
+                    {
+                        memory.insert((to, at), memory[&(from, at)]);
+                    }
+                };
+                match (below(10), all.len()) {
                     (0 | 1, _) | (_, 0) => all.push((Sequence::new(page_size).unwrap(), Vec::new())),
                     (2 | 3, n) => {
                         let (sequence, tokens) = &all[below(n)];
                         let tokens = tokens.clone();
                         match sequence.fork(&mut pages) {
                             Ok((sequence, copy)) => {
-                                if let Some(PageCopy { from, to, tokens }) = copy {
-                                    (0..tokens).for_each(|at| {
-                                        memory.insert((to, at), memory[&(from, at)]);
-                                    });
-                                }
+                                copied(&mut memory, copy);
                                 all.push((sequence, tokens));
                             }
                             Err(error) => full(error),
@@ -350,6 +406,17 @@ mod tests {
                     (4, n) => {
                         let (sequence, _) = all.swap_remove(below(n));
                         sequence.free(&mut pages).unwrap();
+                    }
+                    (5 | 6, n) => {
+                        let (sequence, tokens) = &mut all[below(n)];
+                        let len = below(tokens.len() + 2);
+                        match sequence.truncate(&mut pages, len) {
+                            Ok(copy) => {
+                                copied(&mut memory, copy);
+                                tokens.truncate(len);
+                            }
+                            Err(error) => full(error),
+                        }
                     }
                     (_, n) => {
                         let (sequence, tokens) = &mut all[below(n)];
