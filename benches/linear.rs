@@ -38,7 +38,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             if p.flops() <= MOST_ON_CPU {
                 report(&p, name, "cpu", measure_cpu(&p)?, "");
             }
-            for kernel in LinearKernel::ALL {
+            for &kernel in LinearKernel::ALL {
                 if std::env::var("LINEAR_KERNEL").is_ok_and(|only| only != kernel.to_string()) {
                     continue;
                 }

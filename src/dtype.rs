@@ -8,6 +8,7 @@ use crate::quant;
 ///
 /// k and v alone may also be quantised: [`quantize`](crate::quantize) has the format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+#[non_exhaustive]
 pub enum Dtype {
     /// IEEE binary32.
     #[default]
@@ -27,7 +28,7 @@ impl Dtype {
     pub const FLOATS: [Self; 3] = [Self::F32, Self::F16, Self::Bf16];
 
     /// Those that k and v may have.
-    pub const ALL: [Self; 5] = [Self::F32, Self::F16, Self::Bf16, Self::Int8, Self::Int4];
+    pub const ALL: &'static [Self] = &[Self::F32, Self::F16, Self::Bf16, Self::Int8, Self::Int4];
 
     /// Whether a stored element is a number by itself.
     pub const fn is_float(self) -> bool {
@@ -67,6 +68,7 @@ impl std::fmt::Display for Dtype {
 
 /// A borrowed operand of any element type.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub enum TensorRef<'a> {
     /// f32 elements.
     F32(&'a [f32]),
@@ -161,6 +163,7 @@ impl<'a> From<&'a [bf16]> for TensorRef<'a> {
 
 /// An owned tensor of any element type.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub enum Tensor {
     /// f32 elements.
     F32(Vec<f32>),

@@ -299,7 +299,7 @@ fn bind(
 fn check(plan: &Plan, operands: &Operands<'_>) -> Result<()> {
     use Operand::*;
     let problem = plan.problem();
-    for operand in Operand::ALL {
+    for &operand in Operand::ALL {
         let wanted = problem.layout(operand).is_some();
         let Some(buffer) = operand.brought(wanted, operands.get(operand))? else { continue };
         check_buffer(operand, buffer, plan.window(operand).end)?;
@@ -325,7 +325,7 @@ fn check(plan: &Plan, operands: &Operands<'_>) -> Result<()> {
     // Across dispatches one buffer may serve both, but not one place of it: a later dispatch must not
     // find an input overwritten by an earlier output.
     for output in [O, Lse, Weights, Status] {
-        for other in Operand::ALL.into_iter().filter(|&other| other != output) {
+        for other in Operand::ALL.iter().copied().filter(|&other| other != output) {
             let same = operands.get(output).is_some_and(|buffer| operands.get(other) == Some(buffer));
             let (a, b) = (plan.window(output), plan.window(other));
             if same && a.start < b.end && b.start < a.end {

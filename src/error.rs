@@ -71,7 +71,7 @@ pub enum Operand {
 
 impl Operand {
     /// Every operand of an attention call, inputs before outputs.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: &'static [Self] = &[
         Self::Q,
         Self::K,
         Self::V,

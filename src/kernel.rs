@@ -35,7 +35,7 @@ pub enum Family {
 
 impl Family {
     /// Every family.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: &'static [Self] = &[
         Self::StagedTile,
         Self::StagedDirect,
         Self::FusedTile,
@@ -81,7 +81,7 @@ impl Family {
 
     /// The families of a path.
     pub fn of(path: Path) -> impl Iterator<Item = Self> {
-        Self::ALL.into_iter().filter(move |family| family.path() == path)
+        Self::ALL.iter().copied().filter(move |family| family.path() == path)
     }
 }
 
@@ -96,7 +96,7 @@ impl std::str::FromStr for Family {
     type Err = String;
 
     fn from_str(s: &str) -> Result<Self, String> {
-        Self::ALL.into_iter().find(|family| family.to_string() == s).ok_or_else(|| {
+        Self::ALL.iter().copied().find(|family| family.to_string() == s).ok_or_else(|| {
             let all: Vec<_> = Self::ALL.iter().map(Self::to_string).collect();
             format!("{s:?} is no kernel family; there are {}", all.join(", "))
         })

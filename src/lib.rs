@@ -118,6 +118,12 @@ pub use tile::Tile;
 pub use timing::GpuTimer;
 pub use tuning::Tuning;
 
+// The crates whose types stand in this one's API, in the versions that do.
+pub use half;
+#[cfg(feature = "safetensors")]
+pub use safetensors;
+pub use wgpu;
+
 /// Prefill, append and decode: how caches are filled and read.
 ///
 /// The items: [`Append`], [`AppendOperands`], [`Rope`], [`Cache`], [`Prepared`], [`Status`],

@@ -109,6 +109,7 @@ impl PageAllocator {
 /// A page's first `tokens` tokens that the caller has to copy, in every buffer of the cache, before either
 /// sequence goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub struct PageCopy {
     /// The page to read.
     pub from: u32,

@@ -464,7 +464,7 @@ impl AttentionProblem {
 
     /// Every operand that this problem has, inputs before outputs.
     pub fn operands(&self) -> impl Iterator<Item = Operand> + '_ {
-        Operand::ALL.into_iter().filter(|&operand| self.layout(operand).is_some())
+        Operand::ALL.iter().copied().filter(|&operand| self.layout(operand).is_some())
     }
 
     /// Checks every rule that does not depend on data or device.

@@ -12,6 +12,7 @@ use crate::problem::{AttentionProblem, LEAST_NORM, Similarity};
 
 /// What [`oracle`] and [`naive`] give, in logical order and f64.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Reference {
     /// `[batch, heads_q, seq_q, head_dim_v]`; `[heads_q, total_q, head_dim_v]` where queries are ragged.
     pub o: Vec<f64>,

@@ -72,13 +72,14 @@ impl Attention {
             return Ok(outputs);
         }
         let buffers = scoped(self.device(), "operand memory", || {
-            Operand::ALL.map(|operand| {
+            let made = Operand::ALL.iter().map(|&operand| {
                 problem.layout(operand)?;
                 Some(match inputs.get(operand) {
                     Some((_, _, bytes)) => self.upload(operand, bytes),
                     None => self.output(problem, operand),
                 })
-            })
+            });
+            made.collect::<Vec<_>>()
         })?;
         let get = |operand: Operand| {
             Operand::ALL.iter().position(|&o| o == operand).and_then(|at| buffers[at].as_ref())

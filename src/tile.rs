@@ -75,7 +75,7 @@ impl Tile {
     /// assert!(Tile::candidates(&problem, &Caps::minimal()).len() > 5);
     /// ```
     pub fn candidates(problem: &AttentionProblem, caps: &Caps) -> Vec<Self> {
-        let mut all: Vec<Self> = Family::ALL.map(Self::of).to_vec();
+        let mut all: Vec<Self> = Family::ALL.iter().copied().map(Self::of).collect();
         let some = |sizes: &[u32]| sizes.iter().map(|&n| Some(n)).collect::<Vec<_>>();
         for family in [Family::FusedTile, Family::FusedSubgroup] {
             for lanes in some(&[4, 8, 16]) {

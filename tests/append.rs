@@ -174,7 +174,7 @@ fn cases() -> Vec<(Case, Case)> {
             .into_iter()
             .enumerate()
     {
-        for (j, kv_dtype) in Dtype::ALL.into_iter().enumerate() {
+        for (j, kv_dtype) in Dtype::ALL.iter().copied().enumerate() {
             let dtype = [Dtype::F32, Dtype::F16, Dtype::Bf16][(i + j) % 3];
             let mut axes = Axes { dtype, out_dtype: dtype, ..base };
             if (i + j) % 2 == 1 {

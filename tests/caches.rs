@@ -102,6 +102,7 @@ fn the_oracle_finds_the_keys_wherever_they_are_kept() {
             Dtype::F16 => 4e-3,
             Dtype::Bf16 | Dtype::Int8 => 3e-2,
             Dtype::Int4 => 0.5,
+            other => unreachable!("no case stores {other}"),
         };
         for b in 0..p.batch {
             let alone = moved.alone(&plain, b);

@@ -78,7 +78,8 @@ const OF_KEYS: [&str; 2] = ["key_norms", "project_k"];
 /// Every plan that `problem` has on `caps`: each family, and the plan's own choice.
 fn plans(problem: &AttentionProblem, caps: &Caps, scratch_budget: Option<u64>) -> Vec<Plan> {
     Family::ALL
-        .into_iter()
+        .iter()
+        .copied()
         .map(Some)
         .chain([None])
         .filter_map(|family| {
@@ -298,7 +299,7 @@ fn few_rows_split_the_keys() {
     let forced = Plan::new(&long, &card, &PlanOptions { family, ..PlanOptions::default() }).expect("served");
     assert!(forced.kernels().contains(&"fused_tile_matrix"), "{forced}");
     assert!(8 * forced.splits() > 8 * step.splits(), "{forced}");
-    for family in Family::ALL.into_iter().filter(|family| family.lacks(&gpu).is_none()) {
+    for family in Family::ALL.iter().copied().filter(|family| family.lacks(&gpu).is_none()) {
         let plan = |splits| {
             let options =
                 PlanOptions { family: Some(family), splits: Some(splits), ..PlanOptions::default() };
@@ -437,7 +438,7 @@ fn any_budget_is_kept() {
             axes.batch = axes.batch.max(1);
             axes.seq_q = axes.seq_q.max(1);
             let problem = axes.build(i).problem;
-            for family in Family::ALL.into_iter().map(Some).chain([None]) {
+            for family in Family::ALL.iter().copied().map(Some).chain([None]) {
                 let plan = |budget| {
                     let options =
                         PlanOptions { family, scratch_budget: Some(budget), ..PlanOptions::default() };
@@ -596,7 +597,7 @@ fn plans_explain_themselves() {
             }
         }
         let text = Plan::new(&problem, &caps, &PlanOptions::default()).expect("served").to_string();
-        for family in Family::ALL {
+        for &family in Family::ALL {
             assert!(text.contains(&family.to_string()), "why {family} or why not: {text}");
         }
     }
@@ -612,10 +613,10 @@ fn plans_explain_themselves() {
 /// Names round-trip for command lines.
 #[test]
 fn names() {
-    for family in Family::ALL {
+    for &family in Family::ALL {
         assert_eq!(family.to_string().parse(), Ok(family));
     }
-    for path in Path::ALL {
+    for &path in Path::ALL {
         assert_eq!(path.to_string().parse(), Ok(path));
     }
     assert!("no such family".parse::<Family>().is_err());

@@ -72,7 +72,7 @@ fn describe(caps: &Caps) -> String {
         ),
         ("dispatch", format!("{} workgroups a dimension", caps.max_dispatch)),
     ];
-    for family in Family::ALL {
+    for &family in Family::ALL {
         lines.push(("kernels", format!("{family}: {}", fits(caps, family))));
     }
     let missing = caps.missing();

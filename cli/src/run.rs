@@ -93,7 +93,7 @@ fn serialize(problem: &AttentionProblem, outputs: &Outputs, o_shape: Vec<usize>)
         Dtype::F32 => Stored::F32,
         Dtype::F16 => Stored::F16,
         Dtype::Bf16 => Stored::BF16,
-        Dtype::Int8 | Dtype::Int4 => unreachable!("o is never quantised"),
+        other => unreachable!("o is a tensor of floats, not of {other}"),
     };
     let floats = |x| TensorRef::F32(x).bytes();
     let mut tensors = vec![("o", stored, o_shape, outputs.o.as_ref().bytes())];

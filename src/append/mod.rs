@@ -480,7 +480,7 @@ mod tests {
         for (i, shader_f16) in [false, true].into_iter().enumerate() {
             let caps = Caps { shader_f16, ..Caps::minimal() };
             for (j, cache) in caches.into_iter().enumerate() {
-                for (k, kv_dtype) in Dtype::ALL.into_iter().enumerate() {
+                for (k, kv_dtype) in Dtype::ALL.iter().copied().enumerate() {
                     for (l, dtype) in Dtype::FLOATS.into_iter().enumerate() {
                         let turn = i + j + k + l;
                         let dim = if turn.is_multiple_of(2) { 64 } else { 30 };

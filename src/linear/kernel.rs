@@ -572,7 +572,7 @@ mod tests {
                 matrix: Some(MatrixUnits { edge: 16, subgroup: 32, scalars: false, tested: None }),
                 ..Caps::minimal()
             };
-            for kernel in LinearKernel::ALL {
+            for &kernel in LinearKernel::ALL {
                 for (dtype, weight_dtype, out_dtype) in [
                     (Dtype::F32, Dtype::F32, Dtype::F32),
                     (Dtype::F16, Dtype::F16, Dtype::F16),

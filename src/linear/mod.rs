@@ -41,7 +41,7 @@ pub enum LinearKernel {
 
 impl LinearKernel {
     /// Every kernel.
-    pub const ALL: [Self; 5] = [Self::Tile, Self::Matrix, Self::Few, Self::FewSubgroup, Self::Direct];
+    pub const ALL: &'static [Self] = &[Self::Tile, Self::Matrix, Self::Few, Self::FewSubgroup, Self::Direct];
 
     const fn name(self) -> &'static str {
         match self {

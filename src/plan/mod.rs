@@ -40,7 +40,7 @@ pub enum Path {
 
 impl Path {
     /// Every path.
-    pub const ALL: [Self; 2] = [Self::Staged, Self::Fused];
+    pub const ALL: &'static [Self] = &[Self::Staged, Self::Fused];
 }
 
 impl std::fmt::Display for Path {
@@ -57,7 +57,8 @@ impl std::str::FromStr for Path {
 
     fn from_str(s: &str) -> Result<Self, String> {
         Self::ALL
-            .into_iter()
+            .iter()
+            .copied()
             .find(|path| path.to_string() == s)
             .ok_or_else(|| format!("{s:?} is no GPU path; there are staged and fused"))
     }
@@ -89,6 +90,7 @@ pub struct PlanOptions {
 
 /// One dispatch of a plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Dispatch {
     /// The kernel's name.
     pub kernel: &'static str,
@@ -103,6 +105,7 @@ pub struct Dispatch {
 
 /// A kernel's composed text, for reading and validating.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Shader {
     /// The kernel's name.
     pub name: &'static str,

@@ -119,9 +119,10 @@ impl Expected {
 fn narrowing(from: Dtype, to: Dtype) -> f64 {
     match to {
         _ if from == to => 0.0,
-        Dtype::F32 | Dtype::Int8 | Dtype::Int4 => 0.0,
         Dtype::F16 => 2f64.powi(-11),
         Dtype::Bf16 => 2f64.powi(-8),
+        // f32, or no type of a result.
+        _ => 0.0,
     }
 }
 

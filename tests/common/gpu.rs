@@ -80,8 +80,8 @@ fn open() -> Result<Vec<(bool, Gpu)>, Error> {
     let offered = adapter.features() & Caps::FEATURES;
     assert!(full.device().features().contains(offered), "{offered:?} were not asked for");
     assert_eq!(full.caps().matrix.is_some(), MatrixUnits::of_adapter(&adapter).is_some());
-    let families = Family::ALL.map(|family| (family.to_string(), family.lacks(full.caps())));
-    let linear = LinearKernel::ALL.map(|kernel| (kernel.to_string(), kernel.lacks(full.caps())));
+    let families = Family::ALL.iter().map(|&family| (family.to_string(), family.lacks(full.caps())));
+    let linear = LinearKernel::ALL.iter().map(|&kernel| (kernel.to_string(), kernel.lacks(full.caps())));
     for (name, lacks) in families.into_iter().chain(linear) {
         if let Some(why) = lacks {
             super::say(&format!("NOT TESTED: {name}: {why}"));
@@ -310,7 +310,7 @@ impl Gpu {
 
     /// The families that this device has all it takes for.
     pub fn families(&self) -> impl Iterator<Item = Family> + '_ {
-        Family::ALL.into_iter().filter(|family| family.lacks(self.attention.caps()).is_none())
+        Family::ALL.iter().copied().filter(|family| family.lacks(self.attention.caps()).is_none())
     }
 
     pub fn run(&self, case: &Case, options: &PlanOptions, door: Door) -> Result<(Outputs, Gap), Error> {

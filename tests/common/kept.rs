@@ -44,7 +44,7 @@ impl Move {
         let kept = [Kept::Plain, Kept::Ring(0), Kept::Ring(3), Kept::Paged(1), Kept::Paged(16), Kept::Ragged];
         Self {
             kept: rng.pick(&kept),
-            kv_dtype: rng.chance(0.7).then(|| rng.pick(&Dtype::ALL)),
+            kv_dtype: rng.chance(0.7).then(|| rng.pick(Dtype::ALL)),
             ragged_q: rng.chance(0.5),
             heads_first: rng.chance(0.5),
         }

@@ -18,7 +18,7 @@ pub(crate) fn moved(prng: &mut Prng, plain: AttentionProblem, data: Data) -> (At
         .collect();
     keep(prng, &mut to, &lens);
     let (p, moved) = &mut to;
-    p.kv_dtype = (!prng.one_in(3)).then(|| prng.pick(&Dtype::ALL));
+    p.kv_dtype = (!prng.one_in(3)).then(|| prng.pick(Dtype::ALL));
     p.k = layout(prng, p.shape(Operand::K), p.stored_kv().is_float());
     p.v = layout(prng, p.shape(Operand::V), p.stored_kv().is_float());
     moved.k = stored(p, moved, (&plain, &data), Operand::K, &lens);

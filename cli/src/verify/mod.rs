@@ -53,7 +53,7 @@ pub(crate) struct VerifyArgs {
 /// Runs the sweep and prints the table.
 pub(crate) fn run(args: &VerifyArgs) -> Result<()> {
     let backends = if args.path.is_empty() {
-        let families = Family::ALL.map(|family| Backend::Gpu(family.path(), Some(family.into())));
+        let families = Family::ALL.iter().map(|&family| Backend::Gpu(family.path(), Some(family.into())));
         [Backend::Cpu].into_iter().chain(families).collect()
     } else {
         args.path.clone()

@@ -41,7 +41,7 @@ impl Page {
         console_error_panic_hook::set_once();
         let attention = Attention::request(&DeviceRequest::default()).await.map_err(|e| e.to_string())?;
         let caps = attention.caps();
-        let families = Family::ALL.into_iter().filter(|family| family.lacks(caps).is_none()).collect();
+        let families = Family::ALL.iter().copied().filter(|family| family.lacks(caps).is_none()).collect();
         let axes = Axes {
             heads: (8, 8),
             seq_q: 256,
