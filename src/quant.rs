@@ -174,7 +174,8 @@ pub(crate) fn element(dtype: Dtype, words: &[u32], dim: usize, d: usize) -> f32 
     f32::from_bits(head & 0xffff_0000) + f32::from_bits(head << 16) * code as f32
 }
 
-/// Rows of `dim` numbers as a cache of that type keeps them, one after the other.
+/// Rows of `dim` numbers as a cache of that type keeps them, one after the other. Where the last row is not whole,
+/// zeros follow.
 ///
 /// ```
 /// use wgpu_attention::{Dtype, dequantize, quantize};
@@ -184,15 +185,17 @@ pub(crate) fn element(dtype: Dtype, words: &[u32], dim: usize, d: usize) -> f32 
 /// assert!(worst < 2.1 / 255.0);
 /// ```
 pub fn quantize(dtype: Dtype, rows: &[f32], dim: usize) -> Tensor {
+    let missing = rows.len().checked_next_multiple_of(dim).map_or(0, |whole| whole - rows.len());
+    let whole = [rows, &vec![0.0; missing]].concat();
     let stride = row_elements(dtype, dim);
-    let mut words = vec![0; rows.len().checked_div(dim).unwrap_or(0) * stride];
-    for (row, words) in rows.chunks_exact(dim.max(1)).zip(words.chunks_exact_mut(stride.max(1))) {
+    let mut words = vec![0; whole.len().checked_div(dim).unwrap_or(0) * stride];
+    for (row, words) in whole.chunks_exact(dim.max(1)).zip(words.chunks_exact_mut(stride.max(1))) {
         quantize_row(dtype, row, words);
     }
     match dtype {
         Dtype::Int8 => Tensor::Int8(words),
         Dtype::Int4 => Tensor::Int4(words),
-        Dtype::F32 | Dtype::F16 | Dtype::Bf16 => Tensor::from_f32(dtype, rows),
+        Dtype::F32 | Dtype::F16 | Dtype::Bf16 => Tensor::from_f32(dtype, &whole),
     }
 }
 
@@ -231,6 +234,18 @@ mod tests {
                     }
                 }
             }
+        }
+    }
+
+    #[test]
+    fn nothing_of_a_last_row_is_lost() {
+        let row: Vec<f32> = (0..20).map(|i| i as f32).collect();
+        for &dtype in Dtype::ALL {
+            let back = dequantize(quantize(dtype, &row, 16).as_ref(), 16);
+            assert_eq!(back.len(), 32, "{dtype}");
+            assert!(back.iter().zip(&row).all(|(a, b)| (a - b).abs() < 1.1), "{dtype} {back:?}");
+            assert_eq!(back[20..], [0.0; 12], "{dtype}");
+            assert_eq!(quantize(dtype, &row, 0).as_ref().len(), if dtype.is_float() { 20 } else { 0 });
         }
     }
 
