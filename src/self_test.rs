@@ -6,11 +6,12 @@ use crate::dtype::{Dtype, Tensor};
 use crate::error::{Operand, Result};
 use crate::host::Inputs;
 use crate::kernel::Family;
+use crate::layout::Layout;
 use crate::linear::oracle::linear;
 use crate::linear::{LinearInputs, LinearKernel, LinearOperands, LinearProblem};
 use crate::mask::Align;
 use crate::plan::PlanOptions;
-use crate::problem::AttentionProblem;
+use crate::problem::{AttentionProblem, Similarity};
 use crate::readback::read_buffer;
 use crate::reference::oracle;
 use crate::scope::scoped;
@@ -60,7 +61,7 @@ impl Attention {
         wrong("y", self.try_linear().await, 1.0)
     }
 
-    /// The largest error of o on a problem of several tiles, with edges in every direction.
+    /// The largest error of o on problems of several tiles, with edges in every direction.
     async fn try_attention(&self) -> Result<f64> {
         let problem = AttentionProblem {
             causal: Some(Align::BottomRight),
@@ -69,11 +70,32 @@ impl Attention {
         let mut numbers = numbers();
         // Scores of a few units: some rows rescale, and no weight is the same as another.
         let [q, k, v] = [numbers(2 * 75 * 56, 3.0), numbers(141 * 56, 3.0), numbers(141 * 72, 1.0)];
-        let inputs = Inputs::new(q.as_ref(), k.as_ref(), v.as_ref());
+        let error = self.error_of(&problem, &Inputs::new(q.as_ref(), k.as_ref(), v.as_ref())).await?;
+
+        // What the kernel is made of where widths are large, q is projected and rows begin at odd places, and what it
+        // does about a value that is not finite (behind every query here).
+        let problem = AttentionProblem {
+            causal: Some(Align::TopLeft),
+            k: Layout { offset: 0, strides: [0, 0, 137, 1] },
+            ..AttentionProblem::new(1, 1, 1, 40, 50, 136, 304)
+        };
+        let problem = problem
+            .with_dtype(Dtype::F16)
+            .with_similarity(Similarity::Bilinear { query_dim: 24, per_head: false });
+        let [q, k, w] = [numbers(40 * 24, 1.0), numbers(50 * 137, 1.0), numbers(24 * 136, 0.2)];
+        let mut v = numbers(50 * 304, 1.0).to_f32();
+        v[45 * 304 + 7] = f32::INFINITY;
+        let (v, w) = (Tensor::from_f32(Dtype::F16, &v), w.to_f32());
+        let inputs = Inputs { w: Some(&w), ..Inputs::new(q.as_ref(), k.as_ref(), v.as_ref()) };
+        Ok(most([error, self.error_of(&problem, &inputs).await?].into_iter()))
+    }
+
+    /// The largest error of o.
+    async fn error_of(&self, problem: &AttentionProblem, inputs: &Inputs<'_>) -> Result<f64> {
         let options = PlanOptions { family: Some(Family::FusedMatrix), ..PlanOptions::default() };
-        let plan = self.plan_with(&problem, &options)?;
-        let o = self.run_plan(&plan, &inputs).await?.o_contiguous(&problem);
-        let truth = oracle(&problem, &inputs)?.o;
+        let plan = self.plan_with(problem, &options)?;
+        let o = self.run_plan(&plan, inputs).await?.o_contiguous(problem);
+        let truth = oracle(problem, inputs)?.o;
         let error = |(&got, &want): (&f32, &f64)| (f64::from(got) - want).abs();
         Ok(most(o.iter().zip(&truth).map(error)))
     }
