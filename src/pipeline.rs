@@ -253,9 +253,11 @@ fn build(
 pub(crate) fn experimental_features() -> wgpu::ExperimentalFeatures {
     // SAFETY: wgpu asks for the acknowledgement that its code may have bugs. The caller of this crate has
     // given it by `DeviceRequest::matrix`, whose text repeats the warning. What this crate makes of the
-    // feature is one kernel, composed here alone: every fragment lies inside the workgroup memory that is
+    // feature are two kernels, composed here alone: every fragment lies inside the workgroup memory that is
     // declared from the same constants, workgroups are whole subgroups, and no branch but a
-    // workgroup-uniform one surrounds an operation on fragments.
+    // workgroup-uniform one surrounds an operation on fragments. (naga 30 declares Vulkan's memory model with them, but
+    // marks no access as one that barriers order: https://github.com/gfx-rs/wgpu/issues/8805. No driver is known to make
+    // use of that; `Attention::self_test` runs both kernels before a plan takes them.)
     unsafe { wgpu::ExperimentalFeatures::enabled() }
 }
 
