@@ -315,8 +315,10 @@ impl Attention {
     ///
     /// # Errors
     /// [`Error::ForeignPlan`], [`Error::MissingOperand`], [`Error::UnexpectedOperand`],
-    /// [`Error::BufferUsage`], [`Error::OutOfBounds`], [`Error::Aliased`], [`Error::OutOfMemory`]
-    /// and [`Error::Driver`]; then nothing has been recorded.
+    /// [`Error::BufferUsage`], [`Error::OutOfBounds`], [`Error::Aliased`], [`Error::OutOfMemory`],
+    /// [`Error::Driver`] and [`Error::DeviceLost`]; then nothing has been recorded. Where pipelines and memory are there
+    /// already, nothing asks the device, and a lost one is recorded for as wgpu itself does it: in vain, and without a
+    /// word but that to the device's callback.
     pub fn encode(
         &self,
         encoder: &mut wgpu::CommandEncoder,

@@ -36,7 +36,8 @@
 //! denominator), weighted sum. A row that keeps no key gives zeros and `lse = -inf`, never NaN. A NaN
 //! in a kept element spreads to the rows that read it and to no other. Softmax and sums are f32
 //! whatever the storage. Errors are [typed](Error), name the operand, and come before anything is
-//! encoded.
+//! encoded. (In a browser what the driver itself finds, a lost device or a lack of memory, comes later, as WebGPU has it:
+//! to the device's own handler of errors.)
 //!
 //! # Features
 //! - `backends` (default): wgpu's default backends.

@@ -406,7 +406,8 @@ impl Attention {
     /// # Errors
     /// Those of [`Append::validate`]; [`Error::KernelUnfit`], [`Error::MissingOperand`],
     /// [`Error::UnexpectedOperand`], [`Error::BufferUsage`], [`Error::OutOfBounds`], [`Error::Aliased`],
-    /// [`Error::LimitExceeded`], [`Error::OutOfMemory`] and [`Error::Driver`]; then nothing has been recorded.
+    /// [`Error::LimitExceeded`], [`Error::OutOfMemory`], [`Error::Driver`] and [`Error::DeviceLost`] (as
+    /// [`Attention::encode`] has it); then nothing has been recorded.
     pub fn encode_append(
         &self,
         encoder: &mut wgpu::CommandEncoder,
