@@ -4,7 +4,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::caps::{Caps, MatrixUnits};
-use crate::encode::{Prepared, prepare};
+use crate::encode::{Prepared, check_plan, pipelines, prepare};
 use crate::error::{Error, Operand, Result};
 use crate::pipeline::{PipelineBlob, PipelineCache, experimental_features};
 use crate::plan::{Plan, PlanOptions};
@@ -309,9 +309,19 @@ impl Attention {
         Plan::new(problem, self.caps(), &PlanOptions { tuning, ..options.clone() })
     }
 
+    /// Compiles the pipelines of a plan that are not there yet: before a deadline, or while something else loads. (An
+    /// `Attention` is cheap to clone, and may do so on another thread.)
+    ///
+    /// # Errors
+    /// [`Error::ForeignPlan`], [`Error::OutOfMemory`], [`Error::Driver`] and [`Error::DeviceLost`].
+    pub fn compile(&self, plan: &Plan) -> Result<()> {
+        check_plan(&self.shared, plan)?;
+        pipelines(&self.shared, plan).map(drop)
+    }
+
     /// Records one attention call, in a compute pass of its own. Submits nothing.
     ///
-    /// Pipelines that are not there yet are compiled now; encode once before a deadline.
+    /// Pipelines that are not there yet are compiled now; [`compile`](Self::compile) does it earlier.
     ///
     /// # Errors
     /// [`Error::ForeignPlan`], [`Error::MissingOperand`], [`Error::UnexpectedOperand`],

@@ -123,26 +123,32 @@ impl Prepared {
     }
 }
 
-pub(crate) fn prepare(shared: &Shared, plan: &Plan, operands: &Operands<'_>) -> Result<Prepared> {
-    if plan.caps() != &shared.caps {
-        return Err(Error::ForeignPlan {
-            plan: plan.caps().adapter.clone(),
-            device: shared.caps.adapter.clone(),
-        });
+/// A plan's pipelines, in the order of its stages.
+pub(crate) fn pipelines(shared: &Shared, plan: &Plan) -> Result<Vec<Arc<Pipeline>>> {
+    let (device, checks) = (&shared.device, shared.options.runtime_checks);
+    plan.stages()
+        .iter()
+        .map(|stage| shared.pipelines.get(device, Recipe::Attention(*stage), checks))
+        .collect()
+}
+
+/// Whether a plan was made for this device.
+pub(crate) fn check_plan(shared: &Shared, plan: &Plan) -> Result<()> {
+    if plan.caps() == &shared.caps {
+        return Ok(());
     }
+    Err(Error::ForeignPlan { plan: plan.caps().adapter.clone(), device: shared.caps.adapter.clone() })
+}
+
+pub(crate) fn prepare(shared: &Shared, plan: &Plan, operands: &Operands<'_>) -> Result<Prepared> {
+    check_plan(shared, plan)?;
     check(plan, operands)?;
     let dispatches: Vec<_> = plan.dispatches().collect();
     let step = plan.params_step();
     if dispatches.is_empty() {
         return Ok(Prepared::default());
     }
-    let pipelines = plan
-        .stages()
-        .iter()
-        .map(|stage| {
-            shared.pipelines.get(&shared.device, Recipe::Attention(*stage), shared.options.runtime_checks)
-        })
-        .collect::<Result<Vec<_>>>()?;
+    let pipelines = pipelines(shared, plan)?;
 
     let mut params = vec![0; plan.blocks() * step as usize];
     for (index, block) in params.chunks_exact_mut(step as usize).enumerate() {

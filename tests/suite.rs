@@ -11,8 +11,8 @@ use common::gpu::{self, Door, Kind};
 use common::rng::{Rng, env_number, fresh_seed, slice};
 use common::subject::{Outcome, Subject, check_all};
 use wgpu_attention::{
-    Align, Attention, AttentionProblem, Bias, Dtype, Error, Layout, MatrixUnits, Operand, Options,
-    PipelineBlob, PlanOptions, Tensor, Window,
+    Align, Attention, AttentionProblem, Bias, Caps, Dtype, Error, Layout, MatrixUnits, Operand, Options,
+    PipelineBlob, Plan, PlanOptions, Tensor, Window,
 };
 
 /// Multiplications that the oracle may spend on one case of a table.
@@ -415,6 +415,24 @@ fn second_looks_come_to_their_end() {
         }
     }
     common::say(&format!("second looks: {runs} runs"));
+}
+
+/// Pipelines can be there before the first call.
+#[test]
+fn pipelines_can_be_compiled_ahead() {
+    let Some(gpu) = gpu::get(Kind::Full, false) else { return };
+    let case = Axes { causal: Some(Align::TopLeft), ..Axes::default() }.build(5);
+    let attention = gpu.fresh();
+    let plan = attention.plan(&case.problem).expect("served");
+    assert_eq!(attention.pipelines(), 0);
+    assert_eq!(attention.compile(&plan), Ok(()));
+    let compiled = attention.pipelines();
+    assert!(compiled > 0);
+    let out = attention.run_plan_blocking(&plan, &case.data.inputs()).expect("served");
+    Expected::of(&case).check(&case, &out, Gap::Zero).unwrap_or_else(|what| panic!("{what}"));
+    assert_eq!(attention.pipelines(), compiled);
+    let other = Plan::new(&case.problem, &Caps::minimal(), &PlanOptions::default()).expect("served");
+    assert!(matches!(attention.compile(&other), Err(Error::ForeignPlan { .. })));
 }
 
 /// What a driver has made of pipelines serves another object, and whatever is damaged is refused.
