@@ -10,7 +10,8 @@ use common::rng::Rng;
 use wgpu_attention::reference::{layer as oracle, layer_naive, max_error};
 use wgpu_attention::{
     Align, Attention, AttentionProblem, Bias, Cache, Dtype, Error, HostWeights, Layer, LayerInputs,
-    LayerOperands, LayerOptions, Layout, Pairing, QkNorm, Rope, Similarity, Tensor, Window,
+    LayerOperands, LayerOptions, Layout, Pairing, Path, PlanOptions, QkNorm, Rope, Similarity, Tensor,
+    Window,
 };
 
 fn gpus() -> Vec<&'static Gpu> {
@@ -177,6 +178,10 @@ impl Case {
 
     /// The layer on a device, from buffers to y.
     fn run(&self, gpu: &Gpu) -> Result<Tensor, Error> {
+        self.run_with(gpu, &PlanOptions::default())
+    }
+
+    fn run_with(&self, gpu: &Gpu, options: &PlanOptions) -> Result<Tensor, Error> {
         let device = gpu.attention.device();
         let up = |tensor: &Tensor| upload(device, "x", tensor.as_ref().bytes(), USAGE);
         let floats = |x: &Option<Vec<f32>>| x.as_ref().map(|x| up(&Tensor::F32(x.clone())));
@@ -226,7 +231,7 @@ impl Case {
             ..LayerOperands::new(&x, &w_q, &w_o, &y)
         };
         let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-        gpu.attention.encode_layer(&mut encoder, &self.layer, &operands)?;
+        gpu.attention.prepare_layer_with(&self.layer, &operands, options)?.encode(&mut encoder);
         gpu.attention.queue().submit([encoder.finish()]);
         Ok(Tensor::from_bytes(
             dtype,
@@ -408,6 +413,29 @@ fn layers_of_every_kind() {
             let y = case.run(gpu).unwrap_or_else(|e| panic!("{name}: {e}"));
             case.check(&format!("{:?}", gpu.kind), &y);
         }
+    }
+}
+
+/// The plan of its attention follows options, and what it holds is what it says.
+#[test]
+fn a_layer_is_planned_as_it_is_told() {
+    let attention = AttentionProblem::new(1, 3, 3, 37, 37, 16, 12);
+    let rope = Some(Rope { positions: 37, ..Rope::new(16) });
+    let case = Case::new("told", Layer { rope, packed: true, ..Layer::new(&attention, 24) }, None, 7);
+    for gpu in gpus() {
+        for &path in Path::ALL {
+            let own = Gpu { kind: gpu.kind, attention: gpu.fresh() };
+            let options = PlanOptions { path: Some(path), ..PlanOptions::default() };
+            case.check(&format!("{path}"), &case.run_with(&own, &options).expect("served"));
+            let plan = own.attention.plan_with(&attention, &options).expect("served");
+            assert_eq!(plan.path(), path);
+            let between = case.layer.scratch_bytes(own.attention.caps()).expect("a layer");
+            assert!(between >= 4 * 37 * (2 * (3 * 16) + 3 * 12 + 3 * 12), "{between}");
+            assert_eq!(own.attention.scratch_bytes(), between + plan.scratch_bytes(), "{path}");
+        }
+        let options =
+            PlanOptions { path: Some(Path::Staged), scratch_budget: Some(1 << 11), ..PlanOptions::default() };
+        case.check("on a budget", &case.run_with(gpu, &options).expect("served"));
     }
 }
 

@@ -11,6 +11,7 @@ use crate::encode::{Prepared, within};
 use crate::error::{Error, Operand, Result};
 use crate::kernel::Slot;
 use crate::linear::LinearOperands;
+use crate::plan::PlanOptions;
 use crate::scope::scoped;
 
 /// The buffers of a layer. All need `STORAGE` usage; weights and biases lie as the [`Layer`] says.
@@ -138,6 +139,34 @@ impl Layer {
         let weights = if self.packed { packed * self.weight_dtype.bytes() as u64 } else { 0 };
         projected.max(weights) > caps.max_storage_binding
     }
+
+    /// Bytes of scratch memory that an [`Attention`] on such a device holds between the parts of this layer: projected
+    /// queries, keys and values, the turned ones, and what was attended to. The plan of its attention may want more
+    /// ([`Plan::scratch_bytes`](crate::Plan::scratch_bytes)).
+    ///
+    /// # Errors
+    /// Those of [`Layer::validate`].
+    pub fn scratch_bytes(&self, caps: &Caps) -> Result<u64> {
+        self.validate()?;
+        if self.tokens() == 0 || self.attention.rows() == 0 {
+            return Ok(0);
+        }
+        Ok(self.between(self.apart(caps)).iter().map(|(_, bytes)| bytes).sum())
+    }
+
+    /// The buffers between its parts.
+    fn between(&self, apart: bool) -> [(Slot, u64); 3] {
+        let p = &self.attention;
+        [
+            (Slot::LayerProjected, self.places(apart).len),
+            (Slot::LayerTurned, if self.turns() { self.turned()[1] } else { 0 }),
+            (Slot::LayerAttended, self.tokens() * p.heads_q * p.head_dim_v),
+        ]
+        .map(|(slot, elements)| {
+            let bytes = elements as u64 * p.dtype.bytes() as u64;
+            (slot, bytes.next_multiple_of(16).max(16))
+        })
+    }
 }
 
 impl Attention {
@@ -156,12 +185,25 @@ impl Attention {
     }
 
     /// All of [`Attention::encode_layer`] but the recording. What lies between the projections is scratch memory
-    /// of this object, which what was prepared keeps.
+    /// of this object ([`Layer::scratch_bytes`]), which what was prepared keeps.
     ///
     /// # Errors
     /// Those of [`Layer::validate`], [`Attention::plan`], [`Attention::prepare_linear`] (as
     /// [`Error::Projection`], which names the map; what a driver says comes as it is) and [`Attention::prepare`].
     pub fn prepare_layer(&self, layer: &Layer, operands: &LayerOperands<'_>) -> Result<Prepared> {
+        self.prepare_layer_with(layer, operands, &PlanOptions::default())
+    }
+
+    /// The same with options for the plan of its attention: a path or a kernel, a budget for that plan's own scratch.
+    ///
+    /// # Errors
+    /// Those of [`Attention::prepare_layer`].
+    pub fn prepare_layer_with(
+        &self,
+        layer: &Layer,
+        operands: &LayerOperands<'_>,
+        options: &PlanOptions,
+    ) -> Result<Prepared> {
         layer.validate()?;
         let apart = layer.apart(self.caps());
         let p = layer.attention(apart);
@@ -180,15 +222,9 @@ impl Attention {
         ] {
             operand.brought(wanted, buffer)?;
         }
-        let plan = self.plan(&p)?;
-        let bytes = p.dtype.bytes();
-        let attended = layer.tokens() * p.heads_q * p.head_dim_v;
-        let [projected, turned, attended] = [
-            (Slot::LayerProjected, layer.places(apart).len),
-            (Slot::LayerTurned, if layer.turns() { layer.turned()[1] } else { 0 }),
-            (Slot::LayerAttended, attended),
-        ]
-        .map(|(slot, elements)| self.layer_scratch(slot, elements as u64 * bytes as u64));
+        let plan = self.plan_with(&p, options)?;
+        let [projected, turned, attended] =
+            layer.between(apart).map(|(slot, bytes)| self.layer_scratch(slot, bytes));
         let [projected, turned, attended] = [projected?, turned?, attended?];
 
         let mut all = Prepared::default();
@@ -234,7 +270,6 @@ impl Attention {
         within(|| "scratch: bytes between a layer's parts".into(), bytes, self.caps().max_buffer)?;
         let shared = &self.shared;
         let mut scratch = shared.scratch.lock().unwrap_or_else(PoisonError::into_inner);
-        let bytes = bytes.next_multiple_of(16).max(16);
         scoped(&shared.device, "scratch memory of a layer", || scratch.buffer(&shared.device, slot, bytes))
             .inspect_err(|_| scratch.clear())
     }
