@@ -212,7 +212,14 @@ pub(crate) fn lacks(caps: &Caps) -> Option<String> {
     if !caps.shader_f16 {
         return Some("it needs SHADER_F16".into());
     }
+    if ![8, 16].contains(&matrix.edge) {
+        return Some(format!("it needs matrices of 8 x 8 or 16 x 16, not of {0} x {0}", matrix.edge));
+    }
     match caps.subgroup {
+        Some((_, most)) if matrix.subgroup < most => Some(format!(
+            "its matrix units are said to run in subgroups of up to {}, the device has up to {most}",
+            matrix.subgroup
+        )),
         Some((least, most)) if !least.is_multiple_of(matrix.edge) => Some(format!(
             "it needs subgroups of a multiple of {}, the device has {least} to {most}",
             matrix.edge
@@ -231,7 +238,7 @@ pub(crate) fn sizes(problem: &AttentionProblem, caps: &Caps) -> FusedMatrix {
     else {
         return FusedMatrix::NONE;
     };
-    if problem.head_dim.max(problem.head_dim_v) > MOST_WIDTH {
+    if lacks(caps).is_some() || problem.head_dim.max(problem.head_dim_v) > MOST_WIDTH {
         return FusedMatrix::NONE;
     }
     let parts = if problem.projects() { 2 } else { 1 };
@@ -320,6 +327,19 @@ mod tests {
         let tile = sizes(&problem(4096, 128, 128), &caps);
         assert_eq!((tile.tile_q(), tile.threads(), tile.lanes()), (64, 256, 4), "{tile:?}");
         assert_eq!(tile.unfit(&problem(4096, 128, 128), &caps), None);
+    }
+
+    /// Units made by hand that are none, or of smaller subgroups than there are.
+    #[test]
+    fn units_that_no_device_has() {
+        for (edge, subgroup) in [(0, 32), (7, 32), (32, 32), (16, 0), (16, 16), (u32::MAX, u32::MAX)] {
+            let matrix = Some(MatrixUnits { edge, subgroup, scalars: false, tested: Some(Ok(())) });
+            let caps = Caps { matrix, ..card() };
+            assert!(lacks(&caps).is_some(), "{edge} {subgroup}");
+            assert_eq!(sizes(&problem(40, 64, 64), &caps), FusedMatrix::NONE);
+            let linear = crate::linear::LinearProblem::new(40, 64, 64);
+            assert_ne!(linear.kernel_on(&caps), crate::linear::LinearKernel::Matrix);
+        }
     }
 
     /// O of one subgroup and Q beside it are more registers than there are: Q leaves them first.

@@ -78,7 +78,8 @@ impl Matrix {
 
     /// The most rows that there are, and that registers and workgroup memory take.
     fn of(rows: u32, far: bool, by_outputs: bool, caps: &Caps) -> Self {
-        let Some(&MatrixUnits { edge, subgroup, scalars, .. }) = caps.matrix.as_ref() else {
+        let units = caps.matrix.as_ref().filter(|_| LinearKernel::Matrix.lacks(caps).is_none());
+        let Some(&MatrixUnits { edge, subgroup, scalars, .. }) = units else {
             return Self::NONE;
         };
         let sized = |bands| Self { edge, subgroup, down: 2, across: 2, bands, columns: 2, step: 32, scalars };
