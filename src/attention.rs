@@ -38,7 +38,7 @@ pub struct DeviceRequest {
     /// ([`Attention::self_test`]). wgpu calls that feature experimental and warns of undefined behaviour
     /// in its own code or the driver's, hence not by default.
     pub matrix: bool,
-    /// How the device is treated.
+    /// How the device is treated. [`Options::matrix`] is filled in, by `matrix` above.
     pub options: Options,
 }
 
