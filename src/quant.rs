@@ -16,6 +16,8 @@
 //! for the few channels of a row that are many times larger than the others, and its range is then moved by
 //! least squares to where its codes are least wrong: a fifth less error on real keys and values.
 
+use std::borrow::Cow;
+
 use crate::dtype::{Dtype, Tensor, TensorRef};
 
 /// Elements that share a scale, most codes of a word, bits of a code. `None` for what is not quantised.
@@ -185,8 +187,10 @@ pub(crate) fn element(dtype: Dtype, words: &[u32], dim: usize, d: usize) -> f32 
 /// assert!(worst < 2.1 / 255.0);
 /// ```
 pub fn quantize(dtype: Dtype, rows: &[f32], dim: usize) -> Tensor {
-    let missing = rows.len().checked_next_multiple_of(dim).map_or(0, |whole| whole - rows.len());
-    let whole = [rows, &vec![0.0; missing]].concat();
+    let mut whole = Cow::Borrowed(rows);
+    if let Some(len) = rows.len().checked_next_multiple_of(dim).filter(|&len| len > rows.len()) {
+        whole.to_mut().resize(len, 0.0);
+    }
     let stride = row_elements(dtype, dim);
     let mut words = vec![0; whole.len().checked_div(dim).unwrap_or(0) * stride];
     for (row, words) in whole.chunks_exact(dim.max(1)).zip(words.chunks_exact_mut(stride.max(1))) {
