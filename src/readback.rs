@@ -33,15 +33,19 @@ pub async fn read_buffer(
     range: Range<u64>,
 ) -> Result<Vec<u8>> {
     let (size, whole) = (buffer.size(), |at: u64| at.is_multiple_of(wgpu::COPY_BUFFER_ALIGNMENT));
-    let why = match range {
-        Range { start, end } if start > end => "it ends before it begins",
-        Range { end, .. } if end > size => "it ends behind the buffer",
-        Range { start, end } if !whole(start) || !whole(end) => "its ends are no multiples of 4",
-        _ if !buffer.usage().contains(wgpu::BufferUsages::COPY_SRC) => "the buffer lacks the usage COPY_SRC",
-        _ => "",
-    };
-    if !why.is_empty() {
-        return Err(Error::ReadRange { start: range.start, end: range.end, size, why });
+    let Range { start, end } = range;
+    let refused = |why| Err(Error::ReadRange { start, end, size, why });
+    if start > end {
+        return refused("it ends before it begins");
+    }
+    if end > size {
+        return refused("it ends behind the buffer");
+    }
+    if !whole(start) || !whole(end) {
+        return refused("its ends are no multiples of 4");
+    }
+    if !buffer.usage().contains(wgpu::BufferUsages::COPY_SRC) {
+        return refused("the buffer lacks the usage COPY_SRC");
     }
     let mut all = read_buffers(device, queue, &[(buffer, range)], Vec::new(), Wait::Elsewhere).await?;
     Ok(all.pop().unwrap_or_default())
