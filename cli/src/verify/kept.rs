@@ -38,8 +38,11 @@ fn keep(prng: &mut Prng, (p, data): &mut (AttentionProblem, Data), lens: &[usize
                 let (left, right) =
                     (Some(prng.pick(&[0, 1, 7, 16, 33])), prng.pick(&[None, Some(0), Some(2)]));
                 (p.window, p.align) = (Some(Window { left, right }), Align::BottomRight);
+                // A causal mask's alignment is the window's, too.
+                p.causal = p.causal.map(|_| Align::BottomRight);
             }
-            let left = p.window.and_then(|window| window.left).filter(|_| p.align == Align::BottomRight);
+            let last = p.positions_align() == Align::BottomRight;
+            let left = p.window.and_then(|window| window.left).filter(|_| last);
             let seen = left.map_or(p.seq_kv, |left| left.saturating_add(p.seq_q)).min(p.seq_kv);
             p.cache = Cache::Ring { capacity: seen.max(1) + prng.pick(&[0, 0, 1, 5]) };
         }

@@ -20,12 +20,12 @@ pub(crate) fn case(prng: &mut Prng, dtype: Dtype) -> (AttentionProblem, Data) {
     let mut problem = sizes(prng, dtype);
     options(prng, &mut problem);
     layouts(prng, &mut problem);
-    debug_assert!(problem.validate().is_ok());
+    debug_assert_eq!(problem.validate(), Ok(()));
     let mut data = Data::random(&problem, prng);
     vary(prng, &problem, &mut data);
     poison(&problem, &mut data);
     let (problem, data) = if prng.one_in(2) { kept::moved(prng, problem, data) } else { (problem, data) };
-    debug_assert!(problem.validate().is_ok());
+    debug_assert_eq!(problem.validate(), Ok(()));
     (problem, data)
 }
 
