@@ -387,6 +387,14 @@ pub enum Error {
         /// Capabilities of the device that was to run it.
         device: String,
     },
+    /// Text that names no path, no family or no size of a tile.
+    #[error("{got:?} {why}")]
+    Name {
+        /// The text, or the part of it that is meant.
+        got: String,
+        /// What is wrong with it, and what there is.
+        why: String,
+    },
     /// A tuning table has a line that is none.
     #[error("the tuning table's line {line}: {why}")]
     Tuning {

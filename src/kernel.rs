@@ -3,7 +3,7 @@
 use crate::cache::Cache;
 use crate::caps::{Caps, MANY_REGISTERS};
 use crate::dtype::Dtype;
-use crate::error::Operand;
+use crate::error::{Error, Operand, Result};
 use crate::fused::{self, FusedRow, FusedTile};
 use crate::fused_matrix::{self, FusedMatrix};
 use crate::linear::kernel::Linear;
@@ -93,12 +93,16 @@ impl std::fmt::Display for Family {
 }
 
 impl std::str::FromStr for Family {
-    type Err = String;
+    type Err = Error;
 
-    fn from_str(s: &str) -> Result<Self, String> {
+    /// Reads what `Display` writes.
+    ///
+    /// # Errors
+    /// [`Error::Name`].
+    fn from_str(s: &str) -> Result<Self> {
         Self::ALL.iter().copied().find(|family| family.to_string() == s).ok_or_else(|| {
             let all: Vec<_> = Self::ALL.iter().map(Self::to_string).collect();
-            format!("{s:?} is no kernel family; there are {}", all.join(", "))
+            Error::Name { got: s.into(), why: format!("is no kernel family; there are {}", all.join(", ")) }
         })
     }
 }

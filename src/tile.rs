@@ -4,6 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::caps::Caps;
+use crate::error::{Error, Result};
 use crate::fused::{self, FusedRow, FusedTile};
 use crate::fused_matrix::FusedMatrix;
 use crate::kernel::{Family, Tiles, tiles};
@@ -22,7 +23,7 @@ use crate::problem::AttentionProblem;
 /// let options = PlanOptions { tile: Some(tile), ..PlanOptions::default() };
 /// let plan = Plan::new(&problem, &Caps::minimal(), &options)?;
 /// assert_eq!(plan.tile().lanes, Some(4));
-/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// # Ok::<(), wgpu_attention::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Tile {
@@ -201,18 +202,23 @@ impl fmt::Display for Tile {
 }
 
 impl FromStr for Tile {
-    type Err = String;
+    type Err = Error;
 
-    fn from_str(text: &str) -> Result<Self, String> {
+    /// Reads what `Display` writes.
+    ///
+    /// # Errors
+    /// [`Error::Name`] with the first part that names nothing.
+    fn from_str(text: &str) -> Result<Self> {
+        let fail = |got: &str, why: String| Error::Name { got: got.into(), why };
         let first = text.find('=').map_or(text.len(), |equals| text[..equals].rfind(':').unwrap_or(0));
         let mut tile = Self::of(text[..first].parse()?);
         for part in text[first..].split(':').skip(1) {
-            let (name, size) = part.split_once('=').ok_or_else(|| format!("{part:?} is no size, name=N"))?;
-            let known = || format!("{name:?} is no size; there are {}", list(&Self::NAMES));
+            let (name, size) = part.split_once('=').ok_or_else(|| fail(part, "is no size, name=N".into()))?;
+            let known = || fail(name, format!("is no size; there are {}", list(&Self::NAMES)));
             let place = tile.size_mut(name).ok_or_else(known)?;
-            let parsed = size.parse().map_err(|_| format!("{name} = {size:?} is no number"))?;
+            let parsed = size.parse().map_err(|_| fail(size, format!("is no number, as {name} must be")))?;
             if place.replace(parsed).is_some() {
-                return Err(format!("{name} is there twice"));
+                return Err(fail(name, "is there twice".into()));
             }
         }
         Ok(tile)
@@ -242,7 +248,7 @@ mod tests {
             ("fused:row:rows=1:rows=2", "twice"),
             ("=", "family"),
         ] {
-            let error = text.parse::<Tile>().expect_err(text);
+            let error = text.parse::<Tile>().expect_err(text).to_string();
             assert!(error.contains(why), "{text}: {error}");
         }
     }

@@ -26,7 +26,7 @@ use crate::tile::Tile;
 ///
 /// let options = PlanOptions { tuning: Some(Arc::new(read)), ..PlanOptions::default() };
 /// assert_eq!(Plan::new(&problem, &caps, &options)?.tile().lanes, Some(4));
-/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// # Ok::<(), wgpu_attention::Error>(())
 /// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Tuning {
@@ -165,7 +165,7 @@ fn entry(line: &str) -> Result<Entry, String> {
         widths: [number(d)? as usize, number(dv)? as usize],
         lengths: [number(q)?, number(kv)?],
     };
-    Ok(Entry { class, tile: tile.parse()? })
+    Ok(Entry { class, tile: tile.parse().map_err(|error: Error| error.to_string())? })
 }
 
 #[cfg(test)]

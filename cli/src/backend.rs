@@ -115,7 +115,7 @@ pub(crate) fn tile(path: Path, text: &str) -> Result<Tile, String> {
         let all: Vec<_> = Family::of(path).map(Family::name).collect();
         return Err(format!("no kernel '{name}' on the {path} path; there are {}", all.join(", ")));
     }
-    format!("{path}:{text}").parse()
+    format!("{path}:{text}").parse().map_err(|error: Error| error.to_string())
 }
 
 /// Reads a tuning table.

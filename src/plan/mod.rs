@@ -53,14 +53,17 @@ impl std::fmt::Display for Path {
 }
 
 impl std::str::FromStr for Path {
-    type Err = String;
+    type Err = Error;
 
-    fn from_str(s: &str) -> Result<Self, String> {
-        Self::ALL
-            .iter()
-            .copied()
-            .find(|path| path.to_string() == s)
-            .ok_or_else(|| format!("{s:?} is no GPU path; there are staged and fused"))
+    /// Reads what `Display` writes.
+    ///
+    /// # Errors
+    /// [`Error::Name`].
+    fn from_str(s: &str) -> Result<Self> {
+        Self::ALL.iter().copied().find(|path| path.to_string() == s).ok_or_else(|| {
+            let all: Vec<_> = Self::ALL.iter().map(Self::to_string).collect();
+            Error::Name { got: s.into(), why: format!("is no GPU path; there are {}", all.join(", ")) }
+        })
     }
 }
 
