@@ -4,14 +4,15 @@
 use std::sync::{Arc, PoisonError};
 
 use crate::attention::{Operands, Shared};
+use crate::blueprint::Blueprint;
 use crate::caps::Caps;
 use crate::error::{Error, Operand, Result};
-use crate::kernel::{Blueprint, Slot};
 use crate::params::Params;
 use crate::pipeline::{Pipeline, Recipe};
 use crate::plan::{Dispatch, Plan, Window, fold};
 use crate::scope::scoped;
 use crate::scratch::Scratch;
+use crate::slot::Slot;
 
 /// Recorded work of this crate with all that it binds, to be encoded as often as one likes: steps of
 /// generation differ in what the buffers hold, and not in what is dispatched.

@@ -54,6 +54,7 @@
 
 mod append;
 mod attention;
+mod blueprint;
 mod cache;
 mod caps;
 #[cfg(all(feature = "cpu", not(target_arch = "wasm32")))]
@@ -61,6 +62,7 @@ pub mod cpu;
 mod dtype;
 mod encode;
 mod error;
+mod family;
 mod fused;
 mod fused_matrix;
 mod host;
@@ -85,6 +87,7 @@ mod scope;
 mod scratch;
 mod self_test;
 mod shader;
+mod slot;
 mod status;
 mod tile;
 mod timing;
@@ -98,8 +101,8 @@ pub use caps::{Caps, MatrixUnits};
 pub use dtype::{Dtype, Tensor, TensorRef};
 pub use encode::Prepared;
 pub use error::{Error, Operand, Result};
+pub use family::Family;
 pub use host::{Inputs, Outputs};
-pub use kernel::Family;
 #[cfg(feature = "safetensors")]
 pub use layer::Naming;
 pub use layer::{HostWeights, Layer, LayerInputs, LayerOperands, LayerOptions};

@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crate::append::AppendStep;
+use crate::blueprint::Blueprint;
 use crate::error::{Error, Result};
-use crate::kernel::Blueprint;
 use crate::linear::kernel::{Linear, LinearParams};
 use crate::merge::kernel::{MergeParams, MergeStates};
 use crate::params::Params;

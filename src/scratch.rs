@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use crate::kernel::Slot;
+use crate::slot::Slot;
 
 /// Uniform blocks that are kept; the oldest goes first.
 const KEPT_PARAMS: usize = 256;

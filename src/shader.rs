@@ -2,11 +2,13 @@
 //! preprocessor; an option that is absent is another part (a branch would still count its binding).
 
 use crate::append::{APPEND_ROPE, AppendStep, Stand};
+use crate::blueprint::{Blueprint, Io, Keys};
 use crate::dtype::Dtype;
 use crate::error::Operand;
-use crate::kernel::{Blueprint, Io, Kernel, Keys, Slot};
+use crate::kernel::Kernel;
 use crate::problem::KeyTerms;
 use crate::quant;
+use crate::slot::Slot;
 use crate::unroll::unroll;
 
 macro_rules! part {

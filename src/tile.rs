@@ -5,9 +5,10 @@ use std::str::FromStr;
 
 use crate::caps::Caps;
 use crate::error::{Error, Result};
+use crate::family::Family;
 use crate::fused::{self, FusedRow, FusedTile};
 use crate::fused_matrix::FusedMatrix;
-use crate::kernel::{Family, Tiles, tiles};
+use crate::kernel::{Tiles, tiles};
 use crate::plan::{Plan, PlanOptions};
 use crate::problem::AttentionProblem;
 

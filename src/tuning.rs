@@ -171,7 +171,7 @@ fn entry(line: &str) -> Result<Entry, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::Family;
+    use crate::family::Family;
     use crate::plan::{Plan, PlanOptions};
     use std::sync::Arc;
 

@@ -7,12 +7,12 @@ pub use norm::QkNorm;
 pub(crate) use step::{APPEND_ROPE, AppendStep, Holds, Norm, Stand, Turn};
 
 use crate::attention::Attention;
+use crate::blueprint::{Io, Keys};
 use crate::cache::Cache;
 use crate::caps::Caps;
 use crate::dtype::Dtype;
 use crate::encode::{Bound, Prepared, check_window, one_dispatch};
 use crate::error::{Error, Operand, Result};
-use crate::kernel::{Io, Keys};
 use crate::layout::Layout;
 use crate::params::{ParamLayout, Params};
 use crate::pipeline::Recipe;

@@ -1,10 +1,11 @@
 //! One dispatch of an append, as it is compiled.
 
 use crate::append::QkNorm;
+use crate::blueprint::{Io, Keys};
 use crate::caps::Caps;
 use crate::error::{Error, Operand, Result};
-use crate::kernel::{Io, Keys, Slot};
 use crate::rope::{Pairing, Rope};
+use crate::slot::Slot;
 
 /// The binding of the table of angles.
 pub(crate) const APPEND_ROPE: u32 = Slot::Operand(Operand::Rope).number();

@@ -9,10 +9,10 @@ use crate::attention::{Attention, Operands};
 use crate::caps::Caps;
 use crate::encode::{Prepared, within};
 use crate::error::{Error, Operand, Result};
-use crate::kernel::Slot;
 use crate::linear::LinearOperands;
 use crate::plan::PlanOptions;
 use crate::scope::scoped;
+use crate::slot::Slot;
 
 /// The buffers of a layer. All need `STORAGE` usage; weights and biases lie as the [`Layer`] says.
 #[derive(Clone, Copy, Debug)]

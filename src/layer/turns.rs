@@ -3,11 +3,11 @@
 use super::{Layer, LayerOperands};
 use crate::append::{AppendStep, Holds, Norm, QkNorm, Stand, Turn};
 use crate::attention::Attention;
+use crate::blueprint::{Io, Keys};
 use crate::cache::Cache;
 use crate::dtype::Dtype;
 use crate::encode::{Bound, Prepared, check_window, one_dispatch};
 use crate::error::{Error, Operand, Result};
-use crate::kernel::{Io, Keys};
 use crate::params::{ParamLayout, Params};
 use crate::pipeline::Recipe;
 use crate::plan::Window;

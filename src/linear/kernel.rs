@@ -1,11 +1,11 @@
 //! The kernels of linear maps: what is compiled into one, its WGSL, its bindings and its uniform block.
 
 use super::{LinearKernel, LinearProblem, OPERANDS};
+use crate::blueprint::Io;
 use crate::caps::{Caps, MatrixUnits};
 use crate::dtype::Dtype;
 use crate::error::Operand;
 use crate::fused::LEAST_SUBGROUP;
-use crate::kernel::Io;
 use crate::layout::Layout;
 use crate::params::ParamLayout;
 use crate::shader::{cells, load_part, store_part};

@@ -1,10 +1,10 @@
 //! The merging kernel: what is compiled into it, its WGSL, its bindings and its uniform block.
 
 use super::{MOST_PARTIALS, MergeProblem};
+use crate::blueprint::Io;
 use crate::caps::Caps;
 use crate::dtype::Dtype;
 use crate::error::Operand;
-use crate::kernel::Io;
 use crate::params::ParamLayout;
 use crate::shader::{load_part, store_part};
 use crate::unroll::unroll;

@@ -1,8 +1,10 @@
 //! Which families there are for a device, and which kernels one takes for a problem.
 
+use crate::blueprint::Blueprint;
 use crate::caps::Caps;
 use crate::error::{Operand, Result};
-use crate::kernel::{Blueprint, Family, Kernel, Tiles, looks_after_lengths};
+use crate::family::Family;
+use crate::kernel::{Kernel, Tiles, looks_after_lengths};
 use crate::plan::Path;
 use crate::problem::{AttentionProblem, KeyTerms, Similarity};
 

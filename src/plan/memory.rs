@@ -4,11 +4,12 @@
 use super::{DISPATCH_FLOP, Path, Plan, Window};
 use crate::cache::Cache;
 use crate::error::{Error, Operand, Result};
-use crate::kernel::{Slot, bundle_words, key_parts, looks_after_lengths, part_keys};
+use crate::kernel::{bundle_words, key_parts, looks_after_lengths, part_keys};
 use crate::layout::Layout;
 use crate::mask::Align;
 use crate::params::{ParamLayout, Params};
 use crate::problem::MAX_SEQ;
+use crate::slot::Slot;
 
 impl Plan {
     /// Bytes from one uniform block to the next.

@@ -8,12 +8,15 @@ mod split;
 
 use std::sync::Arc;
 
+use crate::blueprint::Blueprint;
 use crate::caps::Caps;
 use crate::error::{Error, Operand, Result};
-use crate::kernel::{Blueprint, Family, Slot, Tiles};
+use crate::family::Family;
+use crate::kernel::Tiles;
 use crate::layout::Layout;
 use crate::problem::AttentionProblem;
 use crate::shader::compose;
+use crate::slot::Slot;
 use crate::tile::Tile;
 use crate::tuning::Tuning;
 use choice::{preference, stages, untrusted, wasteful};

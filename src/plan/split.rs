@@ -1,8 +1,9 @@
 //! What a plan adds to its kernels: splits of the keys, and the map of a boolean mask.
 
 use super::Plan;
+use crate::blueprint::{Blueprint, Keys};
 use crate::error::Result;
-use crate::kernel::{Blueprint, Kernel, Keys, part_keys};
+use crate::kernel::{Kernel, part_keys};
 use crate::mask_map::{self, MapTile};
 
 /// Threads that a split of the keys aims at: two workgroups of 128 for each of a large GPU's hundred and more
