@@ -42,8 +42,8 @@ impl Partials {
     /// The one result that [`Attention::encode`](crate::Attention::encode) writes for `problem`, which asks
     /// for [`lse`](AttentionProblem::lse).
     pub fn of(problem: &AttentionProblem) -> Self {
-        let p = problem;
-        Self { o: p.o, ..Self::stacked(1, p.batch, p.heads_q, p.seq_q, p.head_dim_v) }
+        let [batch, heads, rows, width] = problem.shape(Operand::O);
+        Self { o: problem.o, ..Self::stacked(1, batch, heads, rows, width) }
     }
 
     /// Contiguous `[parts, batch, heads_q, seq_q, head_dim_v]` and `[parts, batch, heads_q, seq_q]`.
@@ -117,7 +117,7 @@ impl Partials {
 ///     ..Partials::stacked(1, batch, heads, seq_q, dim)
 /// };
 /// let tail = AttentionProblem { lse: true, ..AttentionProblem::new(batch, heads, 8, seq_q, 96, dim, dim) };
-/// let merge = MergeProblem::new(vec![shared, Partials::of(&tail)], batch, heads, seq_q, dim);
+/// let merge = MergeProblem::of(&tail, vec![shared, Partials::of(&tail)]);
 /// assert!(prefix.validate().and(tail.validate()).and(merge.validate()).is_ok());
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -162,6 +162,14 @@ impl MergeProblem {
             o: Layout::bhsd(heads_q, seq_q, head_dim_v),
             lse: false,
         }
+    }
+
+    /// A merge of partial results for the queries of `problem`, whose o it reads and writes in the problem's
+    /// output type, into where the problem has its o. Ragged queries are one entry.
+    pub fn of(problem: &AttentionProblem, partials: Vec<Partials>) -> Self {
+        let [batch, heads, rows, width] = problem.shape(Operand::O);
+        let merge = Self::new(partials, batch, heads, rows, width).with_dtype(problem.out_dtype);
+        Self { o: problem.o, ..merge }
     }
 
     /// The same merge with the parts' o and o stored as `dtype`.
@@ -305,5 +313,19 @@ mod tests {
         let lse = AttentionProblem { lse: true, ..attention }.layout(Operand::Lse).unwrap();
         // [1, batch, heads, seq] there, [batch, heads, seq, 1] here.
         assert_eq!(partials.lse.index([1, 2, 1, 0]), lse.index([0, 1, 2, 1]));
+    }
+
+    #[test]
+    fn a_part_of_ragged_queries_is_one_entry() {
+        let plain = AttentionProblem { lse: true, ..AttentionProblem::new(3, 4, 2, 5, 9, 16, 6) };
+        let ragged = plain.with_dtype(Dtype::F16).with_ragged_queries(7);
+        let partials = Partials::of(&ragged);
+        let lse = ragged.layout(Operand::Lse).unwrap();
+        assert_eq!(partials.lse.index([0, 3, 6, 0]), lse.index([0, 0, 3, 6]));
+        let merge = MergeProblem { lse: true, ..MergeProblem::of(&ragged, vec![partials]) };
+        assert_eq!(merge.extent(Some(0), Operand::O), ragged.extent(Operand::O));
+        assert_eq!(merge.extent(Some(0), Operand::Lse), ragged.extent(Operand::Lse));
+        assert_eq!((merge.rows(), merge.dtype, merge.o), (4 * 7, Dtype::F16, ragged.o));
+        assert_eq!(merge.validate(), Ok(()));
     }
 }
