@@ -89,6 +89,33 @@ impl Layout {
         })
     }
 
+    /// Whether an element of `shape` lies where one of `other`'s does: `false` is certain, and `true` is said
+    /// of strides so tangled that the search would take long, too.
+    pub(crate) fn meets(&self, shape: [usize; 4], other: &Self, other_shape: [usize; 4]) -> bool {
+        if shape.contains(&0) || other_shape.contains(&0) {
+            return false;
+        }
+        // self.offset + sum a_i s_i = other.offset + sum b_j t_j: with n - 1 - b for b, all terms are sums.
+        let mut target = other.offset as i128 - self.offset as i128;
+        let mut terms: Vec<(i128, i128)> = Vec::new();
+        for (turned, layout, shape) in [(false, self, shape), (true, other, other_shape)] {
+            for (stride, n) in
+                layout.strides.into_iter().zip(shape).filter(|&(stride, n)| stride > 0 && n > 1)
+            {
+                let (stride, most) = (stride as i128, n as i128 - 1);
+                if turned {
+                    target += stride * most;
+                }
+                match terms.iter_mut().find(|term| term.0 == stride) {
+                    Some(term) => term.1 += most,
+                    None => terms.push((stride, most)),
+                }
+            }
+        }
+        terms.sort_unstable_by(|a, b| b.cmp(a));
+        sums_to(&terms, target, &mut 10_000)
+    }
+
     /// Whether every group of four neighbours along the innermost dimension is contiguous and
     /// starts at a multiple of four elements, so that a kernel may read it as one vector.
     pub(crate) fn is_vec4(&self, dim: usize) -> bool {
@@ -102,9 +129,73 @@ impl Layout {
     }
 }
 
+/// Whether `target` is a sum of multiples of strides, each from 0 to its most, the largest stride first. Where every
+/// stride spans the smaller ones, few multiples leave what they can reach.
+fn sums_to(terms: &[(i128, i128)], target: i128, steps: &mut u32) -> bool {
+    let Some((&(stride, most), rest)) = terms.split_first() else { return target == 0 };
+    if *steps == 0 {
+        return true;
+    }
+    *steps -= 1;
+    let reach: i128 = rest.iter().map(|(stride, most)| stride * most).sum();
+    let least = ((target - reach).max(0) + stride - 1) / stride;
+    (least..=most.min(target.div_euclid(stride))).any(|n| sums_to(rest, target - n * stride, steps))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn layouts_meet_where_an_element_is_both() {
+        let pages = Layout { offset: 0, strides: [2 * 96, 8, 24, 1] };
+        let shape = [5, 3, 4, 8];
+        // [pages, 2, ...]: keys and values by turns. [2, pages, ...]: one after the other.
+        assert!(!pages.meets(shape, &pages.at(96), shape) && !pages.at(96).meets(shape, &pages, shape));
+        let whole = Layout::bshd(3, 4, 8);
+        assert!(
+            !whole.meets(shape, &whole.at(5 * 96), shape) && whole.meets(shape, &whole.at(5 * 96 - 1), shape)
+        );
+        for layout in [pages, whole] {
+            for at in [0, 1, 8, 95] {
+                assert!(layout.meets(shape, &layout.at(at), shape), "{layout:?} {at}");
+            }
+        }
+        // Rows of other widths in one row; what is between them is nobody's.
+        let (k, v) =
+            (Layout { offset: 0, strides: [80, 0, 20, 1] }, Layout { offset: 12, strides: [80, 0, 20, 1] });
+        assert!(!k.meets([2, 1, 4, 12], &v, [2, 1, 4, 8]) && k.meets([2, 1, 4, 13], &v, [2, 1, 4, 8]));
+        assert!(!k.meets([2, 1, 0, 13], &v, [2, 1, 4, 8]));
+        // By every pair of elements.
+        let mut prng = 1u32;
+        let mut draw = |n: u32| {
+            prng = prng.wrapping_mul(1664525).wrapping_add(1013904223);
+            (prng >> 16) as usize % n as usize
+        };
+        let mut met = [0, 0];
+        for _ in 0..2000 {
+            let [(a, s), (b, t)] = [(); 2].map(|()| {
+                let layout = Layout { offset: draw(40), strides: [draw(30), draw(12), draw(5), draw(3)] };
+                (layout, [1 + draw(2), 1 + draw(3), 1 + draw(3), 1 + draw(4)])
+            });
+            let all = |layout: Layout, [b, h, s, d]: [usize; 4]| -> std::collections::HashSet<usize> {
+                (0..b * h * s * d)
+                    .map(|i| layout.index([i / d / s / h, i / d / s % h, i / d % s, i % d]))
+                    .collect()
+            };
+            let want = !all(a, s).is_disjoint(&all(b, t));
+            assert_eq!(a.meets(s, &b, t), want, "{a:?} {s:?} {b:?} {t:?}");
+            met[usize::from(want)] += 1;
+        }
+        assert!(met[0] > 100 && met[1] > 100, "{met:?}");
+    }
+
+    #[test]
+    fn tangled_strides_end_in_time() {
+        let huge = Layout { offset: 1, strides: [usize::MAX >> 8, 6, 10, 15] };
+        let shape = [100, 1 << 30, 1 << 30, 1 << 30];
+        assert!(huge.meets(shape, &huge.at(0), shape));
+    }
 
     #[test]
     fn vectors_want_every_step_to_be_theirs() {

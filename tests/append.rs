@@ -727,6 +727,17 @@ fn wrong_appends_are_errors() {
     assert!(matches!(blocks.validate(), Err(Error::Cache { .. })));
     let wide = AttentionProblem { dtype: Dtype::Int8, ..problem.clone() };
     assert!(matches!(wide.validate(), Err(Error::DtypeUnfit { operand: Operand::Q, .. })));
+    // New keys come last, and queries from the top would see none of them.
+    for top in [
+        AttentionProblem { causal: Some(Align::TopLeft), ..problem.clone() },
+        AttentionProblem { alibi: true, align: Align::TopLeft, ..problem.clone() },
+    ] {
+        assert!(said(Append::new(&top)).contains("bottom-right"));
+    }
+    assert_eq!(
+        Append::new(&AttentionProblem { align: Align::TopLeft, ..problem.clone() }).validate(),
+        Ok(())
+    );
     let words =
         AttentionProblem { k: Layout::bhsd(2, 8, 12), kv_dtype: Some(Dtype::Int4), ..problem.clone() };
     let words = AttentionProblem { k: Layout { strides: [0, 64, 8, 2], ..words.k }, ..words };
@@ -783,6 +794,20 @@ fn wrong_appends_are_errors() {
         fails(&append, &AppendOperands { k_new: &b[2], ..good }),
         Error::Aliased { operand: Operand::K, with: Operand::KNew }
     ));
+    // k and v in one buffer: by turns or one after the other, but in no one place.
+    let pool = Layout { offset: 0, strides: [128, 64, 4, 1] };
+    for (k, v, meet) in [
+        (pool, pool.at(32), false),
+        (problem.k, problem.k.at(64), false),
+        (problem.k, problem.k.at(63), true),
+        (pool, pool.at(4), true),
+        (pool, pool, true),
+    ] {
+        let shared = Append::new(&AttentionProblem { k, v, ..problem.clone() });
+        let made = gpu.attention.prepare_append(&shared, &AppendOperands { v: &b[2], ..good }).map(|_| ());
+        let aliased = Error::Aliased { operand: Operand::K, with: Operand::V };
+        assert_eq!(made, if meet { Err(aliased) } else { Ok(()) }, "{k:?} {v:?}");
+    }
     assert!(matches!(
         fails(&append, &AppendOperands { rope: Some(&b[0]), ..good }),
         Error::UnexpectedOperand { operand: Operand::Rope }

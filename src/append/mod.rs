@@ -14,6 +14,7 @@ use crate::dtype::Dtype;
 use crate::encode::{Bound, Prepared, check_window, one_dispatch};
 use crate::error::{Error, Operand, Result};
 use crate::layout::Layout;
+use crate::mask::Align;
 use crate::params::{ParamLayout, Params};
 use crate::pipeline::Recipe;
 use crate::plan::Window;
@@ -75,6 +76,10 @@ pub struct Append {
 }
 
 /// The buffers of an append. All need `STORAGE` usage.
+///
+/// What is written (k, v, q, kv_lens where it is advanced, status) shares its buffer with no other operand, and queries
+/// are not turned in place, but k and v may lie in one buffer by layouts of any kind that have no place in common:
+/// `[2, pages, ...]` as well as `[pages, 2, ...]`.
 #[derive(Clone, Copy, Debug)]
 pub struct AppendOperands<'a> {
     /// New keys.
@@ -179,8 +184,8 @@ struct Move {
 }
 
 impl Append {
-    /// New rows laid out like the problem's queries, `[batch, seq_q, heads_kv, dim]` (or `[total_q, heads_kv,
-    /// dim]`), nothing turned, lengths counted by the caller.
+    /// New rows in `[batch, seq_q, heads_kv, dim]` (or `[total_q, heads_kv, dim]`), as a projection writes them (and
+    /// not as [`AttentionProblem::new`] has q), nothing turned, lengths counted by the caller.
     pub fn new(problem: &AttentionProblem) -> Self {
         let p = problem;
         let rows = p.total_q.unwrap_or(p.seq_q);
@@ -242,8 +247,8 @@ impl Append {
     /// # Errors
     /// Those of [`AttentionProblem::validate`]; [`Error::MissingOperand`] where the problem has no `kv_lens`,
     /// [`Error::ZeroSize`] where it has no `seq_kv`; [`Error::BadNumber`] for a norm's epsilon;
-    /// [`Error::Cache`] for a ragged cache and for a rotation that does not fit; [`Error::Overlaps`] and
-    /// [`Error::TooLarge`].
+    /// [`Error::Cache`] for a ragged cache, for a rotation that does not fit, and for a causal mask, a window or
+    /// ALiBi that is [top-left](Align::TopLeft) aligned; [`Error::Overlaps`] and [`Error::TooLarge`].
     pub fn validate(&self) -> Result<()> {
         let p = &self.problem;
         p.validate()?;
@@ -255,6 +260,12 @@ impl Append {
         }
         if p.seq_kv == 0 {
             return Err(Error::ZeroSize { what: "seq_kv" });
+        }
+        let by_position = p.causal.is_some() || p.window.is_some() || p.alibi;
+        if by_position && p.positions_align() == Align::TopLeft {
+            let why =
+                "new keys come last, and so stand their queries: positions must be bottom-right aligned";
+            return Err(Error::Cache { why: why.into() });
         }
         self.norm.map_or(Ok(()), QkNorm::validate)?;
         if let Some(rope) = self.rope {
@@ -387,11 +398,11 @@ impl Append {
         for written in [Operand::K, Operand::V, Operand::Q, Operand::Status, Operand::KvLens] {
             for other in OPERANDS.into_iter().filter(|&other| other != written) {
                 let both = [written, other];
-                // Keys and values are moved one after the other, and may lie in one buffer.
+                // Keys and values are moved one after the other, and may lie in one buffer, if in no one place.
                 let apart = both.contains(&Operand::K) && both.contains(&Operand::V);
                 let same = operands.get(written).is_some_and(|buffer| operands.get(other) == Some(buffer));
-                let (a, b) = (self.window(written, caps), self.window(other, caps));
-                if same && (!apart || a == b) {
+                let p = &self.problem;
+                if same && (!apart || p.k.meets(p.shape(Operand::K), &p.v, p.shape(Operand::V))) {
                     return Err(Error::Aliased { operand: written, with: other });
                 }
             }
