@@ -82,6 +82,8 @@ pub(crate) struct Shared {
 /// The buffers of one call, laid out as the problem says: offsets are in its
 /// [`Layout`](crate::Layout)s, in elements. Inputs and outputs need `STORAGE` usage.
 ///
+/// An output shares its buffer with no other operand of its dispatch ([`Error::Aliased`]); inputs may all lie in one.
+///
 /// A 16-bit or mask operand whose last element ends inside a 4-byte word needs that whole word.
 #[derive(Clone, Copy, Debug)]
 pub struct Operands<'a> {
@@ -180,7 +182,10 @@ impl<'a> Operands<'a> {
 
 impl Attention {
     /// Attention on the caller's own device. What that device lacks for the best kernels is in
-    /// [`caps().missing()`](Caps::missing); every device gets kernels that it can run.
+    /// [`caps().missing()`](Caps::missing); every device of wgpu's default limits gets kernels that it can run.
+    ///
+    /// Buffers, encoders and passes must be this device's, and `queue` its queue: wgpu lets nobody ask, and reports
+    /// others, if at all, as it does its own errors (of another instance's it takes one thing for another).
     pub fn new(device: &wgpu::Device, queue: &wgpu::Queue) -> Self {
         Self::with_options(device, queue, Options::default())
     }

@@ -156,6 +156,23 @@ impl Caps {
         }
     }
 
+    /// The first capability that two devices do not share, as each has it.
+    pub(crate) fn difference(&self, other: &Self) -> [String; 2] {
+        macro_rules! each {
+            ($caps:expr, $($name:ident)*) => {{
+                let Self { $($name),* } = $caps; // all of them
+                [$(format!("{} {:?}", stringify!($name), $name)),*]
+            }};
+        }
+        let [a, b] = [self, other].map(|caps| {
+            each!(caps, adapter driver backend device_type shader_f16 timestamps subgroup matrix
+                max_storage_binding max_buffer max_storage_buffers max_workgroup_bytes max_invocations
+                max_workgroup_size max_registers max_dispatch storage_alignment uniform_alignment)
+        });
+        let first = a.into_iter().zip(b).find(|(a, b)| a != b);
+        first.map_or_else(Default::default, |(a, b)| [a, b])
+    }
+
     fn distil(info: &wgpu::AdapterInfo, features: wgpu::Features, limits: &wgpu::Limits) -> Self {
         let mut caps = Self::from_limits(features, limits);
         caps.adapter = info.name.clone();
@@ -218,6 +235,16 @@ impl Caps {
     /// What this crate's kernels could use and the device lacks, a phrase each.
     pub fn missing(&self) -> Vec<String> {
         let mut missing = Vec::new();
+        let least = Self::minimal();
+        for (limit, got, need) in [
+            ("storage buffers a kernel", self.max_storage_buffers, least.max_storage_buffers),
+            ("bytes of workgroup memory", self.max_workgroup_bytes, least.max_workgroup_bytes),
+            ("threads a workgroup", self.max_invocations, least.max_invocations),
+        ] {
+            if got < need {
+                missing.push(format!("{need} {limit}, not {got}: some problems have no kernel"));
+            }
+        }
         if !self.shader_f16 {
             missing.push("SHADER_F16: f16 tensors are unpacked from pairs, which costs a little".into());
         }

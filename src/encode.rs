@@ -138,7 +138,8 @@ pub(crate) fn check_plan(shared: &Shared, plan: &Plan) -> Result<()> {
     if plan.caps() == &shared.caps {
         return Ok(());
     }
-    Err(Error::ForeignPlan { plan: plan.caps().adapter.clone(), device: shared.caps.adapter.clone() })
+    let [plan, device] = plan.caps().difference(&shared.caps);
+    Err(Error::ForeignPlan { plan, device })
 }
 
 pub(crate) fn prepare(shared: &Shared, plan: &Plan, operands: &Operands<'_>) -> Result<Prepared> {

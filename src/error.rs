@@ -176,8 +176,8 @@ pub enum Error {
         /// What it has to be.
         need: &'static str,
     },
-    /// Strides make two elements share a place: any two of an output, or two of one head's rows of q, k or v whose
-    /// strides are not 0 (as when `head_dim` has changed and the layout has not).
+    /// Strides make two elements share a place: any two of an output, or two of one entry's heads of q, k or v whose
+    /// strides are not 0 (as when a size has changed and the layout has not).
     #[error("{operand}: strides {strides:?} map two elements of shape {shape:?} to one place")]
     Overlaps {
         /// The operand.
@@ -307,7 +307,8 @@ pub enum Error {
         /// What is wrong.
         why: &'static str,
     },
-    /// An output shares its buffer with another operand of the same dispatch, which wgpu forbids.
+    /// An output shares its buffer with another operand of the same dispatch, where wgpu allows no input, and browsers
+    /// nothing; or its place with one of another dispatch.
     #[error("{operand}: shares its buffer with {with}; an output needs a buffer of its own")]
     Aliased {
         /// The output.
@@ -371,7 +372,8 @@ pub enum Error {
         /// Units allowed.
         got: u64,
     },
-    /// A forced path or kernel cannot serve this problem on this device.
+    /// A forced path or kernel cannot serve this problem on this device, or no kernel can (then it is the one that
+    /// lacks least): on devices below wgpu's default limits.
     #[error("kernel {kernel} does not fit: {why}")]
     KernelUnfit {
         /// The kernel's name in the table.
@@ -380,11 +382,12 @@ pub enum Error {
         why: String,
     },
     /// The plan was made for another device (or other options) than the object that encodes it.
-    #[error("this plan was made for {plan}, this device is {device}")]
+    #[error("this plan was made for a device with {plan}, this one has {device}")]
     ForeignPlan {
-        /// Capabilities that the plan was made for.
+        /// The first of the capabilities that the plan was made for and the device does not have, as
+        /// [`Caps`](crate::Caps) names it.
         plan: String,
-        /// Capabilities of the device that was to run it.
+        /// The same of the device that was to run it.
         device: String,
     },
     /// Text that names no path, no family or no size of a tile.
@@ -435,7 +438,8 @@ pub enum Error {
         /// The driver's words.
         why: String,
     },
-    /// The driver rejected a kernel or a command that this crate made: a defect of one of the two.
+    /// wgpu or the driver rejected a kernel or a command that this crate made: a buffer of another device or one that
+    /// has been destroyed, or else a defect of theirs or ours.
     #[error("{what}: {why}")]
     Driver {
         /// What was being made.

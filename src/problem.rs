@@ -86,6 +86,8 @@ pub struct Bias {
 /// assert!(problem.validate().is_ok());
 /// ```
 ///
+/// Sizes belong in `new`, which lays q, k, v and o out by them: to change one afterwards leaves strides of another shape.
+///
 /// In order: similarity, scale, [`softcap`](Self::softcap), [`bias`](Self::bias), ALiBi, masks
 /// (causal, window, boolean, key lengths: all must keep a key), softmax (with
 /// [`sinks`](Self::sinks) in the denominator), weighted sum. A row that keeps no key gives zeros
@@ -503,9 +505,9 @@ impl AttentionProblem {
         }
         for (operand, layout) in [(Operand::Q, self.q), (Operand::K, self.k), (Operand::V, self.v)] {
             let (shape, strides) = (self.shape(operand), layout.strides);
-            // Heads and entries may be windows on one sequence. A stride of 0 is one row, or number, for all.
-            let own = [2, 3].map(|i| if strides[i] == 0 { 1 } else { shape[i] });
-            if !layout.is_injective([1, 1, own[0], own[1]]) {
+            // Entries may be windows on one sequence. A stride of 0 is one head, row or number for all.
+            let own = [1, 2, 3].map(|i| if strides[i] == 0 { 1 } else { shape[i] });
+            if !layout.is_injective([1, own[0], own[1], own[2]]) {
                 return Err(Error::Overlaps { operand, shape, strides });
             }
         }
@@ -578,7 +580,12 @@ impl AttentionProblem {
                     .filter(|_| self.positions_align() == Align::BottomRight);
                 let need = left.map_or(self.seq_kv, |left| left.saturating_add(self.seq_q)).min(self.seq_kv);
                 if capacity < need.max(1) {
-                    let why = format!("a ring of {capacity} rows, where queries see {} keys", need.max(1));
+                    let why = match (self.window, left) {
+                        (Some(Window { left: Some(_), .. }), None) => " (positions are top-left aligned)",
+                        _ => "",
+                    };
+                    let need = need.max(1);
+                    let why = format!("a ring of {capacity} rows, where queries see {need} keys{why}");
                     return Err(Error::Cache { why });
                 }
                 Ok(())

@@ -17,6 +17,9 @@ const DISPATCHES_OF_A_BUFFER: usize = 4;
 impl Attention {
     /// Computes one problem from slices to vectors: plans, uploads, runs and reads back.
     ///
+    /// The first poll compiles what pipelines are not there yet, which wgpu does not do behind an `await`:
+    /// [`compile`](Self::compile) does it at a time, or on a thread, of your choice.
+    ///
     /// ```no_run
     /// # async fn f() -> wgpu_attention::Result<()> {
     /// use wgpu_attention::{Attention, AttentionProblem, DeviceRequest, Inputs};

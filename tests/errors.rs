@@ -128,14 +128,16 @@ fn overlapping_output() {
         let shape = [2, 4, 3, 8];
         assert_eq!(invalid(p), Error::Overlaps { operand: Operand::O, shape, strides });
     }
-    // Widths that have changed where layouts have not. Rows that are all one, and entries that are windows on one
-    // sequence, are no such thing.
+    // Sizes that have changed where layouts have not. Heads or rows that are all one, and entries that are windows
+    // on one sequence, are no such thing.
     let stale =
         AttentionProblem { similarity: Similarity::Bilinear { query_dim: 9, per_head: false }, ..problem() };
     assert!(matches!(invalid(stale), Error::Overlaps { operand: Operand::Q, .. }));
     let stale = problem().with_cache(Cache::Contiguous, Dtype::Int8).with_dtype(Dtype::F16);
     assert!(matches!(invalid(stale), Error::Overlaps { operand: Operand::K, .. }));
-    for strides in [[0, 0, 0, 1], [0, 0, 8, 0], [8, 0, 8, 1], [3, 5, 8, 1]] {
+    let longer = AttentionProblem { seq_kv: 2 * problem().seq_kv, ..problem() };
+    assert!(matches!(invalid(longer), Error::Overlaps { operand: Operand::K, .. }));
+    for strides in [[0, 0, 0, 1], [0, 0, 8, 0], [8, 0, 8, 1], [3, 50, 8, 1]] {
         let k = Layout { strides, ..problem().k };
         assert_eq!(AttentionProblem { k, ..problem() }.validate(), Ok(()));
     }
@@ -511,9 +513,17 @@ fn plans() {
         let guarded = Guarded::new(gpu.attention.device(), &case);
         let elsewhere = Caps { adapter: "elsewhere".into(), ..gpu.attention.caps().clone() };
         let plan = Plan::new(&guarded.problem, &elsewhere, &PlanOptions::default()).expect("served");
-        let device = gpu.attention.caps().adapter.clone();
+        let device = format!("adapter {:?}", gpu.attention.caps().adapter);
         let error = encode_refuses(gpu, &guarded, &guarded.operands(), &plan);
-        assert_eq!(error, Error::ForeignPlan { plan: "elsewhere".into(), device });
+        assert_eq!(error, Error::ForeignPlan { plan: "adapter \"elsewhere\"".into(), device });
+        // The first that differs is named.
+        let fewer = Caps { max_dispatch: 7, ..gpu.attention.caps().clone() };
+        let plan = Plan::new(&guarded.problem, &fewer, &PlanOptions::default()).expect("served");
+        let other = encode_refuses(gpu, &guarded, &guarded.operands(), &plan);
+        assert!(
+            other.to_string().contains("a device with max_dispatch 7, this one has max_dispatch "),
+            "{other}"
+        );
         let foreign = Plan::new(&case.problem, &elsewhere, &PlanOptions::default()).expect("served");
         assert_eq!(gpu.attention.run_plan_blocking(&foreign, &case.data.inputs()), Err(error));
         works_still();
