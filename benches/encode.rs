@@ -38,12 +38,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let (q, k, v) = (buffer(32 * 128), buffer(8 * 4096 * 128), buffer(8 * 4096 * 128));
     let (o, kv_lens, rope) = (buffer(32 * 128), buffer(1), buffer(4096 * 128));
     let new = AppendOperands {
-        rope: Some(&rope),
-        q_new: Some(&q_new),
-        q: Some(&q),
-        ..AppendOperands::new(&k_new, &v_new, &k, &v, &kv_lens)
+        rope: Some(rope.slice(..)),
+        q_new: Some(q_new.slice(..)),
+        q: Some(q.slice(..)),
+        ..AppendOperands::new(k_new.slice(..), v_new.slice(..), k.slice(..), v.slice(..), kv_lens.slice(..))
     };
-    let attend = Operands { kv_lens: Some(&kv_lens), ..Operands::new(&q, &k, &v, &o) };
+    let attend = Operands {
+        kv_lens: Some(kv_lens.slice(..)),
+        ..Operands::new(q.slice(..), k.slice(..), v.slice(..), o.slice(..))
+    };
     let prepared = attention.prepare_append(&append, &new)?.then(attention.prepare(&plan, &attend)?);
 
     measure("attention, encoded", device, |encoder| attention.encode(encoder, &plan, &attend))?;

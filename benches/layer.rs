@@ -167,9 +167,9 @@ fn on_gpu(
     let b = [x, &weights.w_q, &weights.w_o, &y].map(upload);
     let biases = [&weights.b_q, &weights.b_o].map(|bias| bias.as_ref().map(upload));
     let operands = LayerOperands {
-        b_q: biases[0].as_ref(),
-        b_o: biases[1].as_ref(),
-        ..LayerOperands::new(&b[0], &b[1], &b[2], &b[3])
+        b_q: biases[0].as_ref().map(|b| b.slice(..)),
+        b_o: biases[1].as_ref().map(|b| b.slice(..)),
+        ..LayerOperands::new(b[0].slice(..), b[1].slice(..), b[2].slice(..), b[3].slice(..))
     };
     let times = times(repeat, || {
         let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());

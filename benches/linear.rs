@@ -96,7 +96,11 @@ fn measure(attention: &Attention, p: &LinearProblem) -> wgpu_attention::Result<(
     for _ in 0..=ROUNDS {
         let start = Instant::now();
         let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-        attention.encode_linear(&mut encoder, p, &LinearOperands::new(&x, &w, &y))?;
+        attention.encode_linear(
+            &mut encoder,
+            p,
+            &LinearOperands::new(x.slice(..), w.slice(..), y.slice(..)),
+        )?;
         attention.queue().submit([encoder.finish()]);
         let _ = device.poll(wgpu::PollType::wait_indefinitely());
         times.push(start.elapsed().as_secs_f64());

@@ -62,21 +62,27 @@ async fn run() -> Result<(), Box<dyn std::error::Error>> {
         .prepare_append(
             &append,
             &AppendOperands {
-                q_new: Some(&q_new),
-                q: Some(&q),
-                rope: Some(&table),
-                block_table: Some(&block_table),
-                status: Some(&status),
-                ..AppendOperands::new(&k_new, &v_new, &k, &v, &kv_lens)
+                q_new: Some(q_new.slice(..)),
+                q: Some(q.slice(..)),
+                rope: Some(table.slice(..)),
+                block_table: Some(block_table.slice(..)),
+                status: Some(status.slice(..)),
+                ..AppendOperands::new(
+                    k_new.slice(..),
+                    v_new.slice(..),
+                    k.slice(..),
+                    v.slice(..),
+                    kv_lens.slice(..),
+                )
             },
         )?
         .then(attention.prepare(
             &attention.plan(&problem)?,
             &Operands {
-                kv_lens: Some(&kv_lens),
-                block_table: Some(&block_table),
-                status: Some(&status),
-                ..Operands::new(&q, &k, &v, &o)
+                kv_lens: Some(kv_lens.slice(..)),
+                block_table: Some(block_table.slice(..)),
+                status: Some(status.slice(..)),
+                ..Operands::new(q.slice(..), k.slice(..), v.slice(..), o.slice(..))
             },
         )?);
 

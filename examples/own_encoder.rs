@@ -49,7 +49,11 @@ async fn run() -> Result<(), Box<dyn std::error::Error>> {
 
     let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
     // ... the application's own passes before ...
-    attention.encode(&mut encoder, &plan, &Operands::new(&qkv, &qkv, &qkv, &o))?;
+    attention.encode(
+        &mut encoder,
+        &plan,
+        &Operands::new(qkv.slice(..), qkv.slice(..), qkv.slice(..), o.slice(..)),
+    )?;
     // ... and after; then its own submission.
     queue.submit([encoder.finish()]);
 

@@ -59,7 +59,8 @@ pub struct DeviceRequest {
 /// };
 /// let plan = attention.plan(&problem)?;
 /// let mut encoder = device.create_command_encoder(&Default::default());
-/// attention.encode(&mut encoder, &plan, &Operands::new(&q, &k, &v, &o))?;
+/// let operands = Operands::new(q.slice(..), k.slice(..), v.slice(..), o.slice(..));
+/// attention.encode(&mut encoder, &plan, &operands)?;
 /// queue.submit([encoder.finish()]);
 /// # Ok(())
 /// # }
@@ -79,57 +80,65 @@ pub(crate) struct Shared {
     pub(crate) scratch: Mutex<Scratch>,
 }
 
-/// The buffers of one call, laid out as the problem says: offsets are in its
-/// [`Layout`](crate::Layout)s, in elements. Inputs and outputs need `STORAGE` usage.
+/// The buffers of one call, or pieces of buffers, laid out as the problem says: offsets are in its
+/// [`Layout`](crate::Layout)s, in elements from where the slice begins. Inputs and outputs need `STORAGE` usage, and
+/// slices begin at multiples of the device's `min_storage_buffer_offset_alignment`, as bindings do.
 ///
-/// An output shares its buffer with no other operand of its dispatch ([`Error::Aliased`]); inputs may all lie in one.
+/// All of them may be pieces of one buffer, such as a memory pool's: inputs anywhere in it, and outputs where nothing
+/// else lies ([`Error::Aliased`]). An input in the buffer of an output is bound as if it were written, too, which may
+/// keep a GPU from caching it. (In a browser an output has a buffer of its own.)
 ///
 /// A 16-bit or mask operand whose last element ends inside a 4-byte word needs that whole word.
 #[derive(Clone, Copy, Debug)]
 pub struct Operands<'a> {
     /// Queries.
-    pub q: &'a wgpu::Buffer,
+    pub q: wgpu::BufferSlice<'a>,
     /// Keys.
-    pub k: &'a wgpu::Buffer,
+    pub k: wgpu::BufferSlice<'a>,
     /// Values.
-    pub v: &'a wgpu::Buffer,
+    pub v: wgpu::BufferSlice<'a>,
     /// The output.
-    pub o: &'a wgpu::Buffer,
+    pub o: wgpu::BufferSlice<'a>,
     /// The bilinear matrix, f32.
-    pub w: Option<&'a wgpu::Buffer>,
+    pub w: Option<wgpu::BufferSlice<'a>>,
     /// The additive similarity's matrix on queries, f32.
-    pub wq: Option<&'a wgpu::Buffer>,
+    pub wq: Option<wgpu::BufferSlice<'a>>,
     /// The additive similarity's matrix on keys, f32.
-    pub wk: Option<&'a wgpu::Buffer>,
+    pub wk: Option<wgpu::BufferSlice<'a>>,
     /// The additive similarity's weights, f32.
-    pub score_v: Option<&'a wgpu::Buffer>,
+    pub score_v: Option<wgpu::BufferSlice<'a>>,
     /// The additive bias.
-    pub bias: Option<&'a wgpu::Buffer>,
+    pub bias: Option<wgpu::BufferSlice<'a>>,
     /// The boolean mask, one byte an element.
-    pub mask: Option<&'a wgpu::Buffer>,
+    pub mask: Option<wgpu::BufferSlice<'a>>,
     /// ALiBi slopes, f32, one for each query head.
-    pub alibi_slopes: Option<&'a wgpu::Buffer>,
+    pub alibi_slopes: Option<wgpu::BufferSlice<'a>>,
     /// Sink logits, f32, one for each query head.
-    pub sinks: Option<&'a wgpu::Buffer>,
+    pub sinks: Option<wgpu::BufferSlice<'a>>,
     /// Valid keys, u32, one for each batch entry; clamped to seq_kv.
-    pub kv_lens: Option<&'a wgpu::Buffer>,
+    pub kv_lens: Option<wgpu::BufferSlice<'a>>,
     /// Pages of each batch entry's keys, u32. An entry ends before the first page that does not exist.
-    pub block_table: Option<&'a wgpu::Buffer>,
+    pub block_table: Option<wgpu::BufferSlice<'a>>,
     /// Where each batch entry's ragged queries begin, and the last end, u32; clamped.
-    pub cu_seqlens_q: Option<&'a wgpu::Buffer>,
+    pub cu_seqlens_q: Option<wgpu::BufferSlice<'a>>,
     /// Where each batch entry's ragged keys begin, and the last end, u32; clamped.
-    pub cu_seqlens_k: Option<&'a wgpu::Buffer>,
+    pub cu_seqlens_k: Option<wgpu::BufferSlice<'a>>,
     /// Gains the bits of [`Status`](crate::Status), a u32; nothing is ever taken from it.
-    pub status: Option<&'a wgpu::Buffer>,
+    pub status: Option<wgpu::BufferSlice<'a>>,
     /// Receives the natural logarithm of each row's denominator, f32.
-    pub lse: Option<&'a wgpu::Buffer>,
+    pub lse: Option<wgpu::BufferSlice<'a>>,
     /// Receives the weights, f32.
-    pub weights: Option<&'a wgpu::Buffer>,
+    pub weights: Option<wgpu::BufferSlice<'a>>,
 }
 
 impl<'a> Operands<'a> {
     /// The four that every problem has; fill in the rest with `..`.
-    pub fn new(q: &'a wgpu::Buffer, k: &'a wgpu::Buffer, v: &'a wgpu::Buffer, o: &'a wgpu::Buffer) -> Self {
+    pub fn new(
+        q: wgpu::BufferSlice<'a>,
+        k: wgpu::BufferSlice<'a>,
+        v: wgpu::BufferSlice<'a>,
+        o: wgpu::BufferSlice<'a>,
+    ) -> Self {
         Self {
             q,
             k,
@@ -153,7 +162,8 @@ impl<'a> Operands<'a> {
         }
     }
 
-    pub(crate) fn get(&self, operand: Operand) -> Option<&'a wgpu::Buffer> {
+    /// The buffer of an operand; `None` of one that is not brought.
+    pub fn get(&self, operand: Operand) -> Option<wgpu::BufferSlice<'a>> {
         match operand {
             Operand::Q => Some(self.q),
             Operand::K => Some(self.k),
@@ -315,13 +325,14 @@ impl Attention {
     }
 
     /// Compiles the pipelines of a plan that are not there yet: before a deadline, or while something else loads. (An
-    /// `Attention` is cheap to clone, and may do so on another thread.)
+    /// `Attention` is cheap to clone, and may do so on another thread.) Operands that lie in the buffer of an output
+    /// want pipelines of their own, which [`prepare`](Self::prepare) compiles.
     ///
     /// # Errors
     /// [`Error::ForeignPlan`], [`Error::OutOfMemory`], [`Error::Driver`] and [`Error::DeviceLost`].
     pub fn compile(&self, plan: &Plan) -> Result<()> {
         check_plan(&self.shared, plan)?;
-        pipelines(&self.shared, plan).map(drop)
+        pipelines(&self.shared, plan, None).map(drop)
     }
 
     /// Records one attention call, in a compute pass of its own. Submits nothing.
@@ -330,7 +341,7 @@ impl Attention {
     ///
     /// # Errors
     /// [`Error::ForeignPlan`], [`Error::MissingOperand`], [`Error::UnexpectedOperand`],
-    /// [`Error::BufferUsage`], [`Error::OutOfBounds`], [`Error::Aliased`], [`Error::OutOfMemory`],
+    /// [`Error::BufferUsage`], [`Error::OutOfBounds`], [`Error::Misaligned`], [`Error::Aliased`], [`Error::OutOfMemory`],
     /// [`Error::Driver`] and [`Error::DeviceLost`]; then nothing has been recorded. Where pipelines and memory are there
     /// already, nothing asks the device, and a lost one is recorded for as wgpu itself does it: in vain, and without a
     /// word but that to the device's callback.

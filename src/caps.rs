@@ -240,6 +240,7 @@ impl Caps {
             ("storage buffers a kernel", self.max_storage_buffers, least.max_storage_buffers),
             ("bytes of workgroup memory", self.max_workgroup_bytes, least.max_workgroup_bytes),
             ("threads a workgroup", self.max_invocations, least.max_invocations),
+            ("threads along x", self.max_workgroup_size[0], least.max_workgroup_size[0]),
         ] {
             if got < need {
                 missing.push(format!("{need} {limit}, not {got}: some problems have no kernel"));

@@ -8,11 +8,11 @@ use crate::blueprint::Blueprint;
 use crate::caps::Caps;
 use crate::error::{Error, Operand, Result};
 use crate::params::Params;
-use crate::pipeline::{Pipeline, Recipe};
+use crate::pipeline::{Opened, Pipeline, Recipe};
 use crate::plan::{Dispatch, Plan, Window, fold};
 use crate::scope::scoped;
 use crate::scratch::Scratch;
-use crate::slot::Slot;
+use crate::slot::{Binding, Slot};
 
 /// Recorded work of this crate with all that it binds, to be encoded as often as one likes: steps of
 /// generation differ in what the buffers hold, and not in what is dispatched.
@@ -124,13 +124,36 @@ impl Prepared {
     }
 }
 
-/// A plan's pipelines, in the order of its stages.
-pub(crate) fn pipelines(shared: &Shared, plan: &Plan) -> Result<Vec<Arc<Pipeline>>> {
+/// A plan's pipelines, in the order of its stages: for these operands, or for operands each in a buffer of its own.
+pub(crate) fn pipelines(
+    shared: &Shared,
+    plan: &Plan,
+    operands: Option<&Operands<'_>>,
+) -> Result<Vec<Arc<Pipeline>>> {
     let (device, checks) = (&shared.device, shared.options.runtime_checks);
-    plan.stages()
-        .iter()
-        .map(|stage| shared.pipelines.get(device, Recipe::Attention(*stage), checks))
-        .collect()
+    let get = |stage: &Blueprint| {
+        let bound = operands.map_or_else(Vec::new, |operands| brought(plan, stage, operands));
+        let bound = bound
+            .iter()
+            .map(|&(operand, slice, writes)| (Slot::Operand(operand).number(), slice.buffer(), writes));
+        shared.pipelines.get(device, Recipe::Attention(*stage), Opened::of(bound), checks)
+    };
+    plan.stages().iter().map(get).collect()
+}
+
+/// The operands with elements that a kernel binds, with the slice of each and whether it is written.
+fn brought<'a>(
+    plan: &Plan,
+    stage: &Blueprint,
+    operands: &Operands<'a>,
+) -> Vec<(Operand, wgpu::BufferSlice<'a>, bool)> {
+    let of = |binding: Binding| match binding.slot {
+        Slot::Operand(operand) if plan.problem().extent(operand) > 0 => {
+            Some((operand, operands.get(operand)?, binding.writes))
+        }
+        _ => None,
+    };
+    stage.bindings().into_iter().filter_map(of).collect()
 }
 
 /// Whether a plan was made for this device.
@@ -144,13 +167,13 @@ pub(crate) fn check_plan(shared: &Shared, plan: &Plan) -> Result<()> {
 
 pub(crate) fn prepare(shared: &Shared, plan: &Plan, operands: &Operands<'_>) -> Result<Prepared> {
     check_plan(shared, plan)?;
-    check(plan, operands)?;
+    let in_one = check(plan, operands)?;
     let dispatches: Vec<_> = plan.dispatches().collect();
     let step = plan.params_step();
     if dispatches.is_empty() {
         return Ok(Prepared::default());
     }
-    let pipelines = pipelines(shared, plan)?;
+    let pipelines = pipelines(shared, plan, Some(operands).filter(|_| in_one))?;
 
     let mut params = vec![0; plan.blocks() * step as usize];
     for (index, block) in params.chunks_exact_mut(step as usize).enumerate() {
@@ -191,6 +214,13 @@ pub(crate) struct Bound {
     pub(crate) window: Window,
 }
 
+impl Bound {
+    /// Of a window of a slice.
+    pub(crate) fn new(number: u32, slice: wgpu::BufferSlice<'_>, window: Window) -> Self {
+        Self { number, buffer: slice.buffer().clone(), window: window.behind(slice.offset()) }
+    }
+}
+
 /// A bind group of these buffers.
 fn bind_group(device: &wgpu::Device, name: &str, pipeline: &Pipeline, bound: &[Bound]) -> wgpu::BindGroup {
     let entries: Vec<_> = bound
@@ -211,27 +241,36 @@ fn bind_group(device: &wgpu::Device, name: &str, pipeline: &Pipeline, bound: &[B
     })
 }
 
-/// Whether a caller's buffer may be bound: its usage, and that it holds what the window needs.
-pub(crate) fn check_buffer(operand: Operand, buffer: &wgpu::Buffer, need: u64) -> Result<()> {
-    if !buffer.usage().contains(wgpu::BufferUsages::STORAGE) {
-        let need = wgpu::BufferUsages::STORAGE;
-        return Err(Error::BufferUsage { operand, need, got: buffer.usage() });
+/// Whether two windows of slices have a byte of one buffer in common.
+pub(crate) fn meet(a: (wgpu::BufferSlice<'_>, Window), b: (wgpu::BufferSlice<'_>, Window)) -> bool {
+    a.0.buffer() == b.0.buffer() && a.1.behind(a.0.offset()).meets(b.1.behind(b.0.offset()))
+}
+
+/// Whether a piece of a caller's buffer may be bound: its usage, where it begins, and that it holds what the window needs.
+fn check_slice(operand: Operand, slice: wgpu::BufferSlice<'_>, need: u64, caps: &Caps) -> Result<()> {
+    let got = slice.buffer().usage();
+    if !got.contains(wgpu::BufferUsages::STORAGE) {
+        return Err(Error::BufferUsage { operand, need: wgpu::BufferUsages::STORAGE, got });
     }
-    if need > buffer.size() {
+    let align = u64::from(caps.storage_alignment).max(4);
+    if !slice.offset().is_multiple_of(align) {
+        return Err(Error::Misaligned { operand, need: align, got: slice.offset() });
+    }
+    if need > slice.size() {
         let (unit, container) = ("bytes", "buffer");
-        return Err(Error::OutOfBounds { operand, need, got: buffer.size(), unit, container });
+        return Err(Error::OutOfBounds { operand, need, got: slice.size(), unit, container });
     }
     Ok(())
 }
 
-/// [`check_buffer`] of a window, and that the device can bind as much.
+/// [`check_slice`] of a window, and that the device can bind as much.
 pub(crate) fn check_window(
     operand: Operand,
-    buffer: &wgpu::Buffer,
+    slice: wgpu::BufferSlice<'_>,
     window: Window,
     caps: &Caps,
 ) -> Result<()> {
-    check_buffer(operand, buffer, window.end)?;
+    check_slice(operand, slice, window.end, caps)?;
     let what = || format!("{operand}: bytes of one storage binding");
     within(what, window.end - window.start, caps.max_storage_binding)
 }
@@ -253,7 +292,13 @@ pub(crate) fn one_dispatch(
     let (device, most) = (&shared.device, shared.caps.max_dispatch);
     let groups = fold(groups, most);
     within(|| "workgroups along z".into(), groups[2].into(), most.into())?;
-    let pipeline = shared.pipelines.get(device, recipe, shared.options.runtime_checks)?;
+    let storage = recipe.storage();
+    let used = bound
+        .iter()
+        .filter(|bound| bound.window.end > bound.window.start)
+        .map(|bound| (bound.number, &bound.buffer, storage.contains(&(bound.number, true))));
+    let opened = Opened::of(used);
+    let pipeline = shared.pipelines.get(device, recipe, opened, shared.options.runtime_checks)?;
     let mut scratch = shared.scratch.lock().unwrap_or_else(PoisonError::into_inner);
     let made = scoped(device, &format!("the bind group of {}", recipe.name()), || {
         let whole = |bytes: usize| Window { start: 0, end: bytes as u64 };
@@ -288,7 +333,7 @@ fn bind(
                 Slot::Operand(operand) => {
                     let window = plan.window(operand);
                     match operands.get(operand).filter(|_| window.end > window.start) {
-                        Some(buffer) => (buffer.clone(), window),
+                        Some(slice) => (slice.buffer().clone(), window.behind(slice.offset())),
                         None => (scratch.empty(device), whole(16)),
                     }
                 }
@@ -303,42 +348,50 @@ fn bind(
     bind_group(device, stage.kernel.name(), pipeline, &buffers)
 }
 
-/// Every rule about the caller's buffers.
-fn check(plan: &Plan, operands: &Operands<'_>) -> Result<()> {
+/// Every rule about the caller's buffers; gives whether an output shares one with anything.
+fn check(plan: &Plan, operands: &Operands<'_>) -> Result<bool> {
     use Operand::*;
     let problem = plan.problem();
     for &operand in Operand::ALL {
         let wanted = problem.layout(operand).is_some();
-        let Some(buffer) = operand.brought(wanted, operands.get(operand))? else { continue };
-        check_buffer(operand, buffer, plan.window(operand).end)?;
+        let Some(slice) = operand.brought(wanted, operands.get(operand))? else { continue };
+        check_slice(operand, slice, plan.window(operand).end, plan.caps())?;
     }
-    // wgpu forbids one buffer to be read and written in one dispatch, and browsers two writes.
-    for stage in plan.stages() {
-        let used: Vec<_> = stage
-            .bindings()
-            .iter()
-            .filter_map(|binding| match binding.slot {
-                Slot::Operand(operand) if problem.extent(operand) > 0 => {
-                    operands.get(operand).map(|buffer| (operand, buffer, binding.writes))
-                }
-                _ => None,
-            })
-            .collect();
-        for (operand, buffer, _) in used.iter().filter(|(_, _, writes)| *writes) {
-            if let Some((with, ..)) = used.iter().find(|(other, b, _)| other != operand && b == buffer) {
-                return Err(Error::Aliased { operand: *operand, with: *with });
-            }
-        }
-    }
-    // Across dispatches one buffer may serve both, but not one place of it: a later dispatch must not
-    // find an input overwritten by an earlier output.
+    // In whatever dispatches they are: a later one must not find an input overwritten by an earlier output.
+    let mut in_one = false;
     for output in [O, Lse, Weights, Status] {
+        let Some(written) = operands.get(output) else { continue };
         for other in Operand::ALL.iter().copied().filter(|&other| other != output) {
-            let same = operands.get(output).is_some_and(|buffer| operands.get(other) == Some(buffer));
-            let (a, b) = (plan.window(output), plan.window(other));
-            if same && a.start < b.end && b.start < a.end {
+            let same = operands.get(other).filter(|slice| slice.buffer() == written.buffer());
+            let Some(slice) = same else { continue };
+            if meet((written, plan.window(output)), (slice, plan.window(other))) {
                 return Err(Error::Aliased { operand: output, with: other });
             }
+            in_one = true;
+        }
+    }
+    // Natively that is all.
+    for stage in plan.stages().iter().filter(|_| in_one && cfg!(target_arch = "wasm32")) {
+        let used = brought(plan, stage, operands);
+        let used =
+            used.iter().map(|&(operand, slice, writes)| (operand, slice, plan.window(operand), writes));
+        check_aliases(&used.collect::<Vec<_>>())?;
+    }
+    Ok(in_one)
+}
+
+/// Whether a dispatch can bind its operands, by the window of each and whether it is written: what is written overlaps
+/// nothing. In browsers it has its buffer for itself, since a compiler there takes nothing that is bound as written for
+/// uniform, and so no length: barriers behind it would be refused.
+pub(crate) fn check_aliases(used: &[(Operand, wgpu::BufferSlice<'_>, Window, bool)]) -> Result<()> {
+    for (at, &(operand, slice, window, _)) in used.iter().enumerate().filter(|(_, used)| used.3) {
+        let alone = cfg!(target_arch = "wasm32");
+        let mut others = used[..at].iter().chain(&used[at + 1..]);
+        let clash = others.find(|other| {
+            (alone && other.1.buffer() == slice.buffer()) || meet((slice, window), (other.1, other.2))
+        });
+        if let Some(&(with, ..)) = clash {
+            return Err(Error::Aliased { operand, with });
         }
     }
     Ok(())

@@ -307,9 +307,22 @@ pub enum Error {
         /// What is wrong.
         why: &'static str,
     },
-    /// An output shares its buffer with another operand of the same dispatch, where wgpu allows no input, and browsers
-    /// nothing; or its place with one of another dispatch.
-    #[error("{operand}: shares its buffer with {with}; an output needs a buffer of its own")]
+    /// An operand begins where no binding can.
+    #[error("{operand}: begins at byte {got} of its buffer, not at a multiple of {need}")]
+    Misaligned {
+        /// The operand.
+        operand: Operand,
+        /// The device's storage alignment (`min_storage_buffer_offset_alignment`).
+        need: u64,
+        /// Where it was said to begin.
+        got: u64,
+    },
+    /// An output lies where another operand lies, or too near: what is bound of each begins at the last multiple of the
+    /// device's storage alignment (256 bytes by default) before its first element. In a browser it is enough that both
+    /// are in one buffer.
+    #[error(
+        "{operand}: what is bound of it overlaps {with} in one buffer, or shares one with it in a browser"
+    )]
     Aliased {
         /// The output.
         operand: Operand,
@@ -390,7 +403,7 @@ pub enum Error {
         /// The same of the device that was to run it.
         device: String,
     },
-    /// Text that names no path, no family or no size of a tile.
+    /// Text that is no path, no family or no tile.
     #[error("{got:?} {why}")]
     Name {
         /// The text, or the part of it that is meant.

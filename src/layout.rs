@@ -90,7 +90,7 @@ impl Layout {
     }
 
     /// Whether an element of `shape` lies where one of `other`'s does: `false` is certain, and `true` is said
-    /// of strides so tangled that the search would take long, too.
+    /// of strides so tangled that the search would take long, too. Of layouts whose extent has been checked.
     pub(crate) fn meets(&self, shape: [usize; 4], other: &Self, other_shape: [usize; 4]) -> bool {
         if shape.contains(&0) || other_shape.contains(&0) {
             return false;

@@ -54,7 +54,7 @@ impl Recipe {
     }
 
     /// Numbers of its storage bindings, and which of them it writes.
-    fn storage(&self) -> Vec<(u32, bool)> {
+    pub(crate) fn storage(&self) -> Vec<(u32, bool)> {
         match self {
             Self::Attention(blueprint) => {
                 blueprint.storage().map(|binding| (binding.slot.number(), binding.writes)).collect()
@@ -65,6 +65,32 @@ impl Recipe {
                 kernel.storage().into_iter().map(|(number, _, writes)| (number, writes)).collect()
             }
         }
+    }
+}
+
+/// The storage bindings, by a bit for each number, that are bound as if they were written though they are only read:
+/// those whose buffer the same dispatch writes somewhere else. wgpu takes a buffer of a dispatch as written, or as read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) struct Opened(u64);
+
+impl Opened {
+    /// Of bindings with the buffer of each and whether it is written.
+    pub(crate) fn of<'a>(bound: impl Iterator<Item = (u32, &'a wgpu::Buffer, bool)> + Clone) -> Self {
+        let written = |buffer| bound.clone().any(|(_, other, writes)| writes && other == buffer);
+        let reads = bound.clone().filter(|&(_, buffer, writes)| !writes && written(buffer));
+        Self(reads.fold(0, |bits, (number, ..)| bits | 1 << number))
+    }
+
+    fn has(self, number: u32) -> bool {
+        self.0 >> number & 1 == 1
+    }
+
+    /// A text that declares them so.
+    fn declare(self, wgsl: String) -> String {
+        (0..u64::BITS).filter(|&number| self.has(number)).fold(wgsl, |wgsl, number| {
+            let declared = format!("@binding({number}) var<storage, read");
+            wgsl.replace(&format!("{declared}>"), &format!("{declared}_write>"))
+        })
     }
 }
 
@@ -145,7 +171,7 @@ fn checksum(data: &[u8]) -> u64 {
 /// wait for that build, while other recipes go on.
 #[derive(Debug)]
 pub(crate) struct PipelineCache {
-    cells: Mutex<HashMap<Recipe, Cell>>,
+    cells: Mutex<HashMap<(Recipe, Opened), Cell>>,
     /// The driver's own, where the device has one.
     driver: Option<wgpu::PipelineCache>,
 }
@@ -175,20 +201,22 @@ impl PipelineCache {
         &self,
         device: &wgpu::Device,
         recipe: Recipe,
+        opened: Opened,
         runtime_checks: bool,
     ) -> Result<Arc<Pipeline>> {
+        let key = (recipe, opened);
         let cell = {
             let mut cells = self.cells.lock().unwrap_or_else(PoisonError::into_inner);
-            Arc::clone(cells.entry(recipe).or_default())
+            Arc::clone(cells.entry(key).or_default())
         };
         let built = cell
-            .get_or_init(|| build(device, recipe, runtime_checks, self.driver.as_ref()).map(Arc::new))
+            .get_or_init(|| build(device, recipe, opened, runtime_checks, self.driver.as_ref()).map(Arc::new))
             .clone();
         if built.is_err() {
             // Memory may be there the next time: a failure is not kept.
             let mut cells = self.cells.lock().unwrap_or_else(PoisonError::into_inner);
-            if cells.get(&recipe).is_some_and(|kept| Arc::ptr_eq(kept, &cell)) {
-                cells.remove(&recipe);
+            if cells.get(&key).is_some_and(|kept| Arc::ptr_eq(kept, &cell)) {
+                cells.remove(&key);
             }
         }
         built
@@ -202,6 +230,7 @@ impl PipelineCache {
 fn build(
     device: &wgpu::Device,
     recipe: Recipe,
+    opened: Opened,
     runtime_checks: bool,
     cache: Option<&wgpu::PipelineCache>,
 ) -> Result<Pipeline> {
@@ -219,7 +248,8 @@ fn build(
     };
     let mut entries = vec![entry(0, wgpu::BufferBindingType::Uniform, true, recipe.params_bytes())];
     entries.extend(recipe.storage().into_iter().map(|(number, writes)| {
-        entry(number, wgpu::BufferBindingType::Storage { read_only: !writes }, false, 0)
+        let read_only = !writes && !opened.has(number);
+        entry(number, wgpu::BufferBindingType::Storage { read_only }, false, 0)
     }));
     scoped(device, name, || {
         let layout = device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor {
@@ -231,7 +261,7 @@ fn build(
             bind_group_layouts: &[Some(&layout)],
             immediate_size: 0,
         });
-        let module = module(device, recipe, runtime_checks);
+        let module = module(device, recipe, opened, runtime_checks);
         let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
             label: Some(name),
             layout: Some(&pipeline_layout),
@@ -262,10 +292,10 @@ pub(crate) fn experimental_features() -> wgpu::ExperimentalFeatures {
 }
 
 #[allow(unsafe_code)]
-fn module(device: &wgpu::Device, recipe: Recipe, runtime_checks: bool) -> wgpu::ShaderModule {
+fn module(device: &wgpu::Device, recipe: Recipe, opened: Opened, runtime_checks: bool) -> wgpu::ShaderModule {
     let descriptor = wgpu::ShaderModuleDescriptor {
         label: Some(recipe.name()),
-        source: wgpu::ShaderSource::Wgsl(recipe.wgsl().into()),
+        source: wgpu::ShaderSource::Wgsl(opened.declare(recipe.wgsl()).into()),
     };
     if runtime_checks {
         return device.create_shader_module(descriptor);
@@ -277,7 +307,8 @@ fn module(device: &wgpu::Device, recipe: Recipe, runtime_checks: bool) -> wgpu::
     // Operands: an index is the layout's offset (relative to the window that is bound) plus indices
     // below the problem's sizes times strides. `AttentionProblem::validate` bounds that sum by
     // u32::MAX, so that it cannot wrap, and encoding proves that the buffer holds it
-    // (`Error::OutOfBounds`) before the bind group, which spans exactly `Plan::window`, exists.
+    // (`Error::OutOfBounds`) before the bind group, which spans exactly `Plan::window` from the operand's place on,
+    // exists. What is bound as written beside an output (`Opened`) is read by the same text.
     // Kernels clamp or guard every row, key and column that a tile adds beyond the sizes.
     //
     // GPU-side numbers: `key_length` clamps `kv_lens` to seq_kv. A batch entry without keys visits no tile, so
@@ -334,12 +365,18 @@ fn module(device: &wgpu::Device, recipe: Recipe, runtime_checks: bool) -> wgpu::
 pub(crate) mod reflection {
     use naga::valid::{Capabilities, ValidationFlags, Validator};
 
-    use super::Recipe;
+    use super::{Opened, Recipe};
 
     /// Checks that a recipe's text is valid WGSL that declares the storage bindings that it says, uses all of
     /// them, and has no more than every device binds; gives the bytes of its workgroup memory.
     pub(crate) fn check(recipe: Recipe, shader_f16: bool) -> u32 {
-        let wgsl = recipe.wgsl();
+        declares(recipe, Opened::default(), shader_f16);
+        // Each of its inputs in an output's buffer.
+        declares(recipe, Opened(u64::MAX), shader_f16)
+    }
+
+    fn declares(recipe: Recipe, opened: Opened, shader_f16: bool) -> u32 {
+        let wgsl = opened.declare(recipe.wgsl());
         let module = naga::front::wgsl::parse_str(&wgsl)
             .unwrap_or_else(|e| panic!("{recipe:?}: {}", e.emit_to_string(&wgsl)));
         let mut capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
@@ -365,7 +402,8 @@ pub(crate) mod reflection {
                 _ => {}
             }
         }
-        let mut said = recipe.storage();
+        let bound = |(number, writes)| (number, writes || opened.has(number));
+        let mut said: Vec<_> = recipe.storage().into_iter().map(bound).collect();
         found.sort_unstable();
         said.sort_unstable();
         assert_eq!(found, said, "{recipe:?}");

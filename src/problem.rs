@@ -149,7 +149,8 @@ pub struct AttentionProblem {
     /// [`query_dim`](Self::query_dim).
     pub q: Layout,
     /// Where k's elements lie: `[batch, heads_kv, seq_kv, head_dim]`, or as [`Cache`] says. The innermost
-    /// size of a quantised one is [`row_elements`].
+    /// size of a quantised one is [`row_elements`]. Within an entry each stride steps over all that smaller ones
+    /// span, or is 0 (of q and v, too); entries may overlap.
     pub k: Layout,
     /// Where v's elements lie: `[batch, heads_kv, seq_kv, head_dim_v]`, or as [`Cache`] says.
     pub v: Layout,

@@ -85,7 +85,11 @@ impl Attention {
             made.collect::<Vec<_>>()
         })?;
         let get = |operand: Operand| {
-            Operand::ALL.iter().position(|&o| o == operand).and_then(|at| buffers[at].as_ref())
+            Operand::ALL
+                .iter()
+                .position(|&o| o == operand)
+                .and_then(|at| buffers[at].as_ref())
+                .map(|b| b.slice(..))
         };
         let (Some(q), Some(k), Some(v), Some(o)) =
             (get(Operand::Q), get(Operand::K), get(Operand::V), get(Operand::O))
@@ -121,7 +125,7 @@ impl Attention {
             .into_iter()
             .filter_map(|operand| Some((operand, get(operand)?)))
             .collect();
-        let ranges: Vec<_> = wanted.iter().map(|(_, buffer)| (*buffer, 0..buffer.size())).collect();
+        let ranges: Vec<_> = wanted.iter().map(|(_, slice)| (slice.buffer(), 0..slice.size())).collect();
         let read = read_buffers(self.device(), self.queue(), &ranges, commands.collect(), wait).await?;
         for ((operand, _), bytes) in wanted.into_iter().zip(read) {
             let bytes = &bytes[..problem.extent(operand) as usize * problem.element_bytes(operand)];

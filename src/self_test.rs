@@ -116,7 +116,11 @@ impl Attention {
             [upload(Operand::X, &x), upload(Operand::W, &w), self.target(Operand::Y, bytes)]
         })?;
         let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-        self.encode_linear(&mut encoder, &problem, &LinearOperands::new(&on_x, &on_w, &on_y))?;
+        self.encode_linear(
+            &mut encoder,
+            &problem,
+            &LinearOperands::new(on_x.slice(..), on_w.slice(..), on_y.slice(..)),
+        )?;
         self.queue().submit([encoder.finish()]);
         let y = read_buffer(device, self.queue(), &on_y, 0..bytes).await?;
         let y: Vec<f32> = bytemuck::pod_collect_to_vec(&y);

@@ -11,6 +11,7 @@ use common::check::{Expected, Gap};
 use common::gpu::{self, Gpu, Kind, USAGE, download, upload};
 use common::kept::{Kept, Move};
 use common::npy::Npy;
+use common::pool::Pool;
 use common::rng::Rng;
 use wgpu_attention::reference::{max_error, oracle};
 use wgpu_attention::{
@@ -77,9 +78,15 @@ impl Cached {
 
     fn operands<'a>(&'a self, k_new: &'a wgpu::Buffer, v_new: &'a wgpu::Buffer) -> AppendOperands<'a> {
         AppendOperands {
-            block_table: self.block_table.as_ref(),
-            status: Some(&self.status),
-            ..AppendOperands::new(k_new, v_new, &self.k, &self.v, &self.kv_lens)
+            block_table: self.block_table.as_ref().map(|b| b.slice(..)),
+            status: Some(self.status.slice(..)),
+            ..AppendOperands::new(
+                k_new.slice(..),
+                v_new.slice(..),
+                self.k.slice(..),
+                self.v.slice(..),
+                self.kv_lens.slice(..),
+            )
         }
     }
 }
@@ -128,7 +135,8 @@ fn append_all(gpu: &Gpu, plain: &Case, moved: &Case, cached: &Cached, steps: usi
             let [k_new, v_new] = [Operand::K, Operand::V]
                 .map(|operand| tensor(gpu, "new", &new_rows(plain, operand, &firsts, &counts)));
             let list = words(gpu, "cu_seqlens_q", &list);
-            let operands = AppendOperands { cu_seqlens_q: Some(&list), ..cached.operands(&k_new, &v_new) };
+            let operands =
+                AppendOperands { cu_seqlens_q: Some(list.slice(..)), ..cached.operands(&k_new, &v_new) };
             let work = gpu.attention.prepare_append(&append, &operands);
             submit(gpu, &work.unwrap_or_else(|e| panic!("{}: {e}", moved.name)));
         }
@@ -257,10 +265,10 @@ fn attend(gpu: &Gpu, case: &Case, cached: &Cached) -> (Tensor, Vec<f32>) {
         words(gpu, "output", &vec![0; bytes.div_ceil(4).max(1)])
     });
     let operands = Operands {
-        kv_lens: Some(&cached.kv_lens),
-        block_table: cached.block_table.as_ref(),
-        lse: Some(&lse),
-        ..Operands::new(&q, &cached.k, &cached.v, &o)
+        kv_lens: Some(cached.kv_lens.slice(..)),
+        block_table: cached.block_table.as_ref().map(|b| b.slice(..)),
+        lse: Some(lse.slice(..)),
+        ..Operands::new(q.slice(..), cached.k.slice(..), cached.v.slice(..), o.slice(..))
     };
     let plan = gpu.attention.plan(p).unwrap_or_else(|e| panic!("{}: {e}", case.name));
     submit(gpu, &gpu.attention.prepare(&plan, &operands).unwrap_or_else(|e| panic!("{}: {e}", case.name)));
@@ -358,16 +366,16 @@ fn decode_step(
     let slopes = moved.data.alibi_slopes.as_ref().map(|x| tensor(gpu, "slopes", &Tensor::F32(x.clone())));
     let lse = words(gpu, "lse", &vec![POISON; total * p.heads_q]);
     let append = Append { advance: true, ..Append::new(&problem) };
-    let operands = AppendOperands { cu_seqlens_q: Some(&list), ..cached.operands(&k_new, &v_new) };
+    let operands = AppendOperands { cu_seqlens_q: Some(list.slice(..)), ..cached.operands(&k_new, &v_new) };
     let attend = Operands {
-        kv_lens: Some(&cached.kv_lens),
-        block_table: cached.block_table.as_ref(),
-        cu_seqlens_q: Some(&list),
-        status: Some(&cached.status),
-        sinks: sinks.as_ref(),
-        alibi_slopes: slopes.as_ref(),
-        lse: Some(&lse),
-        ..Operands::new(&q, &cached.k, &cached.v, &o)
+        kv_lens: Some(cached.kv_lens.slice(..)),
+        block_table: cached.block_table.as_ref().map(|b| b.slice(..)),
+        cu_seqlens_q: Some(list.slice(..)),
+        status: Some(cached.status.slice(..)),
+        sinks: sinks.as_ref().map(|b| b.slice(..)),
+        alibi_slopes: slopes.as_ref().map(|b| b.slice(..)),
+        lse: Some(lse.slice(..)),
+        ..Operands::new(q.slice(..), cached.k.slice(..), cached.v.slice(..), o.slice(..))
     };
     let attention = &gpu.attention;
     let plan = attention.plan(&problem).unwrap_or_else(|e| panic!("{}: {e}", moved.name));
@@ -459,16 +467,16 @@ fn a_real_layer_token_by_token() {
                 let rope = append.rope.expect("set").table(1e5);
                 let rope = tensor(gpu, "rope", &Tensor::F32(rope));
                 let operands = AppendOperands {
-                    rope: Some(&rope),
-                    q_new: Some(&q_new),
-                    q: Some(&q),
+                    rope: Some(rope.slice(..)),
+                    q_new: Some(q_new.slice(..)),
+                    q: Some(q.slice(..)),
                     ..cached.operands(&k_new, &v_new)
                 };
                 let attend = Operands {
-                    kv_lens: Some(&cached.kv_lens),
-                    block_table: cached.block_table.as_ref(),
-                    status: Some(&cached.status),
-                    ..Operands::new(&q, &cached.k, &cached.v, &o)
+                    kv_lens: Some(cached.kv_lens.slice(..)),
+                    block_table: cached.block_table.as_ref().map(|b| b.slice(..)),
+                    status: Some(cached.status.slice(..)),
+                    ..Operands::new(q.slice(..), cached.k.slice(..), cached.v.slice(..), o.slice(..))
                 };
                 let attention = &gpu.attention;
                 let plan = attention.plan(&problem).expect("served");
@@ -556,12 +564,18 @@ fn rotations() {
             let [q_gain, k_gain] = [&gains[0], &gains[1]].map(|gain| up(gain));
             let has_gains = matches!(norm, Some(QkNorm::Rms { .. }));
             let operands = AppendOperands {
-                rope: Some(&buffers[3]),
-                q_gain: has_gains.then_some(&q_gain),
-                k_gain: has_gains.then_some(&k_gain),
-                q_new: Some(&buffers[0]),
-                q: Some(&q),
-                ..AppendOperands::new(&buffers[1], &buffers[2], &k, &v, &kv_lens)
+                rope: Some(buffers[3].slice(..)),
+                q_gain: has_gains.then_some(q_gain.slice(..)),
+                k_gain: has_gains.then_some(k_gain.slice(..)),
+                q_new: Some(buffers[0].slice(..)),
+                q: Some(q.slice(..)),
+                ..AppendOperands::new(
+                    buffers[1].slice(..),
+                    buffers[2].slice(..),
+                    k.slice(..),
+                    v.slice(..),
+                    kv_lens.slice(..),
+                )
             };
             submit(gpu, &gpu.attention.prepare_append(&append, &operands).expect("served"));
             for (buffer, layout, from, from_layout, heads) in [
@@ -625,11 +639,11 @@ fn wrong_numbers_on_the_gpu_are_reported() {
             let lse = up(&[f32::NAN; 4]);
             let kv_lens = words(gpu, "kv_lens", &lens);
             let operands = Operands {
-                kv_lens: Some(&kv_lens),
-                block_table: Some(&table),
-                status: Some(&status),
-                lse: Some(&lse),
-                ..Operands::new(&q, &pool, &other, &o)
+                kv_lens: Some(kv_lens.slice(..)),
+                block_table: Some(table.slice(..)),
+                status: Some(status.slice(..)),
+                lse: Some(lse.slice(..)),
+                ..Operands::new(q.slice(..), pool.slice(..), other.slice(..), o.slice(..))
             };
             let plan = attention.plan(&problem).expect("served");
             submit(gpu, &attention.prepare(&plan, &operands).expect("served"));
@@ -660,9 +674,15 @@ fn wrong_numbers_on_the_gpu_are_reported() {
             let kv_lens = words(gpu, "kv_lens", &lens);
             let before = bytes_of(gpu, &pool);
             let operands = AppendOperands {
-                block_table: Some(&table),
-                status: Some(&status),
-                ..AppendOperands::new(&new, &new, &pool, &other, &kv_lens)
+                block_table: Some(table.slice(..)),
+                status: Some(status.slice(..)),
+                ..AppendOperands::new(
+                    new.slice(..),
+                    new.slice(..),
+                    pool.slice(..),
+                    other.slice(..),
+                    kv_lens.slice(..),
+                )
             };
             submit(gpu, &attention.prepare_append(&append, &operands).expect("served"));
             assert_eq!(word_of(gpu, &status), want, "{lens:?}");
@@ -691,15 +711,93 @@ fn wrong_numbers_on_the_gpu_are_reported() {
             let status = words(gpu, "status", &[0]);
             let (list, q, o) = (words(gpu, "list", &list), up(&vec![1.0; 4 * dim]), up(&vec![7.0; 4 * dim]));
             let operands = Operands {
-                cu_seqlens_q: Some(&list),
-                status: Some(&status),
-                ..Operands::new(&q, &k, &v, &o)
+                cu_seqlens_q: Some(list.slice(..)),
+                status: Some(status.slice(..)),
+                ..Operands::new(q.slice(..), k.slice(..), v.slice(..), o.slice(..))
             };
             let plan = attention.plan(&ragged).expect("served");
             submit(gpu, &attention.prepare(&plan, &operands).expect("served"));
             assert_eq!(word_of(gpu, &status), want);
             let o: Vec<f32> = bytemuck::pod_collect_to_vec(&bytes_of(gpu, &o));
             assert!(o.iter().all(|&x| x == 1.0 || x == 7.0), "{o:?}");
+        }
+    }
+}
+
+/// A step whose operands are pieces of one buffer writes the same bits as one whose operands have buffers of their own.
+#[test]
+fn a_step_in_one_buffer() {
+    let problem = AttentionProblem {
+        causal: Some(Align::BottomRight),
+        kv_lens: true,
+        status: true,
+        ..AttentionProblem::new(2, 4, 2, 3, 20, 16, 16)
+    };
+    let cache = Cache::Paged { pages: 7, page_size: 8, max_blocks: 3 };
+    let problem = problem.with_cache(cache, Dtype::F16);
+    let append = Append {
+        norm: Some(QkNorm::Rms { epsilon: 1e-6 }),
+        rope: Some(Rope { positions: 20, ..Rope::new(16) }),
+        q_new: Some(problem.q),
+        advance: true,
+        ..Append::new(&problem)
+    };
+    let mut rng = Rng::new(11);
+    let mut floats = |n: usize| -> Vec<u8> { (0..n).flat_map(|_| rng.normal().to_ne_bytes()).collect() };
+    let poison = |n: usize| POISON.to_ne_bytes().repeat(n);
+    let pages = 7 * 8 * 2 * 16 / 2;
+    let contents: Vec<(Operand, Vec<u8>)> = vec![
+        (Operand::KNew, floats(2 * 2 * 3 * 16)),
+        (Operand::K, poison(pages)),
+        (Operand::KvLens, bytemuck::cast_slice(&[5_u32, 18]).to_vec()),
+        (Operand::VNew, floats(2 * 2 * 3 * 16)),
+        (Operand::V, poison(pages)),
+        (Operand::BlockTable, bytemuck::cast_slice(&[3_u32, 9, 9, 1, 6, 9]).to_vec()),
+        (Operand::Rope, floats(20 * 16)),
+        (Operand::QGain, floats(16)),
+        (Operand::KGain, floats(16)),
+        (Operand::QNew, floats(2 * 4 * 3 * 16)),
+        (Operand::Status, vec![0; 4]),
+        (Operand::Q, poison(2 * 4 * 3 * 16)),
+    ];
+    for gpu in gpus() {
+        let (device, queue) = (gpu.attention.device(), gpu.attention.queue());
+        let own: Vec<_> = contents
+            .iter()
+            .map(|(operand, bytes)| upload(device, &operand.to_string(), bytes, USAGE))
+            .collect();
+        let run = |slices: &[wgpu::BufferSlice<'_>]| {
+            let of = |operand| slices[contents.iter().position(|(of, _)| *of == operand).expect("listed")];
+            let operands = AppendOperands {
+                block_table: Some(of(Operand::BlockTable)),
+                rope: Some(of(Operand::Rope)),
+                q_gain: Some(of(Operand::QGain)),
+                k_gain: Some(of(Operand::KGain)),
+                q_new: Some(of(Operand::QNew)),
+                q: Some(of(Operand::Q)),
+                status: Some(of(Operand::Status)),
+                ..AppendOperands::new(
+                    of(Operand::KNew),
+                    of(Operand::VNew),
+                    of(Operand::K),
+                    of(Operand::V),
+                    of(Operand::KvLens),
+                )
+            };
+            submit(gpu, &gpu.attention.prepare_append(&append, &operands).expect("served"));
+        };
+        let alone: Vec<_> = own.iter().map(|buffer| buffer.slice(..)).collect();
+        let pool = Pool::new(device, queue, &own.iter().collect::<Vec<_>>());
+        run(&alone);
+        run(&(0..own.len()).map(|at| pool.slice(at)).collect::<Vec<_>>());
+        let want: Vec<_> = own.iter().map(|buffer| bytes_of(gpu, buffer)).collect();
+        // The last of the new tokens has no place, which the status says.
+        let outputs = [Operand::K, Operand::V, Operand::Q, Operand::KvLens, Operand::Status];
+        let outputs: Vec<_> = (0..own.len()).filter(|&at| outputs.contains(&contents[at].0)).collect();
+        pool.give_back(device, queue, &outputs.iter().map(|&at| (at, &own[at])).collect::<Vec<_>>());
+        for (at, (operand, before)) in contents.iter().enumerate() {
+            assert!(bytes_of(gpu, &own[at]) == want[at], "{operand}");
+            assert_eq!(want[at][..before.len()] != before[..], outputs.contains(&at), "{operand}");
         }
     }
 }
@@ -776,22 +874,23 @@ fn wrong_appends_are_errors() {
     };
     let storage = wgpu::BufferUsages::STORAGE;
     let b: Vec<_> = (0..5).map(|_| buffer(512, storage)).collect();
-    let good = AppendOperands::new(&b[0], &b[1], &b[2], &b[3], &b[4]);
+    let good =
+        AppendOperands::new(b[0].slice(..), b[1].slice(..), b[2].slice(..), b[3].slice(..), b[4].slice(..));
     let fails = |append: &Append, operands: &AppendOperands<'_>| {
         gpu.attention.prepare_append(append, operands).map(|_| ()).expect_err("refused")
     };
     assert!(gpu.attention.prepare_append(&append, &good).is_ok());
     let (short, wrong) = (buffer(16, storage), buffer(512, wgpu::BufferUsages::COPY_DST));
     assert!(matches!(
-        fails(&append, &AppendOperands { k: &short, ..good }),
+        fails(&append, &AppendOperands { k: short.slice(..), ..good }),
         Error::OutOfBounds { operand: Operand::K, need: 256, got: 16, .. }
     ));
     assert!(matches!(
-        fails(&append, &AppendOperands { v_new: &wrong, ..good }),
+        fails(&append, &AppendOperands { v_new: wrong.slice(..), ..good }),
         Error::BufferUsage { operand: Operand::VNew, .. }
     ));
     assert!(matches!(
-        fails(&append, &AppendOperands { k_new: &b[2], ..good }),
+        fails(&append, &AppendOperands { k_new: b[2].slice(..), ..good }),
         Error::Aliased { operand: Operand::K, with: Operand::KNew }
     ));
     // k and v in one buffer: by turns or one after the other, but in no one place.
@@ -804,12 +903,13 @@ fn wrong_appends_are_errors() {
         (pool, pool, true),
     ] {
         let shared = Append::new(&AttentionProblem { k, v, ..problem.clone() });
-        let made = gpu.attention.prepare_append(&shared, &AppendOperands { v: &b[2], ..good }).map(|_| ());
+        let made =
+            gpu.attention.prepare_append(&shared, &AppendOperands { v: b[2].slice(..), ..good }).map(|_| ());
         let aliased = Error::Aliased { operand: Operand::K, with: Operand::V };
         assert_eq!(made, if meet { Err(aliased) } else { Ok(()) }, "{k:?} {v:?}");
     }
     assert!(matches!(
-        fails(&append, &AppendOperands { rope: Some(&b[0]), ..good }),
+        fails(&append, &AppendOperands { rope: Some(b[0].slice(..)), ..good }),
         Error::UnexpectedOperand { operand: Operand::Rope }
     ));
     let turned = Append { rope: Some(Rope { positions: 8, ..Rope::new(4) }), ..append };

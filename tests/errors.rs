@@ -326,24 +326,8 @@ fn buffers() {
     let p = &guarded.problem;
     let all = guarded.operands();
     let plan = gpu.attention.plan(p).expect("served");
-    let buffer = |operand: Operand| -> Option<&wgpu::Buffer> {
-        match operand {
-            Q => Some(all.q),
-            K => Some(all.k),
-            V => Some(all.v),
-            O => Some(all.o),
-            W => all.w,
-            Bias => all.bias,
-            Mask => all.mask,
-            AlibiSlopes => all.alibi_slopes,
-            Sinks => all.sinks,
-            KvLens => all.kv_lens,
-            Lse => all.lse,
-            _ => all.weights,
-        }
-    };
     fn with<'a>(mut operands: Operands<'a>, operand: Operand, b: Option<&'a wgpu::Buffer>) -> Operands<'a> {
-        match (operand, b) {
+        match (operand, b.map(|b| b.slice(..))) {
             (Q, Some(b)) => operands.q = b,
             (K, Some(b)) => operands.k = b,
             (V, Some(b)) => operands.v = b,
@@ -380,7 +364,7 @@ fn buffers() {
         assert_eq!(error, Error::OutOfBounds { operand, need, got, unit, container });
 
         let usage = wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
-        let size = buffer(operand).expect("every operand is there").size();
+        let size = all.get(operand).expect("every operand is there").size();
         let useless = upload(device, "no storage", &vec![0; size as usize], usage);
         let error = encode_refuses(gpu, &guarded, &with(all, operand, Some(&useless)), &plan);
         assert_eq!(error, Error::BufferUsage { operand, need: wgpu::BufferUsages::STORAGE, got: usage });
@@ -404,8 +388,20 @@ fn buffers() {
         }
     }
 
+    // A piece that begins where no binding can, and one that ends too early though its buffer does not.
+    let lse = all.lse.expect("it is there");
+    let need = gpu.attention.caps().storage_alignment.max(4).into();
+    let bad = Operands { lse: Some(lse.slice(2..)), ..all };
+    let error = encode_refuses(gpu, &guarded, &bad, &plan);
+    assert_eq!(error, Error::Misaligned { operand: Lse, need, got: 2 });
+    let need = p.extent(Lse) as u64 * 4;
+    let bad = Operands { lse: Some(lse.slice(..need - 4)), ..all };
+    let (got, unit, container) = (need - 4, "bytes", "buffer");
+    let error = encode_refuses(gpu, &guarded, &bad, &plan);
+    assert_eq!(error, Error::OutOfBounds { operand: Lse, need, got, unit, container });
+
     // A buffer that wgpu itself rejects.
-    let destroyed = upload(device, "destroyed", &vec![0; all.k.size() as usize], all.k.usage());
+    let destroyed = upload(device, "destroyed", &vec![0; all.k.size() as usize], all.k.buffer().usage());
     destroyed.destroy();
     let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
     let bad = with(all, K, Some(&destroyed));
@@ -436,7 +432,7 @@ fn a_buffer_of_another_device() {
     assert!(Expected::of(&case).check(&case, &out, Gap::Zero).is_ok());
 }
 
-/// Other places of one buffer may hold an output and an input that no dispatch uses together.
+/// An output and an input may lie in one buffer, whether or not a dispatch uses both.
 #[test]
 fn an_output_beside_an_input() {
     let Some(gpu) = gpu::get(Kind::Full, false) else { return };
@@ -444,33 +440,36 @@ fn an_output_beside_an_input() {
     let case = Axes { seq_kv: 40, head_dim_v: 8, ..Axes::default() }.build(6);
     let guarded = Guarded::new(device, &case);
     let mut problem = guarded.problem.clone();
-    // k, then o behind it, after a gap that any alignment fits.
+    // k, then o behind it, after a gap that any alignment fits; and one too narrow for any.
     let k_len = case.data.k.as_ref().as_ref().len();
     problem.k = case.problem.k;
     problem.o = case.problem.o.at((k_len + 256).next_multiple_of(64));
     let mut both = case.data.k.to_f32();
     both.resize(problem.extent(Operand::O) as usize, f32::NAN);
-    let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
+    let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
     let buffer = upload(device, "k and o", bytemuck::cast_slice(&both), usage);
     let on = |path| {
         let options = PlanOptions { path: Some(path), ..PlanOptions::default() };
         gpu.attention.plan_with(&problem, &options).expect("served")
     };
-    let operands = Operands { k: &buffer, o: &buffer, ..guarded.operands() };
-    let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-    // One kernel that does both is refused.
-    let refused = gpu.attention.encode(&mut encoder, &on(Path::Fused), &operands);
-    assert!(matches!(refused, Err(Error::Aliased { operand: Operand::O, with: Operand::K })), "{refused:?}");
-    let plan = on(Path::Staged);
-    gpu.attention.encode(&mut encoder, &plan, &operands).expect("no dispatch reads k and writes o");
-    queue.submit([encoder.finish()]);
-    let bytes = download(device, queue, &buffer);
-    let floats: Vec<f32> = bytemuck::pod_collect_to_vec(&bytes);
-    assert_eq!(floats[..k_len], both[..k_len]);
-    let (got, expected) = (&floats[problem.o.offset..], Expected::of(&case));
-    for (got, want) in got.iter().zip(&expected.oracle.o) {
-        assert!((f64::from(*got) - want).abs() <= expected.o, "{got} is not {want}");
+    let operands = Operands { k: buffer.slice(..), o: buffer.slice(..), ..guarded.operands() };
+    let expected = Expected::of(&case);
+    for path in [Path::Fused, Path::Staged] {
+        queue.write_buffer(&buffer, 0, bytemuck::cast_slice(&both));
+        let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        gpu.attention.encode(&mut encoder, &on(path), &operands).expect("they lie apart");
+        queue.submit([encoder.finish()]);
+        let floats: Vec<f32> = bytemuck::pod_collect_to_vec(&download(device, queue, &buffer));
+        assert_eq!(floats[..k_len], both[..k_len]);
+        for (got, want) in floats[problem.o.offset..].iter().zip(&expected.oracle.o) {
+            assert!((f64::from(*got) - want).abs() <= expected.o, "{path}: {got} is not {want}");
+        }
     }
+    problem.o = case.problem.o.at(k_len - 1);
+    let plan = gpu.attention.plan(&problem).expect("served");
+    let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+    let refused = gpu.attention.encode(&mut encoder, &plan, &operands);
+    assert!(matches!(refused, Err(Error::Aliased { operand: Operand::O, with: Operand::K })), "{refused:?}");
 }
 
 /// A length on the device cannot be checked without waiting: what is too long is all keys.
@@ -491,7 +490,7 @@ fn lengths_on_the_device_are_clamped() {
                 bytemuck::cast_slice(&[34_u32, u32::MAX]),
                 wgpu::BufferUsages::STORAGE,
             );
-            let operands = Operands { kv_lens: Some(&lens), ..guarded.operands() };
+            let operands = Operands { kv_lens: Some(lens.slice(..)), ..guarded.operands() };
             let options = PlanOptions { family: Some(family), ..PlanOptions::default() };
             let plan = gpu.attention.plan_with(&guarded.problem, &options).expect("served");
             let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());

@@ -203,32 +203,32 @@ impl Case {
         let elements = self.layer.tokens() * self.layer.out_width;
         let y = up(&Tensor::from_f32(dtype, &vec![f32::NAN; elements.next_multiple_of(2)]));
         let operands = LayerOperands {
-            context: context.as_ref(),
-            w_k: w_k.as_ref(),
-            w_v: w_v.as_ref(),
-            b_q: b_q.as_ref(),
-            b_k: b_k.as_ref(),
-            b_v: b_v.as_ref(),
-            b_o: b_o.as_ref(),
-            q_gain: q_gain.as_ref(),
-            k_gain: k_gain.as_ref(),
-            rope: rope.as_ref(),
+            context: context.as_ref().map(|b| b.slice(..)),
+            w_k: w_k.as_ref().map(|b| b.slice(..)),
+            w_v: w_v.as_ref().map(|b| b.slice(..)),
+            b_q: b_q.as_ref().map(|b| b.slice(..)),
+            b_k: b_k.as_ref().map(|b| b.slice(..)),
+            b_v: b_v.as_ref().map(|b| b.slice(..)),
+            b_o: b_o.as_ref().map(|b| b.slice(..)),
+            q_gain: q_gain.as_ref().map(|b| b.slice(..)),
+            k_gain: k_gain.as_ref().map(|b| b.slice(..)),
+            rope: rope.as_ref().map(|b| b.slice(..)),
             options: LayerOptions {
-                w: bilinear.as_ref(),
-                wq: wq.as_ref(),
-                wk: wk.as_ref(),
-                score_v: score_v.as_ref(),
-                positions: positions.as_ref(),
-                bias: bias.as_ref(),
-                mask: mask.as_ref(),
-                alibi_slopes: alibi_slopes.as_ref(),
-                sinks: sinks.as_ref(),
-                kv_lens: kv_lens.as_ref(),
-                cu_seqlens_q: cu_seqlens_q.as_ref(),
-                cu_seqlens_k: cu_seqlens_k.as_ref(),
+                w: bilinear.as_ref().map(|b| b.slice(..)),
+                wq: wq.as_ref().map(|b| b.slice(..)),
+                wk: wk.as_ref().map(|b| b.slice(..)),
+                score_v: score_v.as_ref().map(|b| b.slice(..)),
+                positions: positions.as_ref().map(|b| b.slice(..)),
+                bias: bias.as_ref().map(|b| b.slice(..)),
+                mask: mask.as_ref().map(|b| b.slice(..)),
+                alibi_slopes: alibi_slopes.as_ref().map(|b| b.slice(..)),
+                sinks: sinks.as_ref().map(|b| b.slice(..)),
+                kv_lens: kv_lens.as_ref().map(|b| b.slice(..)),
+                cu_seqlens_q: cu_seqlens_q.as_ref().map(|b| b.slice(..)),
+                cu_seqlens_k: cu_seqlens_k.as_ref().map(|b| b.slice(..)),
                 ..LayerOptions::default()
             },
-            ..LayerOperands::new(&x, &w_q, &w_o, &y)
+            ..LayerOperands::new(x.slice(..), w_q.slice(..), w_o.slice(..), y.slice(..))
         };
         let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         gpu.attention.prepare_layer_with(&self.layer, &operands, options)?.encode(&mut encoder);
@@ -424,7 +424,7 @@ fn a_layer_is_planned_as_it_is_told() {
     let case = Case::new("told", Layer { rope, packed: true, ..Layer::new(&attention, 24) }, None, 7);
     for gpu in gpus() {
         for &path in Path::ALL {
-            let own = Gpu { kind: gpu.kind, attention: gpu.fresh() };
+            let own = Gpu { kind: gpu.kind, checks: false, attention: gpu.fresh() };
             let options = PlanOptions { path: Some(path), ..PlanOptions::default() };
             case.check(&format!("{path}"), &case.run_with(&own, &options).expect("served"));
             let plan = own.attention.plan_with(&attention, &options).expect("served");
@@ -501,7 +501,7 @@ fn what_no_binding_holds_is_taken_apart() {
     let limits = wgpu::Limits { max_storage_buffer_binding_size: 20 << 10, ..limits };
     let descriptor = wgpu::DeviceDescriptor { required_limits: limits, ..Default::default() };
     let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).expect("a device");
-    let gpu = Gpu { kind: Kind::Minimal, attention: Attention::new(&device, &queue) };
+    let gpu = Gpu { kind: Kind::Minimal, checks: false, attention: Attention::new(&device, &queue) };
     let causal = |seq_q| AttentionProblem {
         causal: Some(Align::BottomRight),
         ..AttentionProblem::new(1, 4, 4, seq_q, 61, 16, 15)

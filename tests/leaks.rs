@@ -54,18 +54,18 @@ fn steps_of_generation_leak_nothing() {
     let table = upload(device, "table", bytemuck::cast_slice(&[3_u32, 1, 4, 0, 5, 2, 6, 7]), USAGE);
     let table_of_angles = upload(device, "rope", bytemuck::cast_slice(&rope.table(1e4)), USAGE);
     let new = AppendOperands {
-        block_table: Some(&table),
-        rope: Some(&table_of_angles),
-        q_new: Some(&q_new),
-        q: Some(&q),
-        status: Some(&status),
-        ..AppendOperands::new(&k_new, &v_new, &k, &v, &kv_lens)
+        block_table: Some(table.slice(..)),
+        rope: Some(table_of_angles.slice(..)),
+        q_new: Some(q_new.slice(..)),
+        q: Some(q.slice(..)),
+        status: Some(status.slice(..)),
+        ..AppendOperands::new(k_new.slice(..), v_new.slice(..), k.slice(..), v.slice(..), kv_lens.slice(..))
     };
     let attend = Operands {
-        kv_lens: Some(&kv_lens),
-        block_table: Some(&table),
-        status: Some(&status),
-        ..Operands::new(&q, &k, &v, &o)
+        kv_lens: Some(kv_lens.slice(..)),
+        block_table: Some(table.slice(..)),
+        status: Some(status.slice(..)),
+        ..Operands::new(q.slice(..), k.slice(..), v.slice(..), o.slice(..))
     };
     let plan = attention.plan(&problem).expect("served");
     let prepared = attention

@@ -7,7 +7,8 @@ mod common;
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use common::check::poison;
-use common::gpu::{self, Gpu, Kind, download, upload};
+use common::gpu::{self, Gpu, Kind, USAGE, download, upload};
+use common::pool::Pool;
 use common::rng::{Rng, fresh_seed, slice};
 use wgpu_attention::reference::{LinearReference, linear};
 use wgpu_attention::{
@@ -16,7 +17,6 @@ use wgpu_attention::{
 };
 
 const FLOATS: [Dtype; 3] = Dtype::FLOATS;
-const USAGE: wgpu::BufferUsages = wgpu::BufferUsages::STORAGE.union(wgpu::BufferUsages::COPY_SRC);
 /// Elements of poison after every operand.
 const GUARD: usize = 64;
 
@@ -98,16 +98,29 @@ impl Map {
     }
 
     fn run(&self, gpu: &Gpu) -> Vec<f32> {
-        let buffers = Buffers::new(gpu.attention.device(), self);
-        let mut encoder = gpu.attention.device().create_command_encoder(&Default::default());
-        let done = gpu.attention.encode_linear(&mut encoder, &self.problem, &buffers.operands());
+        let (device, queue) = (gpu.attention.device(), gpu.attention.queue());
+        let buffers = Buffers::new(device, self);
+        let all: Vec<_> = [&buffers.y, &buffers.x, &buffers.w].into_iter().chain(&buffers.bias).collect();
+        let pool = gpu.checks.then(|| Pool::new(device, queue, &all));
+        let operands = match &pool {
+            Some(pool) => LinearOperands {
+                bias: buffers.bias.as_ref().map(|_| pool.slice(3)),
+                ..LinearOperands::new(pool.slice(1), pool.slice(2), pool.slice(0))
+            },
+            None => buffers.operands(),
+        };
+        let mut encoder = device.create_command_encoder(&Default::default());
+        let done = gpu.attention.encode_linear(&mut encoder, &self.problem, &operands);
         done.unwrap_or_else(|e| panic!("{e}\n  {:?}", self.problem));
-        gpu.attention.queue().submit([encoder.finish()]);
+        queue.submit([encoder.finish()]);
+        if let Some(pool) = pool {
+            pool.give_back(device, queue, &[(0, &buffers.y)]);
+        }
         buffers.read(gpu, &self.problem)
     }
 
-    /// Both shader modes on one kind of device or the other, by turns, and the CPU path, held to the oracle;
-    /// gives what the device gave.
+    /// Both shader modes on one kind of device or the other, by turns (with checks, all operands in one buffer), and the
+    /// CPU path, held to the oracle; gives what the device gave.
     fn check(&self) -> Option<Vec<f32>> {
         self.check_within(1.0)
     }
@@ -203,7 +216,10 @@ impl Buffers {
     }
 
     fn operands(&self) -> LinearOperands<'_> {
-        LinearOperands { bias: self.bias.as_ref(), ..LinearOperands::new(&self.x, &self.w, &self.y) }
+        LinearOperands {
+            bias: self.bias.as_ref().map(|b| b.slice(..)),
+            ..LinearOperands::new(self.x.slice(..), self.w.slice(..), self.y.slice(..))
+        }
     }
 
     fn read(&self, gpu: &Gpu, problem: &LinearProblem) -> Vec<f32> {
@@ -450,7 +466,7 @@ fn projections_share_a_buffer() {
                 let y = target(device, &maps[2].problem);
                 let buffers = maps.each_ref().map(|map| Buffers::new(device, map));
                 let [to_q, to_k, to_v] = [0, 1, 2].map(|i| {
-                    let operands = LinearOperands { y: &y, ..buffers[i].operands() };
+                    let operands = LinearOperands { y: y.slice(..), ..buffers[i].operands() };
                     attention.prepare_linear(&maps[i].problem, &operands).expect("served")
                 });
                 let all = to_q.then(to_k).then(to_v);
@@ -486,7 +502,7 @@ fn no_rows_write_nothing() {
         let buffer = upload(device, "any", &[0; 64], USAGE);
         let problem = LinearProblem::new(0, 4, 4);
         let w = upload(device, "w", &[0; 64], USAGE);
-        let operands = LinearOperands::new(&buffer, &w, &buffer);
+        let operands = LinearOperands::new(buffer.slice(..), w.slice(..), buffer.slice(..));
         assert!(gpu.attention.prepare_linear(&problem, &operands).expect("legal").is_empty());
     }
     let empty: &[f32] = &[];
@@ -580,7 +596,10 @@ fn bad_buffers() {
         let p = LinearProblem::new(4, 8, 12).with_bias(Dtype::F32);
         let (x, w, bias) = (of(32, USAGE), of(96, USAGE), of(12, USAGE));
         let y = target(device, &p);
-        let good = LinearOperands { bias: Some(&bias), ..LinearOperands::new(&x, &w, &y) };
+        let good = LinearOperands {
+            bias: Some(bias.slice(..)),
+            ..LinearOperands::new(x.slice(..), w.slice(..), y.slice(..))
+        };
         let refused = |problem: &LinearProblem, operands: LinearOperands<'_>| -> Error {
             let mut encoder = device.create_command_encoder(&Default::default());
             let error = gpu.attention.encode_linear(&mut encoder, problem, &operands).expect_err("it passed");
@@ -607,7 +626,7 @@ fn bad_buffers() {
                 container: "buffer",
             };
             for (bad, error) in [(&useless, Error::BufferUsage { operand, need, got }), (&short, bounds)] {
-                let mut with = good;
+                let (bad, mut with) = (bad.slice(..), good);
                 match operand {
                     Operand::X => with.x = bad,
                     Operand::W => with.w = bad,
@@ -620,10 +639,10 @@ fn bad_buffers() {
         let small = LinearProblem::new(2, 4, 2).with_bias(Dtype::F32);
         for (with, buffer) in [(Operand::X, &x), (Operand::W, &w), (Operand::Bias, &bias)] {
             let error = Error::Aliased { operand: Operand::Y, with };
-            assert_eq!(refused(&small, LinearOperands { y: buffer, ..good }), error);
+            assert_eq!(refused(&small, LinearOperands { y: buffer.slice(..), ..good }), error);
         }
-        // Inputs may share theirs.
-        assert!(gpu.attention.prepare_linear(&small, &LinearOperands { x: &w, ..good }).is_ok());
+        // Apart in one buffer they are no such thing: see below. Inputs may share theirs.
+        assert!(gpu.attention.prepare_linear(&small, &LinearOperands { x: w.slice(..), ..good }).is_ok());
         // Nothing has been recorded so far.
         let bytes = download(device, queue, &y);
         assert!(bytes.chunks(4).all(|x| x == poison(Dtype::F32)));
@@ -643,7 +662,10 @@ fn bad_buffers() {
                 need: (128 << 20) + (1 << 15),
                 got: 128 << 20,
             };
-            assert_eq!(refused(&huge, LinearOperands::new(&x, &buffer, &y)), error);
+            assert_eq!(
+                refused(&huge, LinearOperands::new(x.slice(..), buffer.slice(..), y.slice(..))),
+                error
+            );
         }
     }
 }
@@ -662,7 +684,7 @@ fn forced_kernels_that_do_not_fit() {
     };
     let (device, queue) =
         pollster::block_on(adapter.request_device(&descriptor)).expect("less than there is");
-    let small = Gpu { kind: Kind::Minimal, attention: Attention::new(&device, &queue) };
+    let small = Gpu { kind: Kind::Minimal, checks: false, attention: Attention::new(&device, &queue) };
     hold(|rng| {
         let map = Map::draw(LinearProblem::new(20, 8, 12), rng);
         near(&map.problem, &map.run(&small), &map.oracle()).unwrap_or_else(|what| panic!("{what}"));

@@ -6,7 +6,8 @@ mod common;
 
 use common::case::{Axes, Case, Storage, indices};
 use common::check::{Expected, poison};
-use common::gpu::{self, Gpu, Guarded, Kind, download, upload};
+use common::gpu::{self, Gpu, Guarded, Kind, USAGE, download, upload};
+use common::pool::Pool;
 use common::rng::{Rng, fresh_seed};
 use wgpu_attention::reference::{Merged, merge_states};
 use wgpu_attention::{
@@ -15,7 +16,6 @@ use wgpu_attention::{
 };
 
 const FLOATS: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::Bf16];
-const USAGE: wgpu::BufferUsages = wgpu::BufferUsages::STORAGE.union(wgpu::BufferUsages::COPY_SRC);
 /// Elements of poison after every output.
 const GUARD: usize = 64;
 const EPSILON: f64 = 1.0 / (1 << 24) as f64;
@@ -149,16 +149,41 @@ impl Merge {
     fn run(&self, gpu: &Gpu) -> Out {
         let (device, queue) = (gpu.attention.device(), gpu.attention.queue());
         let buffers = self.upload(device);
-        let pairs: Vec<_> = buffers.iter().map(|(o, lse)| (o, lse)).collect();
+        let pairs: Vec<_> = buffers.iter().map(|(o, lse)| (o.slice(..), lse.slice(..))).collect();
         let target = Target::new(device, &self.problem);
+        let all: Vec<_> = [&target.o].into_iter().chain(&target.lse).collect();
+        let outputs: Vec<_> = all.iter().copied().enumerate().collect();
+        let parts = buffers.iter().flat_map(|(o, lse)| [o, lse]);
+        let pool = gpu
+            .checks
+            .then(|| Pool::new(device, queue, &all.iter().copied().chain(parts).collect::<Vec<_>>()));
+        let pieces: Vec<_> = match &pool {
+            Some(pool) => {
+                let first = |pair: usize| outputs.len() + 2 * pair;
+                (0..pairs.len()).map(|at| (pool.slice(first(at)), pool.slice(first(at) + 1))).collect()
+            }
+            None => pairs,
+        };
+        let operands = match &pool {
+            Some(pool) => MergeOperands {
+                partials: &pieces,
+                o: pool.slice(0),
+                lse: target.lse.as_ref().map(|_| pool.slice(1)),
+            },
+            None => target.operands(&pieces),
+        };
         let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-        let done = gpu.attention.merge_states(&mut encoder, &self.problem, &target.operands(&pairs));
+        let done = gpu.attention.merge_states(&mut encoder, &self.problem, &operands);
         done.unwrap_or_else(|e| panic!("{e}\n  {:?}", self.problem));
         queue.submit([encoder.finish()]);
+        if let Some(pool) = pool {
+            pool.give_back(device, queue, &outputs);
+        }
         target.read(device, queue, &self.problem)
     }
 
-    /// Both shader modes on each device, held to the oracle; gives what the last one gave.
+    /// Both shader modes on each device (with checks, all operands in one buffer), held to the oracle; gives what the last
+    /// one gave.
     fn check(&self) -> Option<Out> {
         let want = self.oracle();
         let mut last = None;
@@ -178,6 +203,8 @@ struct Target {
     lse: Option<wgpu::Buffer>,
 }
 
+type Pair<'a> = (wgpu::BufferSlice<'a>, wgpu::BufferSlice<'a>);
+
 impl Target {
     fn new(device: &wgpu::Device, problem: &MergeProblem) -> Self {
         let output = |operand, dtype| {
@@ -188,8 +215,8 @@ impl Target {
         Self { o: output(Operand::O, problem.out_dtype), lse }
     }
 
-    fn operands<'a>(&'a self, partials: &'a [(&'a wgpu::Buffer, &'a wgpu::Buffer)]) -> MergeOperands<'a> {
-        MergeOperands { partials, o: &self.o, lse: self.lse.as_ref() }
+    fn operands<'a>(&'a self, partials: &'a [Pair<'a>]) -> MergeOperands<'a> {
+        MergeOperands { partials, o: self.o.slice(..), lse: self.lse.as_ref().map(|b| b.slice(..)) }
     }
 
     /// What was written, in logical order.
@@ -432,7 +459,7 @@ fn nothing_to_merge() {
             let merge = Merge::fill(problem, |_, _, _| 0.0, |_, _, _| 0.0);
             assert!(merge.run(gpu).o.is_empty());
             let buffers = merge.upload(gpu.attention.device());
-            let pairs: Vec<_> = buffers.iter().map(|(o, lse)| (o, lse)).collect();
+            let pairs: Vec<_> = buffers.iter().map(|(o, lse)| (o.slice(..), lse.slice(..))).collect();
             let target = Target::new(gpu.attention.device(), &merge.problem);
             let prepared = gpu.attention.prepare_merge(&merge.problem, &target.operands(&pairs));
             assert!(prepared.expect("valid").is_empty());
@@ -464,8 +491,8 @@ impl Part {
         Self { guarded }
     }
 
-    fn pair(&self) -> (&wgpu::Buffer, &wgpu::Buffer) {
-        (&self.guarded.o, self.guarded.operands().lse.expect("asked for"))
+    fn pair(&self) -> Pair<'_> {
+        (self.guarded.o.slice(..), self.guarded.operands().lse.expect("asked for"))
     }
 }
 
@@ -547,7 +574,8 @@ fn a_split_of_the_keys_merges_to_the_whole() {
                 let pairs: Vec<_> = parts.iter().map(Part::pair).collect();
                 let operands = between.operands(&pairs[..3]);
                 attention.merge_states(&mut encoder, &first, &operands).expect("served");
-                let pairs = [pairs[3], (&between.o, between.lse.as_ref().expect("asked for"))];
+                let lse = between.lse.as_ref().expect("asked for");
+                let pairs = [pairs[3], (between.o.slice(..), lse.slice(..))];
                 attention.merge_states(&mut encoder, &second, &target.operands(&pairs)).expect("served");
                 attention.queue().submit([encoder.finish()]);
                 whole(&case, part_dtype, &target.read(device, attention.queue(), &second));
@@ -642,7 +670,7 @@ fn parts_as_batch_entries() {
             let stacked = Partials { o: guarded.problem.o, ..Partials::stacked(parts, 1, 3, 6, 12) };
             let problem = MergeProblem { lse: true, ..MergeProblem::new(vec![stacked], 1, 3, 6, 12) };
             let target = Target::new(device, &problem);
-            let pairs = [(&guarded.o, guarded.operands().lse.expect("asked for"))];
+            let pairs = [(guarded.o.slice(..), guarded.operands().lse.expect("asked for"))];
             let merge = attention.prepare_merge(&problem, &target.operands(&pairs)).expect("served");
             assert_eq!(merge.dispatches(), 1);
             let work = attention.prepare(&plan, &guarded.operands()).expect("served").then(merge);
@@ -715,7 +743,7 @@ fn bad_buffers() {
         let (device, queue) = (gpu.attention.device(), gpu.attention.queue());
         let of = |elements: usize, usage| upload(device, "a buffer", &vec![0; 4 * elements], usage);
         let (o, lse) = ([0, 1].map(|_| of(192, USAGE)), [0, 1].map(|_| of(24, USAGE)));
-        let pairs = [(&o[0], &lse[0]), (&o[1], &lse[1])];
+        let pairs = [0, 1].map(|i| (o[i].slice(..), lse[i].slice(..)));
         let target = Target::new(device, &problem());
         let good = target.operands(&pairs);
         let refused = |problem: &MergeProblem, operands: MergeOperands<'_>| -> Error {
@@ -748,7 +776,7 @@ fn bad_buffers() {
             let usage = Error::BufferUsage { operand, need, got };
             let (need, got, unit, container) = (4 * words, 4 * words - 4, "bytes", "buffer");
             let bounds = Error::OutOfBounds { operand, need, got, unit, container };
-            for (bad, error) in [(&useless[i], usage), (&short[i], bounds)] {
+            for (bad, error) in [(useless[i].slice(..), usage), (short[i].slice(..), bounds)] {
                 let pair = if i == 0 { (bad, pairs[1].1) } else { (pairs[1].0, bad) };
                 let with = MergeOperands { partials: &[pairs[0], pair], ..good };
                 assert_eq!(refused(&p, with), partials(1, error.clone()));
@@ -779,11 +807,11 @@ fn bad_buffers() {
             partials(1, aliased(Operand::O, Operand::O))
         );
         assert_eq!(
-            refused(&p, MergeOperands { lse: Some(pairs[0].1), ..good }),
+            refused(&p, MergeOperands { lse: Some(pairs[0].1.slice(..)), ..good }),
             partials(0, aliased(Operand::Lse, Operand::Lse))
         );
         assert_eq!(
-            refused(&p, MergeOperands { lse: Some(&target.o), ..good }),
+            refused(&p, MergeOperands { lse: Some(target.o.slice(..)), ..good }),
             aliased(Operand::O, Operand::Lse)
         );
         // Parts may share theirs.
@@ -809,7 +837,8 @@ fn bad_buffers() {
             });
             let logs = of(33 << 10, USAGE);
             let o = of(1 << 20, USAGE);
-            let operands = MergeOperands { partials: &[(&buffer, &logs)], o: &o, lse: None };
+            let operands =
+                MergeOperands { partials: &[(buffer.slice(..), logs.slice(..))], o: o.slice(..), lse: None };
             let what = "o: bytes of one storage binding".into();
             let error = Error::LimitExceeded { what, need: 33 << 22, got: 128 << 20 };
             assert_eq!(refused(&huge, operands), partials(0, error));
@@ -833,7 +862,7 @@ fn lost_device() {
     let o = upload(device, "o", &[0; 4 * 192], USAGE);
     let lse = upload(device, "lse", &[0; 4 * 24], USAGE);
     let target = Target::new(device, &problem());
-    let pairs = [(&o, &lse); 2];
+    let pairs = [(o.slice(..), lse.slice(..)); 2];
     device.destroy();
     let error = attention.prepare_merge(&problem(), &target.operands(&pairs)).expect_err("lost");
     assert!(matches!(error, Error::DeviceLost { .. }), "{error:?}");

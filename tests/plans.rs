@@ -678,7 +678,7 @@ fn the_noop_device_accepts_every_plan() {
         ]
         .map(buffer);
         let [w, wq, wk, score_v, bias, mask, alibi_slopes, sinks, kv_lens, lse, weights] =
-            optional.each_ref().map(Option::as_ref);
+            optional.each_ref().map(|b| b.as_ref().map(|b| b.slice(..)));
         let operands = Operands {
             w,
             wq,
@@ -691,7 +691,7 @@ fn the_noop_device_accepts_every_plan() {
             kv_lens,
             lse,
             weights,
-            ..Operands::new(&q, &k, &v, &o)
+            ..Operands::new(q.slice(..), k.slice(..), v.slice(..), o.slice(..))
         };
         for plan in plans(&problem, attention.caps(), None) {
             let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
@@ -728,10 +728,14 @@ fn a_quarter_of_a_million_tokens_are_planned_and_encoded() {
         let parts = plan.dispatches().count() / plan.chunks();
         assert!(parts > 1 && rows * (n / parts) * 4 * d < 400_000_000_000, "{plan}");
         let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-        attention.encode(&mut encoder, &plan, &Operands::new(&q, &k, &v, &o)).expect("encoded");
+        attention
+            .encode(&mut encoder, &plan, &Operands::new(q.slice(..), k.slice(..), v.slice(..), o.slice(..)))
+            .expect("encoded");
         queue.submit([encoder.finish()]);
         // Nor does a watchdog of submissions, where they are taken apart.
-        let all = attention.prepare(&plan, &Operands::new(&q, &k, &v, &o)).expect("prepared");
+        let all = attention
+            .prepare(&plan, &Operands::new(q.slice(..), k.slice(..), v.slice(..), o.slice(..)))
+            .expect("prepared");
         let dispatches = all.dispatches();
         let pieces: Vec<usize> = all.split(4).iter().map(wgpu_attention::Prepared::dispatches).collect();
         assert!(pieces.len() > 1 && pieces.iter().all(|&n| (1..=4).contains(&n)), "{pieces:?}");

@@ -107,7 +107,7 @@ fn one_call_feeds_the_next() {
     let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
     let plan = attention.plan(&first.problem).expect("served");
     attention.encode(&mut encoder, &plan, &first.operands()).expect("served");
-    let operands = wgpu_attention::Operands { q: &first.o, ..next.operands() };
+    let operands = wgpu_attention::Operands { q: first.o.slice(..), ..next.operands() };
     let plan = attention.plan(&problem).expect("served");
     attention.encode(&mut encoder, &plan, &operands).expect("served");
     queue.submit([encoder.finish()]);

@@ -11,7 +11,7 @@ use crate::blueprint::{Io, Keys};
 use crate::cache::Cache;
 use crate::caps::Caps;
 use crate::dtype::Dtype;
-use crate::encode::{Bound, Prepared, check_window, one_dispatch};
+use crate::encode::{Bound, Prepared, check_aliases, check_window, meet, one_dispatch};
 use crate::error::{Error, Operand, Result};
 use crate::layout::Layout;
 use crate::mask::Align;
@@ -31,7 +31,7 @@ use crate::rope::Rope;
 ///
 /// ```no_run
 /// use wgpu_attention::{Align, Append, AppendOperands, Attention, AttentionProblem, Cache, Dtype, Operands, Rope};
-/// # fn f(attention: &Attention, b: &[wgpu::Buffer]) -> wgpu_attention::Result<()> {
+/// # fn f(attention: &Attention, b: [wgpu::BufferSlice<'_>; 9]) -> wgpu_attention::Result<()> {
 /// // One token a step for one sequence of at most 4096, 9 query heads over 3, an f16 cache.
 /// let problem = AttentionProblem {
 ///     causal: Some(Align::BottomRight),
@@ -45,7 +45,7 @@ use crate::rope::Rope;
 ///     advance: true,
 ///     ..Append::new(&problem)
 /// };
-/// # let [q_new, k_new, v_new, q, k, v, o, kv_lens, rope] = b else { return Ok(()) };
+/// # let [q_new, k_new, v_new, q, k, v, o, kv_lens, rope] = b;
 /// let plan = attention.plan(&problem)?;
 /// let operands = AppendOperands { q_new: Some(q_new), q: Some(q), rope: Some(rope), ..AppendOperands::new(k_new, v_new, k, v, kv_lens) };
 /// let attend = Operands { kv_lens: Some(kv_lens), ..Operands::new(q, k, v, o) };
@@ -75,51 +75,51 @@ pub struct Append {
     pub advance: bool,
 }
 
-/// The buffers of an append. All need `STORAGE` usage.
+/// The buffers of an append, or pieces of buffers, as [`Operands`](crate::Operands) has them.
 ///
-/// What is written (k, v, q, kv_lens where it is advanced, status) shares its buffer with no other operand, and queries
-/// are not turned in place, but k and v may lie in one buffer by layouts of any kind that have no place in common:
-/// `[2, pages, ...]` as well as `[pages, 2, ...]`.
+/// What is written (k, v, q, kv_lens, status) lies where nothing else lies: queries are not turned in place. But k and v
+/// may lie in one buffer by turns, in any layouts that have no place in common: `[2, pages, ...]` as well as
+/// `[pages, 2, ...]`.
 #[derive(Clone, Copy, Debug)]
 pub struct AppendOperands<'a> {
     /// New keys.
-    pub k_new: &'a wgpu::Buffer,
+    pub k_new: wgpu::BufferSlice<'a>,
     /// New values.
-    pub v_new: &'a wgpu::Buffer,
+    pub v_new: wgpu::BufferSlice<'a>,
     /// The cache's keys.
-    pub k: &'a wgpu::Buffer,
+    pub k: wgpu::BufferSlice<'a>,
     /// The cache's values.
-    pub v: &'a wgpu::Buffer,
+    pub v: wgpu::BufferSlice<'a>,
     /// Keys of each entry, u32. A new key beyond `seq_kv` has no place and is left out ([`Status::FULL`]).
     ///
     /// [`Status::FULL`]: crate::Status::FULL
-    pub kv_lens: &'a wgpu::Buffer,
+    pub kv_lens: wgpu::BufferSlice<'a>,
     /// Pages of each entry's keys, u32. A new key whose page does not exist is left out.
-    pub block_table: Option<&'a wgpu::Buffer>,
+    pub block_table: Option<wgpu::BufferSlice<'a>>,
     /// Where each entry's ragged tokens begin, and the last end, u32.
-    pub cu_seqlens_q: Option<&'a wgpu::Buffer>,
+    pub cu_seqlens_q: Option<wgpu::BufferSlice<'a>>,
     /// Cosines and sines, f32, `[positions, width / 2, 2]`.
-    pub rope: Option<&'a wgpu::Buffer>,
+    pub rope: Option<wgpu::BufferSlice<'a>>,
     /// Gains of the queries' norm, f32.
-    pub q_gain: Option<&'a wgpu::Buffer>,
+    pub q_gain: Option<wgpu::BufferSlice<'a>>,
     /// Gains of the keys' norm, f32.
-    pub k_gain: Option<&'a wgpu::Buffer>,
+    pub k_gain: Option<wgpu::BufferSlice<'a>>,
     /// Queries before they are turned.
-    pub q_new: Option<&'a wgpu::Buffer>,
+    pub q_new: Option<wgpu::BufferSlice<'a>>,
     /// Receives the turned queries.
-    pub q: Option<&'a wgpu::Buffer>,
+    pub q: Option<wgpu::BufferSlice<'a>>,
     /// Gains the bits of [`Status`](crate::Status), a u32.
-    pub status: Option<&'a wgpu::Buffer>,
+    pub status: Option<wgpu::BufferSlice<'a>>,
 }
 
 impl<'a> AppendOperands<'a> {
     /// Those that every append has; fill in the rest with `..`.
     pub fn new(
-        k_new: &'a wgpu::Buffer,
-        v_new: &'a wgpu::Buffer,
-        k: &'a wgpu::Buffer,
-        v: &'a wgpu::Buffer,
-        kv_lens: &'a wgpu::Buffer,
+        k_new: wgpu::BufferSlice<'a>,
+        v_new: wgpu::BufferSlice<'a>,
+        k: wgpu::BufferSlice<'a>,
+        v: wgpu::BufferSlice<'a>,
+        kv_lens: wgpu::BufferSlice<'a>,
     ) -> Self {
         Self {
             k_new,
@@ -138,7 +138,7 @@ impl<'a> AppendOperands<'a> {
         }
     }
 
-    fn get(&self, operand: Operand) -> Option<&'a wgpu::Buffer> {
+    fn get(&self, operand: Operand) -> Option<wgpu::BufferSlice<'a>> {
         match operand {
             Operand::KNew => Some(self.k_new),
             Operand::VNew => Some(self.v_new),
@@ -386,6 +386,17 @@ impl Append {
         }
     }
 
+    /// Whether an element of the cache's k lies where one of its v does, in one buffer.
+    fn cache_meets(&self, operands: &AppendOperands<'_>) -> bool {
+        let p = &self.problem;
+        let element = p.stored_kv().bytes();
+        let place = |slice: wgpu::BufferSlice<'_>, layout: Layout| {
+            layout.at(layout.offset + slice.offset() as usize / element)
+        };
+        let (k, v) = (place(operands.k, p.k), place(operands.v, p.v));
+        k.meets(p.shape(Operand::K), &v, p.shape(Operand::V))
+    }
+
     /// Every rule about the caller's buffers.
     fn check(&self, operands: &AppendOperands<'_>, caps: &Caps) -> Result<()> {
         for operand in OPERANDS {
@@ -394,15 +405,15 @@ impl Append {
                 check_window(operand, buffer, self.window(operand, caps), caps)?;
             }
         }
-        // What is written shares its buffer with nothing that the same dispatch reads.
+        // What is written lies where nothing else lies.
+        let used = |operand| operands.get(operand).map(|slice| (slice, self.window(operand, caps)));
         for written in [Operand::K, Operand::V, Operand::Q, Operand::Status, Operand::KvLens] {
             for other in OPERANDS.into_iter().filter(|&other| other != written) {
+                let (Some(a), Some(b)) = (used(written), used(other)) else { continue };
                 let both = [written, other];
-                // Keys and values are moved one after the other, and may lie in one buffer, if in no one place.
-                let apart = both.contains(&Operand::K) && both.contains(&Operand::V);
-                let same = operands.get(written).is_some_and(|buffer| operands.get(other) == Some(buffer));
-                let p = &self.problem;
-                if same && (!apart || p.k.meets(p.shape(Operand::K), &p.v, p.shape(Operand::V))) {
+                // Keys and values are moved one after the other, and may lie by turns.
+                let by_turns = both.contains(&Operand::K) && both.contains(&Operand::V);
+                if meet(a, b) && (!by_turns || self.cache_meets(operands)) {
                     return Err(Error::Aliased { operand: written, with: other });
                 }
             }
@@ -416,8 +427,8 @@ impl Attention {
     ///
     /// # Errors
     /// Those of [`Append::validate`]; [`Error::KernelUnfit`], [`Error::MissingOperand`],
-    /// [`Error::UnexpectedOperand`], [`Error::BufferUsage`], [`Error::OutOfBounds`], [`Error::Aliased`],
-    /// [`Error::LimitExceeded`], [`Error::OutOfMemory`], [`Error::Driver`] and [`Error::DeviceLost`] (as
+    /// [`Error::UnexpectedOperand`], [`Error::BufferUsage`], [`Error::OutOfBounds`], [`Error::Misaligned`],
+    /// [`Error::Aliased`], [`Error::LimitExceeded`], [`Error::OutOfMemory`], [`Error::Driver`] and [`Error::DeviceLost`] (as
     /// [`Attention::encode`] has it); then nothing has been recorded.
     pub fn encode_append(
         &self,
@@ -451,17 +462,20 @@ impl Attention {
         }
         let mut ready = Vec::new();
         for (step, params, groups, tensors) in steps {
-            let mut bound = Vec::new();
-            for (number, holds, _) in step.bindings() {
+            let (mut bound, mut used) = (Vec::new(), Vec::new());
+            for (number, holds, writes) in step.bindings() {
                 let operand = match (holds, tensors) {
                     (Holds::From, Some((from, _))) => from,
                     (Holds::To, Some((_, to))) => to,
                     (Holds::Operand(operand), _) => operand,
                     (_, None) => unreachable!("a step that moves nothing binds no tensor"),
                 };
-                let Some(buffer) = operands.get(operand) else { continue };
-                bound.push(Bound { number, buffer: buffer.clone(), window: append.window(operand, caps) });
+                let Some(slice) = operands.get(operand) else { continue };
+                let window = append.window(operand, caps);
+                bound.push(Bound::new(number, slice, window));
+                used.push((operand, slice, window, writes));
             }
+            check_aliases(&used)?;
             ready.push(one_dispatch(
                 &self.shared,
                 Recipe::Append(step),

@@ -14,38 +14,38 @@ use crate::plan::PlanOptions;
 use crate::scope::scoped;
 use crate::slot::Slot;
 
-/// The buffers of a layer. All need `STORAGE` usage; weights and biases lie as the [`Layer`] says.
+/// The buffers of a layer, or pieces of buffers, as [`Operands`] has them; weights and biases lie as the [`Layer`] says.
 #[derive(Clone, Copy, Debug)]
 pub struct LayerOperands<'a> {
     /// The sequence.
-    pub x: &'a wgpu::Buffer,
+    pub x: wgpu::BufferSlice<'a>,
     /// The other sequence, of cross-attention.
-    pub context: Option<&'a wgpu::Buffer>,
+    pub context: Option<wgpu::BufferSlice<'a>>,
     /// Weights of q, or of q, k and v where they are packed.
-    pub w_q: &'a wgpu::Buffer,
+    pub w_q: wgpu::BufferSlice<'a>,
     /// Weights of k.
-    pub w_k: Option<&'a wgpu::Buffer>,
+    pub w_k: Option<wgpu::BufferSlice<'a>>,
     /// Weights of v.
-    pub w_v: Option<&'a wgpu::Buffer>,
+    pub w_v: Option<wgpu::BufferSlice<'a>>,
     /// Weights of the output.
-    pub w_o: &'a wgpu::Buffer,
+    pub w_o: wgpu::BufferSlice<'a>,
     /// Bias of q, or of q, k and v where they are packed.
-    pub b_q: Option<&'a wgpu::Buffer>,
+    pub b_q: Option<wgpu::BufferSlice<'a>>,
     /// Bias of k.
-    pub b_k: Option<&'a wgpu::Buffer>,
+    pub b_k: Option<wgpu::BufferSlice<'a>>,
     /// Bias of v.
-    pub b_v: Option<&'a wgpu::Buffer>,
+    pub b_v: Option<wgpu::BufferSlice<'a>>,
     /// Bias of the output.
-    pub b_o: Option<&'a wgpu::Buffer>,
+    pub b_o: Option<wgpu::BufferSlice<'a>>,
     /// Gains of the queries' norm, f32.
-    pub q_gain: Option<&'a wgpu::Buffer>,
+    pub q_gain: Option<wgpu::BufferSlice<'a>>,
     /// Gains of the keys' norm, f32.
-    pub k_gain: Option<&'a wgpu::Buffer>,
+    pub k_gain: Option<wgpu::BufferSlice<'a>>,
     /// Cosines and sines, f32.
-    pub rope: Option<&'a wgpu::Buffer>,
+    pub rope: Option<wgpu::BufferSlice<'a>>,
     /// The output. Its rows behind the last offset of a ragged batch belong to no entry, and what the layer
     /// leaves there means nothing.
-    pub y: &'a wgpu::Buffer,
+    pub y: wgpu::BufferSlice<'a>,
     /// What attention's options want.
     pub options: LayerOptions<'a>,
 }
@@ -54,40 +54,40 @@ pub struct LayerOperands<'a> {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct LayerOptions<'a> {
     /// The bilinear matrix.
-    pub w: Option<&'a wgpu::Buffer>,
+    pub w: Option<wgpu::BufferSlice<'a>>,
     /// The additive similarity's matrix on queries.
-    pub wq: Option<&'a wgpu::Buffer>,
+    pub wq: Option<wgpu::BufferSlice<'a>>,
     /// The additive similarity's matrix on keys.
-    pub wk: Option<&'a wgpu::Buffer>,
+    pub wk: Option<wgpu::BufferSlice<'a>>,
     /// The additive similarity's weights.
-    pub score_v: Option<&'a wgpu::Buffer>,
+    pub score_v: Option<wgpu::BufferSlice<'a>>,
     /// Positions of x's tokens, `[tokens]`, u32. One beyond rope's table counts as its last.
-    pub positions: Option<&'a wgpu::Buffer>,
+    pub positions: Option<wgpu::BufferSlice<'a>>,
     /// The additive bias.
-    pub bias: Option<&'a wgpu::Buffer>,
+    pub bias: Option<wgpu::BufferSlice<'a>>,
     /// The boolean mask.
-    pub mask: Option<&'a wgpu::Buffer>,
+    pub mask: Option<wgpu::BufferSlice<'a>>,
     /// ALiBi slopes.
-    pub alibi_slopes: Option<&'a wgpu::Buffer>,
+    pub alibi_slopes: Option<wgpu::BufferSlice<'a>>,
     /// Sink logits.
-    pub sinks: Option<&'a wgpu::Buffer>,
+    pub sinks: Option<wgpu::BufferSlice<'a>>,
     /// Valid keys.
-    pub kv_lens: Option<&'a wgpu::Buffer>,
+    pub kv_lens: Option<wgpu::BufferSlice<'a>>,
     /// Where each entry's ragged queries begin, and the last end.
-    pub cu_seqlens_q: Option<&'a wgpu::Buffer>,
+    pub cu_seqlens_q: Option<wgpu::BufferSlice<'a>>,
     /// Where each entry's ragged keys begin, and the last end.
-    pub cu_seqlens_k: Option<&'a wgpu::Buffer>,
+    pub cu_seqlens_k: Option<wgpu::BufferSlice<'a>>,
     /// The word that reports.
-    pub status: Option<&'a wgpu::Buffer>,
+    pub status: Option<wgpu::BufferSlice<'a>>,
 }
 
 impl<'a> LayerOperands<'a> {
     /// Packed weights of q, k and v, and those of the output; fill in the rest with `..`.
     pub fn new(
-        x: &'a wgpu::Buffer,
-        w_q: &'a wgpu::Buffer,
-        w_o: &'a wgpu::Buffer,
-        y: &'a wgpu::Buffer,
+        x: wgpu::BufferSlice<'a>,
+        w_q: wgpu::BufferSlice<'a>,
+        w_o: wgpu::BufferSlice<'a>,
+        y: wgpu::BufferSlice<'a>,
     ) -> Self {
         Self {
             x,
@@ -109,7 +109,7 @@ impl<'a> LayerOperands<'a> {
     }
 
     /// Those of a projection from x or the context to `y`.
-    fn of(&self, layer: &Layer, of: Projection, y: &'a wgpu::Buffer) -> Result<LinearOperands<'a>> {
+    fn of(&self, layer: &Layer, of: Projection, y: wgpu::BufferSlice<'a>) -> Result<LinearOperands<'a>> {
         let context = if layer.context_width.is_some() { self.context } else { Some(self.x) };
         let (x, w, bias) = match of {
             Projection::Q | Projection::Qkv => (Some(self.x), Some(self.w_q), self.b_q),
@@ -229,7 +229,7 @@ impl Attention {
 
         let mut all = Prepared::default();
         for (of, problem) in layer.projections(apart) {
-            let linear = operands.of(layer, of, &projected)?;
+            let linear = operands.of(layer, of, projected.slice(..))?;
             all = all.then(self.prepare_linear(&problem, &linear).map_err(|e| e.of(of))?);
         }
         if layer.turns() {
@@ -256,11 +256,13 @@ impl Attention {
             cu_seqlens_q: options.cu_seqlens_q,
             cu_seqlens_k: options.cu_seqlens_k,
             status: options.status,
-            ..Operands::new(qk, qk, &projected, &attended)
+            ..Operands::new(qk.slice(..), qk.slice(..), projected.slice(..), attended.slice(..))
         };
         all = all.then(self.prepare(&plan, &attend)?);
-        let linear =
-            LinearOperands { bias: operands.b_o, ..LinearOperands::new(&attended, operands.w_o, operands.y) };
+        let linear = LinearOperands {
+            bias: operands.b_o,
+            ..LinearOperands::new(attended.slice(..), operands.w_o, operands.y)
+        };
         let last = self.prepare_linear(&layer.projection_o(), &linear);
         Ok(all.then(last.map_err(|e| e.of(Projection::O))?))
     }

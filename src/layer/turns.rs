@@ -24,7 +24,7 @@ pub(super) struct Turns<'a> {
 
 impl Attention {
     /// The two dispatches of [`Turns`].
-    pub(super) fn prepare_turns(&self, turns: &Turns<'_>) -> Result<Prepared> {
+    pub(super) fn prepare_turns<'b>(&self, turns: &Turns<'b>) -> Result<Prepared> {
         let (layer, operands, caps) = (turns.layer, turns.operands, self.caps());
         let p = &layer.attention;
         let ([q, k, _], places, [to_k, _]) = (layer.widths(), layer.places(turns.apart), layer.turned());
@@ -94,17 +94,17 @@ impl Attention {
                 k: block(to),
                 ..Params::default()
             };
-            let words = |buffer: Option<&wgpu::Buffer>, operand, elements: usize| {
-                let buffer = buffer.ok_or(Error::MissingOperand { operand })?;
+            let words = |slice: Option<wgpu::BufferSlice<'b>>, operand, elements: usize| {
+                let slice = slice.ok_or(Error::MissingOperand { operand })?;
                 let window = Window { start: 0, end: 4 * elements as u64 };
-                check_window(operand, buffer, window, caps)?;
-                Ok((buffer.clone(), window))
+                check_window(operand, slice, window, caps)?;
+                Ok((slice, window))
             };
             let mut bound = Vec::new();
             for (number, holds, _) in step.bindings() {
-                let (buffer, window) = match holds {
-                    Holds::From => (turns.from.clone(), window(from)),
-                    Holds::To => (turns.to.clone(), window(to)),
+                let (slice, window) = match holds {
+                    Holds::From => (turns.from.slice(..), window(from)),
+                    Holds::To => (turns.to.slice(..), window(to)),
                     Holds::Operand(Operand::CuSeqlensQ) => words(list.1, list.0, p.batch + 1)?,
                     Holds::Operand(Operand::Rope) => {
                         let elements = layer.rope.map_or(0, |rope| rope.positions * rope.width);
@@ -115,7 +115,7 @@ impl Attention {
                     }
                     Holds::Operand(operand) => words(gains, operand, dim)?,
                 };
-                bound.push(Bound { number, buffer, window });
+                bound.push(Bound::new(number, slice, window));
             }
             let params = bytemuck::bytes_of(&params);
             let ready = one_dispatch(&self.shared, Recipe::Append(step), params, bound, groups)?;

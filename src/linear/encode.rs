@@ -4,34 +4,34 @@ use super::kernel::{Linear, LinearParams};
 use super::{LinearProblem, OPERANDS};
 use crate::attention::{Attention, Shared};
 use crate::caps::Caps;
-use crate::encode::{Bound, Prepared, check_window, one_dispatch};
+use crate::encode::{Bound, Prepared, check_aliases, check_window, one_dispatch};
 use crate::error::{Error, Operand, Result};
 use crate::pipeline::Recipe;
 use crate::plan::Window;
 
 /// The buffers of one linear map, laid out as the [`LinearProblem`] says. All need `STORAGE` usage.
 ///
-/// y needs a buffer that none of the others is in. Linear maps that follow each other may write into
-/// different places of one.
+/// They may be pieces of one buffer, as [`Operands`](crate::Operands) has it. Linear maps that follow each other may
+/// write into different places of one.
 #[derive(Clone, Copy, Debug)]
 pub struct LinearOperands<'a> {
     /// What is mapped.
-    pub x: &'a wgpu::Buffer,
+    pub x: wgpu::BufferSlice<'a>,
     /// The weights.
-    pub w: &'a wgpu::Buffer,
+    pub w: wgpu::BufferSlice<'a>,
     /// What is added, if the problem says so.
-    pub bias: Option<&'a wgpu::Buffer>,
+    pub bias: Option<wgpu::BufferSlice<'a>>,
     /// The output.
-    pub y: &'a wgpu::Buffer,
+    pub y: wgpu::BufferSlice<'a>,
 }
 
 impl<'a> LinearOperands<'a> {
     /// Those that every problem has.
-    pub fn new(x: &'a wgpu::Buffer, w: &'a wgpu::Buffer, y: &'a wgpu::Buffer) -> Self {
+    pub fn new(x: wgpu::BufferSlice<'a>, w: wgpu::BufferSlice<'a>, y: wgpu::BufferSlice<'a>) -> Self {
         Self { x, w, bias: None, y }
     }
 
-    fn get(&self, operand: Operand) -> Option<&'a wgpu::Buffer> {
+    fn get(&self, operand: Operand) -> Option<wgpu::BufferSlice<'a>> {
         match operand {
             Operand::X => Some(self.x),
             Operand::W => Some(self.w),
@@ -47,7 +47,7 @@ impl Attention {
     ///
     /// ```no_run
     /// use wgpu_attention::{Attention, Dtype, Layout, LinearOperands, LinearProblem};
-    /// # fn f(attention: &Attention, encoder: &mut wgpu::CommandEncoder, b: &[wgpu::Buffer; 5])
+    /// # fn f(attention: &Attention, encoder: &mut wgpu::CommandEncoder, b: [wgpu::BufferSlice<'_>; 5])
     /// # -> wgpu_attention::Result<()> {
     /// # let [x, w_q, w_k, b_k, qk] = b;
     /// // Queries and keys of 128 tokens, side by side in rows of 1280.
@@ -101,17 +101,21 @@ fn prepare(shared: &Shared, problem: &LinearProblem, operands: &LinearOperands<'
     if problem.rows == 0 {
         return Ok(Prepared::default());
     }
-    check_aliases(operands)?;
+    let used = kernel
+        .storage()
+        .into_iter()
+        .filter_map(|(_, operand, writes)| Some((operand, operands.get(operand)?, window(operand), writes)));
+    check_aliases(&used.collect::<Vec<_>>())?;
     let count = kernel.groups(problem);
     let first = |operand| {
         let bytes = problem.layout(operand).map_or(1, |(_, dtype)| dtype.bytes() as u64);
         (window(operand).start / bytes) as usize
     };
     let params = LinearParams::new(problem, count as u32, first);
-    let bound = kernel.storage().into_iter().filter_map(|(number, operand, _)| {
-        let buffer = operands.get(operand)?.clone();
-        Some(Bound { number, buffer, window: window(operand) })
-    });
+    let bound = kernel
+        .storage()
+        .into_iter()
+        .filter_map(|(number, operand, _)| Some(Bound::new(number, operands.get(operand)?, window(operand))));
     let recipe = Recipe::Linear(kernel);
     let ready = one_dispatch(shared, recipe, bytemuck::bytes_of(&params), bound.collect(), count)?;
     Ok(Prepared::new(vec![ready]))
@@ -128,16 +132,6 @@ fn check(
         let wanted = problem.layout(operand).is_some();
         if let Some(buffer) = operand.brought(wanted, operands.get(operand))? {
             check_window(operand, buffer, window(operand), caps)?;
-        }
-    }
-    Ok(())
-}
-
-/// wgpu forbids one buffer to be read and written in one dispatch.
-fn check_aliases(operands: &LinearOperands<'_>) -> Result<()> {
-    for with in [Operand::X, Operand::W, Operand::Bias] {
-        if operands.get(with) == Some(operands.y) {
-            return Err(Error::Aliased { operand: Operand::Y, with });
         }
     }
     Ok(())

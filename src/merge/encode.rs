@@ -4,22 +4,22 @@ use super::MergeProblem;
 use super::kernel::{Binding, LANES, MergeParams, MergeStates};
 use crate::attention::{Attention, Shared};
 use crate::caps::Caps;
-use crate::encode::{Bound, Prepared, check_window, one_dispatch, within};
+use crate::encode::{self, Bound, Prepared, check_window, one_dispatch, within};
 use crate::error::{Error, Operand, Result};
 use crate::pipeline::Recipe;
 use crate::plan::Window;
 
 /// The buffers of one merge, laid out as the [`MergeProblem`] says. All need `STORAGE` usage.
 ///
-/// Parts may share their buffers with each other; o and lse need buffers of their own.
+/// They may be pieces of one buffer, as [`Operands`](crate::Operands) has it: parts may even be the same.
 #[derive(Clone, Copy, Debug)]
 pub struct MergeOperands<'a> {
     /// o and lse for each entry of [`MergeProblem::partials`].
-    pub partials: &'a [(&'a wgpu::Buffer, &'a wgpu::Buffer)],
+    pub partials: &'a [(wgpu::BufferSlice<'a>, wgpu::BufferSlice<'a>)],
     /// The output.
-    pub o: &'a wgpu::Buffer,
+    pub o: wgpu::BufferSlice<'a>,
     /// Receives the logarithms of the denominators, if the problem asks for them.
-    pub lse: Option<&'a wgpu::Buffer>,
+    pub lse: Option<wgpu::BufferSlice<'a>>,
 }
 
 impl Attention {
@@ -29,7 +29,7 @@ impl Attention {
     /// use wgpu_attention::{
     ///     Align, Attention, AttentionProblem, MergeOperands, MergeProblem, Operands, Partials,
     /// };
-    /// # fn f(attention: &Attention, encoder: &mut wgpu::CommandEncoder, b: &[wgpu::Buffer; 10])
+    /// # fn f(attention: &Attention, encoder: &mut wgpu::CommandEncoder, b: [wgpu::BufferSlice<'_>; 10])
     /// # -> wgpu_attention::Result<()> {
     /// # let [q, cache_k, cache_v, chunk_k, chunk_v, o_cache, lse_cache, o_chunk, lse_chunk, o] = b;
     /// // A chunk of 256 tokens against the 4096 before it, and causally against itself.
@@ -55,7 +55,7 @@ impl Attention {
     /// Those of [`MergeProblem::validate`]; [`Error::LimitExceeded`] where the device cannot bind as much;
     /// [`Error::MissingOperand`], [`Error::UnexpectedOperand`], [`Error::BufferUsage`],
     /// [`Error::OutOfBounds`] and [`Error::Aliased`], inside an [`Error::Partials`] where they are about
-    /// the parts (an output that shares a part's buffer is named first, then what of the part it shares);
+    /// the parts (an output that lies over a part is named first, then what of the part);
     /// [`Error::OutOfMemory`], [`Error::Driver`] and [`Error::DeviceLost`]. Then nothing has been recorded.
     pub fn merge_states(
         &self,
@@ -80,7 +80,7 @@ impl Attention {
 /// A binding with the caller's buffer and the part of it that is bound.
 struct Brought<'a> {
     of: Binding,
-    buffer: &'a wgpu::Buffer,
+    buffer: wgpu::BufferSlice<'a>,
     window: Window,
 }
 
@@ -102,7 +102,7 @@ fn prepare(shared: &Shared, problem: &MergeProblem, operands: &MergeOperands<'_>
         found.map_or(0, |b| (b.window.start / bytes(problem, b.of) as u64) as usize)
     };
     let params = MergeParams::new(problem, count as u32, first);
-    let all = bound.iter().map(|b| Bound { number: b.of.number, buffer: b.buffer.clone(), window: b.window });
+    let all = bound.iter().map(|b| Bound::new(b.of.number, b.buffer, b.window));
     let recipe = Recipe::MergeStates(kernel);
     let ready = one_dispatch(shared, recipe, bytemuck::bytes_of(&params), all.collect(), count)?;
     Ok(Prepared::new(vec![ready]))
@@ -175,12 +175,12 @@ fn check(bound: &[Brought<'_>], caps: &Caps) -> Result<()> {
     Ok(())
 }
 
-/// wgpu forbids one buffer to be read and written in one dispatch, and browsers two writes.
+/// What is written lies where no other operand lies.
 fn check_aliases(bound: &[Brought<'_>]) -> Result<()> {
     for output in bound.iter().filter(|b| b.of.writes) {
-        if let Some(other) = bound.iter().find(|b| b.of != output.of && b.buffer == output.buffer) {
-            let error = Error::Aliased { operand: output.of.operand, with: other.of.operand };
-            return Err(error.of_partials(other.of.partial));
+        for other in bound.iter().filter(|b| b.of != output.of) {
+            let pair = [output, other].map(|b| (b.of.operand, b.buffer, b.window, b.of.writes));
+            encode::check_aliases(&pair).map_err(|error| error.of_partials(other.of.partial))?;
         }
     }
     Ok(())

@@ -162,6 +162,19 @@ impl Window {
         let align = u64::from(caps.storage_alignment).max(16);
         Self { start: first / align * align, end: (extent * bytes).next_multiple_of(4) }
     }
+
+    /// The window of what begins so many bytes into its buffer.
+    pub(crate) fn behind(self, bytes: u64) -> Self {
+        if self.end == self.start {
+            return self;
+        }
+        Self { start: self.start.saturating_add(bytes), end: self.end.saturating_add(bytes) }
+    }
+
+    /// Whether two windows of one buffer have a byte in common.
+    pub(crate) fn meets(self, other: Self) -> bool {
+        self.start < other.end && other.start < self.end
+    }
 }
 
 /// How one problem is served on one kind of device. `Display` explains it.

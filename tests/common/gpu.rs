@@ -10,6 +10,7 @@ use wgpu_attention::{
 
 use super::case::Case;
 use super::check::{Gap, poison};
+use super::pool::Pool;
 
 /// How a device was opened.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -36,6 +37,8 @@ pub enum Door {
 
 pub struct Gpu {
     pub kind: Kind,
+    /// Run-time checks in its shaders.
+    pub checks: bool,
     pub attention: Attention,
 }
 
@@ -49,7 +52,7 @@ const GUARD: usize = 64;
 /// # Panics
 /// When there is no adapter and the environment does not allow that.
 pub fn get(kind: Kind, runtime_checks: bool) -> Option<&'static Gpu> {
-    static GPUS: OnceLock<Vec<(bool, Gpu)>> = OnceLock::new();
+    static GPUS: OnceLock<Vec<Gpu>> = OnceLock::new();
     let gpus = GPUS.get_or_init(|| match open() {
         Ok(gpus) => gpus,
         Err(e) if std::env::var("WGPU_ATTENTION_ALLOW_NO_ADAPTER").is_ok_and(|x| x == "1") => {
@@ -58,7 +61,7 @@ pub fn get(kind: Kind, runtime_checks: bool) -> Option<&'static Gpu> {
         }
         Err(e) => panic!("{e}; scripts/adapters sets one up, WGPU_ATTENTION_ALLOW_NO_ADAPTER=1 does without"),
     });
-    gpus.iter().find(|(checks, gpu)| *checks == runtime_checks && gpu.kind == kind).map(|(_, gpu)| gpu)
+    gpus.iter().find(|gpu| gpu.checks == runtime_checks && gpu.kind == kind)
 }
 
 /// What the environment asks for.
@@ -67,7 +70,7 @@ pub fn request() -> DeviceRequest {
     DeviceRequest { adapter, matrix: true, ..DeviceRequest::default() }
 }
 
-fn open() -> Result<Vec<(bool, Gpu)>, Error> {
+fn open() -> Result<Vec<Gpu>, Error> {
     let full = pollster::block_on(Attention::request(&request()))?;
     super::say(&format!(
         "adapter: {} ({}, {:?})",
@@ -93,8 +96,8 @@ fn open() -> Result<Vec<(bool, Gpu)>, Error> {
         let matrix = full.caps().matrix.clone();
         let options = Options { runtime_checks: checks, matrix, ..Options::default() };
         let of = |device, queue| Attention::with_options(device, queue, options.clone());
-        gpus.push((checks, Gpu { kind: Kind::Full, attention: of(full.device(), full.queue()) }));
-        gpus.push((checks, Gpu { kind: Kind::Minimal, attention: of(&device, &queue) }));
+        gpus.push(Gpu { kind: Kind::Full, checks, attention: of(full.device(), full.queue()) });
+        gpus.push(Gpu { kind: Kind::Minimal, checks, attention: of(&device, &queue) });
     }
     Ok(gpus)
 }
@@ -243,7 +246,8 @@ impl Guarded {
     }
 
     pub fn operands(&self) -> Operands<'_> {
-        let aux = |operand| self.aux.iter().find(|(of, _)| *of == operand).map(|(_, buffer)| buffer);
+        let aux =
+            |operand| self.aux.iter().find(|(of, _)| *of == operand).map(|(_, buffer)| buffer.slice(..));
         Operands {
             w: aux(Operand::W),
             wq: aux(Operand::Wq),
@@ -257,9 +261,9 @@ impl Guarded {
             block_table: aux(Operand::BlockTable),
             cu_seqlens_q: aux(Operand::CuSeqlensQ),
             cu_seqlens_k: aux(Operand::CuSeqlensK),
-            lse: self.lse.as_ref(),
-            weights: self.weights.as_ref(),
-            ..Operands::new(&self.q, &self.k, &self.v, &self.o)
+            lse: self.lse.as_ref().map(|b| b.slice(..)),
+            weights: self.weights.as_ref().map(|b| b.slice(..)),
+            ..Operands::new(self.q.slice(..), self.k.slice(..), self.v.slice(..), self.o.slice(..))
         }
     }
 
@@ -300,6 +304,30 @@ impl Guarded {
     }
 }
 
+/// The same operands as pieces of a pool, which has them in the order of [`Operand::ALL`].
+fn in_pool<'a>(pool: &'a Pool, from: &Operands<'_>) -> Operands<'a> {
+    let there: Vec<_> = Operand::ALL.iter().filter(|&&operand| from.get(operand).is_some()).collect();
+    let of = |operand| there.iter().position(|&&of| of == operand).map(|at| pool.slice(at));
+    let need = |operand| of(operand).expect("every call has it");
+    Operands {
+        w: of(Operand::W),
+        wq: of(Operand::Wq),
+        wk: of(Operand::Wk),
+        score_v: of(Operand::ScoreV),
+        bias: of(Operand::Bias),
+        mask: of(Operand::Mask),
+        alibi_slopes: of(Operand::AlibiSlopes),
+        sinks: of(Operand::Sinks),
+        kv_lens: of(Operand::KvLens),
+        block_table: of(Operand::BlockTable),
+        cu_seqlens_q: of(Operand::CuSeqlensQ),
+        cu_seqlens_k: of(Operand::CuSeqlensK),
+        lse: of(Operand::Lse),
+        weights: of(Operand::Weights),
+        ..Operands::new(need(Operand::Q), need(Operand::K), need(Operand::V), need(Operand::O))
+    }
+}
+
 impl Gpu {
     /// An object of the test's own on the same device: nothing else uses its scratch and pipelines.
     pub fn fresh(&self) -> Attention {
@@ -321,25 +349,39 @@ impl Gpu {
         }
         let guarded = Guarded::new(device, case);
         let plan = self.attention.plan_with(&guarded.problem, options)?;
+        // By something that is compiled in: no row of the table compiles for both.
+        let pooled = case.problem.lse != case.problem.alibi;
+        let own = guarded.operands();
+        let there: Vec<_> = Operand::ALL.iter().filter_map(|&of| Some((of, own.get(of)?.buffer()))).collect();
+        let buffers: Vec<_> = there.iter().map(|(_, buffer)| *buffer).collect();
+        let pool = pooled.then(|| Pool::new(device, queue, &buffers));
+        let operands = pool.as_ref().map_or(own, |pool| in_pool(pool, &own));
         let new = || device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         if door == Door::Pieces {
-            let pieces = self.attention.prepare(&plan, &guarded.operands())?.split(1);
+            let pieces = self.attention.prepare(&plan, &operands)?.split(1);
             queue.submit(pieces.iter().map(|piece| {
                 assert_eq!(piece.dispatches(), 1);
                 let mut encoder = new();
                 piece.encode(&mut encoder);
                 encoder.finish()
             }));
-            return Ok((guarded.outputs(device, queue, case), Gap::Poison));
-        }
-        let mut encoder = new();
-        if door == Door::Pass {
-            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
-            self.attention.encode_in_pass(&mut pass, &plan, &guarded.operands())?;
         } else {
-            self.attention.encode(&mut encoder, &plan, &guarded.operands())?;
+            let mut encoder = new();
+            if door == Door::Pass {
+                let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+                self.attention.encode_in_pass(&mut pass, &plan, &operands)?;
+            } else {
+                self.attention.encode(&mut encoder, &plan, &operands)?;
+            }
+            queue.submit([encoder.finish()]);
         }
-        queue.submit([encoder.finish()]);
+        if let Some(pool) = pool {
+            let is_output = |(_, (of, _)): &(usize, &(Operand, &wgpu::Buffer))| {
+                matches!(of, Operand::O | Operand::Lse | Operand::Weights)
+            };
+            let outputs = there.iter().enumerate().filter(is_output).map(|(at, &(_, buffer))| (at, buffer));
+            pool.give_back(device, queue, &outputs.collect::<Vec<_>>());
+        }
         Ok((guarded.outputs(device, queue, case), Gap::Poison))
     }
 }

@@ -9,6 +9,7 @@ pub mod json;
 pub mod kept;
 pub mod npy;
 pub mod pairs;
+pub mod pool;
 pub mod rng;
 pub mod subject;
 

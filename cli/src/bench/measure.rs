@@ -153,20 +153,26 @@ impl OnDevice<'_> {
 
     fn operands(&self) -> Result<Operands<'_>> {
         use Operand::*;
+        let slice = |operand| self.buffer(operand).map(|buffer| buffer.slice(..));
         Ok(Operands {
-            w: self.buffer(W),
-            wq: self.buffer(Wq),
-            wk: self.buffer(Wk),
-            score_v: self.buffer(ScoreV),
-            bias: self.buffer(Bias),
-            mask: self.buffer(Mask),
-            alibi_slopes: self.buffer(AlibiSlopes),
-            sinks: self.buffer(Sinks),
-            kv_lens: self.buffer(KvLens),
-            block_table: self.buffer(BlockTable),
-            lse: self.buffer(Lse),
-            weights: self.buffer(Weights),
-            ..Operands::new(self.need(Q)?, self.need(K)?, self.need(V)?, self.need(O)?)
+            w: slice(W),
+            wq: slice(Wq),
+            wk: slice(Wk),
+            score_v: slice(ScoreV),
+            bias: slice(Bias),
+            mask: slice(Mask),
+            alibi_slopes: slice(AlibiSlopes),
+            sinks: slice(Sinks),
+            kv_lens: slice(KvLens),
+            block_table: slice(BlockTable),
+            lse: slice(Lse),
+            weights: slice(Weights),
+            ..Operands::new(
+                self.need(Q)?.slice(..),
+                self.need(K)?.slice(..),
+                self.need(V)?.slice(..),
+                self.need(O)?.slice(..),
+            )
         })
     }
 

@@ -129,18 +129,18 @@ impl Bert {
         let y = self.empty(x.len())?;
         let x = self.upload(bytemuck::cast_slice(x))?;
         let operands = LayerOperands {
-            w_k: Some(&block.k.w),
-            w_v: Some(&block.v.w),
-            b_q: Some(&block.q.bias),
-            b_k: Some(&block.k.bias),
-            b_v: Some(&block.v.bias),
-            b_o: Some(&block.o.bias),
+            w_k: Some(block.k.w.slice(..)),
+            w_v: Some(block.v.w.slice(..)),
+            b_q: Some(block.q.bias.slice(..)),
+            b_k: Some(block.k.bias.slice(..)),
+            b_v: Some(block.v.bias.slice(..)),
+            b_o: Some(block.o.bias.slice(..)),
             options: LayerOptions {
-                cu_seqlens_q: Some(list),
-                cu_seqlens_k: Some(list),
+                cu_seqlens_q: Some(list.slice(..)),
+                cu_seqlens_k: Some(list.slice(..)),
                 ..LayerOptions::default()
             },
-            ..LayerOperands::new(&x, &block.q.w, &block.o.w, &y)
+            ..LayerOperands::new(x.slice(..), block.q.w.slice(..), block.o.w.slice(..), y.slice(..))
         };
         let mut encoder = self.attention.device().create_command_encoder(&Default::default());
         self.attention.encode_layer(&mut encoder, layer, &operands).map_err(|e| e.to_string())?;
@@ -155,7 +155,10 @@ impl Bert {
         let y = self.empty(rows * linear.outputs)?;
         let problem =
             LinearProblem::new(rows, linear.inputs, linear.outputs).with_bias(wgpu_attention::Dtype::F32);
-        let operands = LinearOperands { bias: Some(&linear.bias), ..LinearOperands::new(&x, &linear.w, &y) };
+        let operands = LinearOperands {
+            bias: Some(linear.bias.slice(..)),
+            ..LinearOperands::new(x.slice(..), linear.w.slice(..), y.slice(..))
+        };
         let mut encoder = self.attention.device().create_command_encoder(&Default::default());
         self.attention.encode_linear(&mut encoder, &problem, &operands).map_err(|e| e.to_string())?;
         self.attention.queue().submit([encoder.finish()]);
