@@ -608,6 +608,8 @@ fn plans_explain_themselves() {
     // What a device lacks is one phrase each.
     assert!(Caps::minimal().missing().iter().all(|phrase| !phrase.is_empty()));
     assert!(!Caps::minimal().missing().is_empty());
+    let fewer = Caps { max_storage_buffers: 4, ..Caps::minimal() }.missing();
+    assert!(fewer[0].contains("8 storage buffers a kernel, not 4"), "{fewer:?}");
 }
 
 /// Names round-trip for command lines.
