@@ -314,15 +314,13 @@ pub enum Error {
         operand: Operand,
         /// The device's storage alignment (`min_storage_buffer_offset_alignment`).
         need: u64,
-        /// Where it was said to begin.
+        /// Where its slice begins.
         got: u64,
     },
     /// An output lies where another operand lies, or too near: what is bound of each begins at the last multiple of the
-    /// device's storage alignment (256 bytes by default) before its first element. In a browser it is enough that both
-    /// are in one buffer.
-    #[error(
-        "{operand}: what is bound of it overlaps {with} in one buffer, or shares one with it in a browser"
-    )]
+    /// device's storage alignment (256 bytes by default) before its first element. In a browser all of their buffer is
+    /// too near.
+    #[error("{operand}: lies over {with}, or too near, in one buffer")]
     Aliased {
         /// The output.
         operand: Operand,
