@@ -143,41 +143,35 @@ impl OnDevice<'_> {
         Ok(Sample { ms, gpu_ms })
     }
 
-    fn buffer(&self, operand: Operand) -> Option<&wgpu::Buffer> {
-        self.buffers.iter().find(|(of, _)| *of == operand).map(|(_, buffer)| buffer)
+    fn slice(&self, operand: Operand) -> Option<wgpu::BufferSlice<'_>> {
+        self.buffers.iter().find(|(of, _)| *of == operand).map(|(_, buffer)| buffer.slice(..))
     }
 
-    fn need(&self, operand: Operand) -> Result<&wgpu::Buffer> {
-        self.buffer(operand).ok_or_else(|| Failure::input(format!("{operand}: no buffer")))
+    fn need(&self, operand: Operand) -> Result<wgpu::BufferSlice<'_>> {
+        self.slice(operand).ok_or_else(|| Failure::input(format!("{operand}: no buffer")))
     }
 
     fn operands(&self) -> Result<Operands<'_>> {
         use Operand::*;
-        let slice = |operand| self.buffer(operand).map(|buffer| buffer.slice(..));
         Ok(Operands {
-            w: slice(W),
-            wq: slice(Wq),
-            wk: slice(Wk),
-            score_v: slice(ScoreV),
-            bias: slice(Bias),
-            mask: slice(Mask),
-            alibi_slopes: slice(AlibiSlopes),
-            sinks: slice(Sinks),
-            kv_lens: slice(KvLens),
-            block_table: slice(BlockTable),
-            lse: slice(Lse),
-            weights: slice(Weights),
-            ..Operands::new(
-                self.need(Q)?.slice(..),
-                self.need(K)?.slice(..),
-                self.need(V)?.slice(..),
-                self.need(O)?.slice(..),
-            )
+            w: self.slice(W),
+            wq: self.slice(Wq),
+            wk: self.slice(Wk),
+            score_v: self.slice(ScoreV),
+            bias: self.slice(Bias),
+            mask: self.slice(Mask),
+            alibi_slopes: self.slice(AlibiSlopes),
+            sinks: self.slice(Sinks),
+            kv_lens: self.slice(KvLens),
+            block_table: self.slice(BlockTable),
+            lse: self.slice(Lse),
+            weights: self.slice(Weights),
+            ..Operands::new(self.need(Q)?, self.need(K)?, self.need(V)?, self.need(O)?)
         })
     }
 
     fn output(&self, problem: &AttentionProblem) -> Result<Tensor> {
-        let buffer = self.need(Operand::O)?;
+        let buffer = self.need(Operand::O)?.buffer();
         let (device, queue) = (self.engine.device(), self.engine.queue());
         let bytes = pollster::block_on(wgpu_attention::read_buffer(device, queue, buffer, 0..buffer.size()))?;
         let used = problem.extent(Operand::O) as usize * problem.element_bytes(Operand::O);
