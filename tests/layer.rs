@@ -6,6 +6,7 @@ use std::path::Path as FilePath;
 
 use common::gpu::{self, Gpu, Kind, USAGE, download, upload};
 use common::npy::Npy;
+use common::pool::Pool;
 use common::rng::Rng;
 use wgpu_attention::reference::{layer as oracle, layer_naive, max_error};
 use wgpu_attention::{
@@ -181,62 +182,70 @@ impl Case {
         self.run_with(gpu, &PlanOptions::default())
     }
 
+    /// With run-time checks all buffers are pieces of one.
     fn run_with(&self, gpu: &Gpu, options: &PlanOptions) -> Result<Tensor, Error> {
-        let device = gpu.attention.device();
-        let up = |tensor: &Tensor| upload(device, "x", tensor.as_ref().bytes(), USAGE);
-        let floats = |x: &Option<Vec<f32>>| x.as_ref().map(|x| up(&Tensor::F32(x.clone())));
-        let words =
-            |x: &Option<Vec<u32>>| x.as_ref().map(|x| upload(device, "x", bytemuck::cast_slice(x), USAGE));
-        let maybe = |x: &Option<Tensor>| x.as_ref().map(up);
+        let (device, queue) = (gpu.attention.device(), gpu.attention.queue());
+        let own = std::cell::RefCell::new(Vec::new());
+        let up = |bytes: &[u8]| {
+            own.borrow_mut().push(upload(device, "a buffer", bytes, USAGE));
+            own.borrow().len() - 1
+        };
+        let tensor = |x: &Tensor| up(x.as_ref().bytes());
+        let maybe = |x: &Option<Tensor>| x.as_ref().map(tensor);
+        let floats = |x: &Option<Vec<f32>>| x.as_ref().map(|x| up(bytemuck::cast_slice(x)));
+        let words = |x: &Option<Vec<u32>>| x.as_ref().map(|x| up(bytemuck::cast_slice(x)));
         let w = &self.weights;
-        let (x, context, rope) = (up(&self.x), maybe(&self.context), floats(&self.table));
-        let (w_q, w_k, w_v, w_o) = (up(&w.w_q), maybe(&w.w_k), maybe(&w.w_v), up(&w.w_o));
+        let (x, context, rope) = (tensor(&self.x), maybe(&self.context), floats(&self.table));
+        let (w_q, w_k, w_v, w_o) = (tensor(&w.w_q), maybe(&w.w_k), maybe(&w.w_v), tensor(&w.w_o));
         let (b_q, b_k, b_v, b_o) = (maybe(&w.b_q), maybe(&w.b_k), maybe(&w.b_v), maybe(&w.b_o));
         let (q_gain, k_gain) = (floats(&w.q_gain), floats(&w.k_gain));
         let (alibi_slopes, sinks, kv_lens) = (floats(&self.slopes), floats(&self.sinks), words(&self.lens));
         let (cu_seqlens_q, cu_seqlens_k) = (words(&self.list_q), words(&self.list_k));
-        let mask = self.mask.as_ref().map(|mask| upload(device, "mask", mask, USAGE));
+        let mask = self.mask.as_ref().map(|mask| up(mask));
         let (bilinear, wq, wk, score_v) =
             (floats(&self.w), floats(&self.wq), floats(&self.wk), floats(&self.score_v));
         let (bias, positions) = (maybe(&self.bias), words(&self.positions));
         let dtype = self.layer.attention.out_dtype;
         let elements = self.layer.tokens() * self.layer.out_width;
-        let y = up(&Tensor::from_f32(dtype, &vec![f32::NAN; elements.next_multiple_of(2)]));
+        let y = tensor(&Tensor::from_f32(dtype, &vec![f32::NAN; elements.next_multiple_of(2)]));
+        let own = own.take();
+        let pool = gpu.checks.then(|| Pool::new(device, queue, &own.iter().collect::<Vec<_>>()));
+        let slice = |at: usize| pool.as_ref().map_or(own[at].slice(..), |pool| pool.slice(at));
         let operands = LayerOperands {
-            context: context.as_ref().map(|b| b.slice(..)),
-            w_k: w_k.as_ref().map(|b| b.slice(..)),
-            w_v: w_v.as_ref().map(|b| b.slice(..)),
-            b_q: b_q.as_ref().map(|b| b.slice(..)),
-            b_k: b_k.as_ref().map(|b| b.slice(..)),
-            b_v: b_v.as_ref().map(|b| b.slice(..)),
-            b_o: b_o.as_ref().map(|b| b.slice(..)),
-            q_gain: q_gain.as_ref().map(|b| b.slice(..)),
-            k_gain: k_gain.as_ref().map(|b| b.slice(..)),
-            rope: rope.as_ref().map(|b| b.slice(..)),
+            context: context.map(slice),
+            w_k: w_k.map(slice),
+            w_v: w_v.map(slice),
+            b_q: b_q.map(slice),
+            b_k: b_k.map(slice),
+            b_v: b_v.map(slice),
+            b_o: b_o.map(slice),
+            q_gain: q_gain.map(slice),
+            k_gain: k_gain.map(slice),
+            rope: rope.map(slice),
             options: LayerOptions {
-                w: bilinear.as_ref().map(|b| b.slice(..)),
-                wq: wq.as_ref().map(|b| b.slice(..)),
-                wk: wk.as_ref().map(|b| b.slice(..)),
-                score_v: score_v.as_ref().map(|b| b.slice(..)),
-                positions: positions.as_ref().map(|b| b.slice(..)),
-                bias: bias.as_ref().map(|b| b.slice(..)),
-                mask: mask.as_ref().map(|b| b.slice(..)),
-                alibi_slopes: alibi_slopes.as_ref().map(|b| b.slice(..)),
-                sinks: sinks.as_ref().map(|b| b.slice(..)),
-                kv_lens: kv_lens.as_ref().map(|b| b.slice(..)),
-                cu_seqlens_q: cu_seqlens_q.as_ref().map(|b| b.slice(..)),
-                cu_seqlens_k: cu_seqlens_k.as_ref().map(|b| b.slice(..)),
+                w: bilinear.map(slice),
+                wq: wq.map(slice),
+                wk: wk.map(slice),
+                score_v: score_v.map(slice),
+                positions: positions.map(slice),
+                bias: bias.map(slice),
+                mask: mask.map(slice),
+                alibi_slopes: alibi_slopes.map(slice),
+                sinks: sinks.map(slice),
+                kv_lens: kv_lens.map(slice),
+                cu_seqlens_q: cu_seqlens_q.map(slice),
+                cu_seqlens_k: cu_seqlens_k.map(slice),
                 ..LayerOptions::default()
             },
-            ..LayerOperands::new(x.slice(..), w_q.slice(..), w_o.slice(..), y.slice(..))
+            ..LayerOperands::new(slice(x), slice(w_q), slice(w_o), slice(y))
         };
         let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         gpu.attention.prepare_layer_with(&self.layer, &operands, options)?.encode(&mut encoder);
-        gpu.attention.queue().submit([encoder.finish()]);
-        Ok(Tensor::from_bytes(
-            dtype,
-            &download(device, gpu.attention.queue(), &y)[..elements * dtype.bytes()],
-        ))
+        queue.submit([encoder.finish()]);
+        if let Some(pool) = pool {
+            pool.give_back(device, queue, &[(y, &own[y])]);
+        }
+        Ok(Tensor::from_bytes(dtype, &download(device, queue, &own[y])[..elements * dtype.bytes()]))
     }
 
     /// Holds y to the oracle: by the f32 rule scaled by the layer's own magnitude, or by twice what plain code in
