@@ -795,6 +795,16 @@ fn a_step_in_one_buffer() {
         let outputs = [Operand::K, Operand::V, Operand::Q, Operand::KvLens, Operand::Status];
         let outputs: Vec<_> = (0..own.len()).filter(|&at| outputs.contains(&contents[at].0)).collect();
         pool.give_back(device, queue, &outputs.iter().map(|&at| (at, &own[at])).collect::<Vec<_>>());
+        // Queries may be turned where they lie.
+        let at = |operand| contents.iter().position(|(of, _)| *of == operand).expect("listed");
+        let (q, q_new) = (at(Operand::Q), at(Operand::QNew));
+        let mut in_place: Vec<_> = own.iter().map(|buffer| buffer.slice(..)).collect();
+        in_place[q] = in_place[q_new];
+        queue.write_buffer(&own[at(Operand::KvLens)], 0, &contents[at(Operand::KvLens)].1);
+        run(&in_place);
+        assert!(bytes_of(gpu, &own[q_new])[..contents[q].1.len()] == want[q][..contents[q].1.len()]);
+        queue.write_buffer(&own[q_new], 0, &contents[q_new].1);
+
         for (at, (operand, before)) in contents.iter().enumerate() {
             assert!(bytes_of(gpu, &own[at]) == want[at], "{operand}");
             assert_eq!(want[at][..before.len()] != before[..], outputs.contains(&at), "{operand}");

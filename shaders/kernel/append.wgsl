@@ -6,6 +6,7 @@
 //
 // A workgroup moves one row. Its threads load elements by turns, normalised and turned where that is asked
 // for (in this order), into workgroup memory (4 WIDTH bytes), and after a barrier each stores some quads or words of the whole.
+// So a row may be turned where it lies: no other workgroup uses what it reads of it.
 
 var<workgroup> wg_row: array<f32, WIDTH>;
 
