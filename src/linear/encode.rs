@@ -63,8 +63,8 @@ impl Attention {
     /// # Errors
     /// Those of [`LinearProblem::validate`]; [`Error::KernelUnfit`] for a forced kernel that the device cannot
     /// run; [`Error::MissingOperand`], [`Error::UnexpectedOperand`], [`Error::BufferUsage`],
-    /// [`Error::OutOfBounds`] and [`Error::Aliased`]; [`Error::LimitExceeded`] where the device cannot bind as
-    /// much; [`Error::OutOfMemory`], [`Error::Driver`] and [`Error::DeviceLost`]. Then nothing has been
+    /// [`Error::OutOfBounds`], [`Error::Misaligned`] and [`Error::Aliased`]; [`Error::LimitExceeded`] where the device
+    /// cannot bind as much; [`Error::OutOfMemory`], [`Error::Driver`] and [`Error::DeviceLost`]. Then nothing has been
     /// recorded.
     pub fn encode_linear(
         &self,

@@ -54,7 +54,7 @@ impl Attention {
     /// # Errors
     /// Those of [`MergeProblem::validate`]; [`Error::LimitExceeded`] where the device cannot bind as much;
     /// [`Error::MissingOperand`], [`Error::UnexpectedOperand`], [`Error::BufferUsage`],
-    /// [`Error::OutOfBounds`] and [`Error::Aliased`], inside an [`Error::Partials`] where they are about
+    /// [`Error::OutOfBounds`], [`Error::Misaligned`] and [`Error::Aliased`], inside an [`Error::Partials`] where they are about
     /// the parts (an output that lies over a part is named first, then what of the part);
     /// [`Error::OutOfMemory`], [`Error::Driver`] and [`Error::DeviceLost`]. Then nothing has been recorded.
     pub fn merge_states(
