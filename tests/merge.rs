@@ -7,6 +7,7 @@ mod common;
 use common::case::{Axes, Case, Storage, indices};
 use common::check::{Expected, poison};
 use common::gpu::{self, Gpu, Guarded, Kind, USAGE, download, upload};
+use common::kept::{Kept, Move};
 use common::pool::Pool;
 use common::rng::{Rng, fresh_seed};
 use wgpu_attention::reference::{Merged, merge_states};
@@ -868,23 +869,28 @@ fn lost_device() {
     assert!(matches!(error, Error::DeviceLost { .. }), "{error:?}");
 }
 
-/// What attention writes with this problem is what [`Partials::of`] reads, also where o is not contiguous.
+/// What attention writes with this problem is what [`Partials::of`] reads, also where o is not contiguous and where
+/// queries are ragged.
 #[test]
 fn what_attention_writes_is_a_part() {
     for gpu in gpus().into_iter().flatten() {
-        let case = Axes { heads: (2, 1), storage: Storage::Odd, ..Axes::default() }.build(7);
-        let (attention, device) = (&gpu.attention, gpu.attention.device());
-        let guarded = Guarded::new(device, &case);
-        let g: &AttentionProblem = &guarded.problem;
-        let operands: Operands<'_> = guarded.operands();
-        let merge = MergeProblem::new(vec![Partials::of(g)], g.batch, g.heads_q, g.seq_q, g.head_dim_v);
-        let merge = MergeProblem { lse: true, ..merge };
-        let target = Target::new(device, &merge);
-        let pairs = [(operands.o, operands.lse.expect("asked for"))];
-        let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-        attention.encode(&mut encoder, &attention.plan(g).expect("served"), &operands).expect("served");
-        attention.merge_states(&mut encoder, &merge, &target.operands(&pairs)).expect("served");
-        attention.queue().submit([encoder.finish()]);
-        whole(&case, Dtype::F32, &target.read(device, attention.queue(), &merge));
+        let padded = Axes { batch: 3, heads: (2, 1), storage: Storage::Odd, ..Axes::default() }.build(7);
+        let to = Move { kept: Kept::Plain, kv_dtype: None, heads_first: true, ragged_q: true };
+        let ragged = padded.moved(to, 7);
+        assert!(ragged.problem.total_q.is_some_and(|total| total != ragged.problem.seq_q));
+        for case in [padded, ragged] {
+            let (attention, device) = (&gpu.attention, gpu.attention.device());
+            let guarded = Guarded::new(device, &case);
+            let g: &AttentionProblem = &guarded.problem;
+            let operands: Operands<'_> = guarded.operands();
+            let merge = MergeProblem { lse: true, ..MergeProblem::of(g, vec![Partials::of(g)]) };
+            let target = Target::new(device, &merge);
+            let pairs = [(operands.o, operands.lse.expect("asked for"))];
+            let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+            attention.encode(&mut encoder, &attention.plan(g).expect("served"), &operands).expect("served");
+            attention.merge_states(&mut encoder, &merge, &target.operands(&pairs)).expect("served");
+            attention.queue().submit([encoder.finish()]);
+            whole(&case, Dtype::F32, &target.read(device, attention.queue(), &merge));
+        }
     }
 }
