@@ -342,6 +342,18 @@ impl AttentionProblem {
         self.causal.unwrap_or(self.align)
     }
 
+    /// How far the window of the last queries reaches back, if they stand at the last keys.
+    fn last_window_left(&self) -> Option<usize> {
+        self.window?.left.filter(|_| self.positions_align() == Align::BottomRight)
+    }
+
+    /// The fewest rows that a [ring](Cache::Ring) may have for this call: what the first of the last queries sees, and
+    /// all up to the last.
+    pub fn least_ring(&self) -> usize {
+        let left = self.last_window_left();
+        left.map_or(self.seq_kv, |left| left.saturating_add(self.seq_q)).min(self.seq_kv).max(1)
+    }
+
     /// The key-value head that query head `head` reads.
     pub fn kv_head(&self, head: usize) -> usize {
         head / self.group_size()
@@ -574,18 +586,11 @@ impl AttentionProblem {
             Cache::Contiguous => Ok(()),
             Cache::Ring { capacity } => {
                 too_large("the ring's capacity", capacity, MAX_SEQ)?;
-                // What the first of the last queries sees, and all up to the last.
-                let left = self
-                    .window
-                    .and_then(|window| window.left)
-                    .filter(|_| self.positions_align() == Align::BottomRight);
-                let need = left.map_or(self.seq_kv, |left| left.saturating_add(self.seq_q)).min(self.seq_kv);
-                if capacity < need.max(1) {
-                    let why = match (self.window, left) {
-                        (Some(Window { left: Some(_), .. }), None) => " (positions are top-left aligned)",
-                        _ => "",
-                    };
-                    let need = need.max(1);
+                let need = self.least_ring();
+                if capacity < need {
+                    let top =
+                        self.last_window_left().is_none() && self.window.is_some_and(|w| w.left.is_some());
+                    let why = if top { " (positions are top-left aligned)" } else { "" };
                     let why = format!("a ring of {capacity} rows, where queries see {need} keys{why}");
                     return Err(Error::Cache { why });
                 }

@@ -41,10 +41,7 @@ fn keep(prng: &mut Prng, (p, data): &mut (AttentionProblem, Data), lens: &[usize
                 // A causal mask's alignment is the window's, too.
                 p.causal = p.causal.map(|_| Align::BottomRight);
             }
-            let last = p.positions_align() == Align::BottomRight;
-            let left = p.window.and_then(|window| window.left).filter(|_| last);
-            let seen = left.map_or(p.seq_kv, |left| left.saturating_add(p.seq_q)).min(p.seq_kv);
-            p.cache = Cache::Ring { capacity: seen.max(1) + prng.pick(&[0, 0, 1, 5]) };
+            p.cache = Cache::Ring { capacity: p.least_ring() + prng.pick(&[0, 0, 1, 5]) };
         }
         2..=4 => {
             let page_size = prng.pick(&[1, 2, 7, 16, 16, 32, 64, 256]);
