@@ -460,5 +460,13 @@ pub enum Error {
     },
 }
 
+/// The one of `all` that is written so.
+pub(crate) fn named<T: Copy + std::fmt::Display>(all: &[T], text: &str, what: &str) -> Result<T> {
+    all.iter().copied().find(|one| one.to_string() == text).ok_or_else(|| {
+        let all: Vec<_> = all.iter().map(T::to_string).collect();
+        Error::Name { got: text.into(), why: format!("is no {what}; there are {}", all.join(", ")) }
+    })
+}
+
 /// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::caps::Caps;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, named};
 use crate::plan::Path;
 use crate::{fused, fused_matrix};
 
@@ -97,9 +97,6 @@ impl FromStr for Family {
     /// # Errors
     /// [`Error::Name`].
     fn from_str(s: &str) -> Result<Self> {
-        Self::ALL.iter().copied().find(|family| family.to_string() == s).ok_or_else(|| {
-            let all: Vec<_> = Self::ALL.iter().map(Self::to_string).collect();
-            Error::Name { got: s.into(), why: format!("is no kernel family; there are {}", all.join(", ")) }
-        })
+        named(Self::ALL, s, "kernel family")
     }
 }

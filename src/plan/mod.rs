@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use crate::blueprint::Blueprint;
 use crate::caps::Caps;
-use crate::error::{Error, Operand, Result};
+use crate::error::{Error, Operand, Result, named};
 use crate::family::Family;
 use crate::kernel::Tiles;
 use crate::layout::Layout;
@@ -63,10 +63,7 @@ impl std::str::FromStr for Path {
     /// # Errors
     /// [`Error::Name`].
     fn from_str(s: &str) -> Result<Self> {
-        Self::ALL.iter().copied().find(|path| path.to_string() == s).ok_or_else(|| {
-            let all: Vec<_> = Self::ALL.iter().map(Self::to_string).collect();
-            Error::Name { got: s.into(), why: format!("is no GPU path; there are {}", all.join(", ")) }
-        })
+        named(Self::ALL, s, "GPU path")
     }
 }
 
