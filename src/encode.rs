@@ -241,9 +241,19 @@ fn bind_group(device: &wgpu::Device, name: &str, pipeline: &Pipeline, bound: &[B
     })
 }
 
-/// Whether two windows of slices have a byte of one buffer in common.
-pub(crate) fn meet(a: (wgpu::BufferSlice<'_>, Window), b: (wgpu::BufferSlice<'_>, Window)) -> bool {
+/// A piece of a caller's buffer, and what of it is bound.
+type Place<'a> = (wgpu::BufferSlice<'a>, Window);
+
+/// Whether two of them have a byte of one buffer in common.
+fn meet(a: Place<'_>, b: Place<'_>) -> bool {
     a.0.buffer() == b.0.buffer() && a.1.behind(a.0.offset()).meets(b.1.behind(b.0.offset()))
+}
+
+/// Whether one dispatch cannot write to one of them and have the other. In browsers what is written has its buffer for
+/// itself, since a compiler there takes nothing that is bound as written for uniform, and so no length: barriers behind
+/// it would be refused.
+pub(crate) fn clash(a: Place<'_>, b: Place<'_>) -> bool {
+    if cfg!(target_arch = "wasm32") { a.0.buffer() == b.0.buffer() } else { meet(a, b) }
 }
 
 /// Whether a piece of a caller's buffer may be bound: its usage, where it begins, and that it holds what the window needs.
@@ -380,17 +390,11 @@ fn check(plan: &Plan, operands: &Operands<'_>) -> Result<bool> {
     Ok(in_one)
 }
 
-/// Whether a dispatch can bind its operands, by the window of each and whether it is written: what is written overlaps
-/// nothing. In browsers it has its buffer for itself, since a compiler there takes nothing that is bound as written for
-/// uniform, and so no length: barriers behind it would be refused.
+/// Whether a dispatch can bind its operands, by the window of each and whether it is written.
 pub(crate) fn check_aliases(used: &[(Operand, wgpu::BufferSlice<'_>, Window, bool)]) -> Result<()> {
     for (at, &(operand, slice, window, _)) in used.iter().enumerate().filter(|(_, used)| used.3) {
-        let alone = cfg!(target_arch = "wasm32");
         let mut others = used[..at].iter().chain(&used[at + 1..]);
-        let clash = others.find(|other| {
-            (alone && other.1.buffer() == slice.buffer()) || meet((slice, window), (other.1, other.2))
-        });
-        if let Some(&(with, ..)) = clash {
+        if let Some(&(with, ..)) = others.find(|other| clash((slice, window), (other.1, other.2))) {
             return Err(Error::Aliased { operand, with });
         }
     }

@@ -11,7 +11,7 @@ use crate::blueprint::{Io, Keys};
 use crate::cache::Cache;
 use crate::caps::Caps;
 use crate::dtype::Dtype;
-use crate::encode::{Bound, Prepared, check_aliases, check_window, meet, one_dispatch};
+use crate::encode::{Bound, Prepared, check_window, clash, one_dispatch};
 use crate::error::{Error, Operand, Result};
 use crate::layout::Layout;
 use crate::mask::Align;
@@ -386,9 +386,11 @@ impl Append {
         }
     }
 
-    /// Whether queries are turned where they lie. The kernel reads the whole of a row before it writes to it.
+    /// Whether queries are turned where they lie. The kernel reads the whole of a row before it writes to it, but a
+    /// browser binds nothing twice that is written.
     fn turns_in_place(&self, operands: &AppendOperands<'_>) -> bool {
-        operands.q == operands.q_new && self.q_new == Some(self.problem.q)
+        let same = operands.q == operands.q_new && self.q_new == Some(self.problem.q);
+        same && !cfg!(target_arch = "wasm32")
     }
 
     /// Whether an element of the cache's k lies where one of its v does, in one buffer.
@@ -415,13 +417,14 @@ impl Append {
         for written in [Operand::K, Operand::V, Operand::Q, Operand::Status, Operand::KvLens] {
             for other in OPERANDS.into_iter().filter(|&other| other != written) {
                 let (Some(a), Some(b)) = (used(written), used(other)) else { continue };
-                let both = [written, other];
-                // Keys and values are moved one after the other, and may lie by turns.
-                let by_turns = both.contains(&Operand::K) && both.contains(&Operand::V);
-                let in_place = both.contains(&Operand::Q) && both.contains(&Operand::QNew);
-                let apart =
-                    by_turns && !self.cache_meets(operands) || in_place && self.turns_in_place(operands);
-                if meet(a, b) && !apart {
+                let fine = !clash(a, b)
+                    || match (written, other) {
+                        // They are moved one after the other, and may lie by turns.
+                        (Operand::K, Operand::V) | (Operand::V, Operand::K) => !self.cache_meets(operands),
+                        (Operand::Q, Operand::QNew) => self.turns_in_place(operands),
+                        _ => false,
+                    };
+                if !fine {
                     return Err(Error::Aliased { operand: written, with: other });
                 }
             }
@@ -470,8 +473,8 @@ impl Attention {
         }
         let mut ready = Vec::new();
         for (step, params, groups, tensors) in steps {
-            let (mut bound, mut used) = (Vec::new(), Vec::new());
-            for (number, holds, writes) in step.bindings() {
+            let mut bound = Vec::new();
+            for (number, holds, _) in step.bindings() {
                 let operand = match (holds, tensors) {
                     (Holds::From, Some((from, _))) => from,
                     (Holds::To, Some((_, to))) => to,
@@ -479,13 +482,7 @@ impl Attention {
                     (_, None) => unreachable!("a step that moves nothing binds no tensor"),
                 };
                 let Some(slice) = operands.get(operand) else { continue };
-                let window = append.window(operand, caps);
-                bound.push(Bound::new(number, slice, window));
-                used.push((operand, slice, window, writes));
-            }
-            // Natively `check` has seen to that.
-            if cfg!(target_arch = "wasm32") {
-                check_aliases(&used)?;
+                bound.push(Bound::new(number, slice, append.window(operand, caps)));
             }
             ready.push(one_dispatch(
                 &self.shared,
