@@ -11,7 +11,7 @@ use common::check::{Expected, Gap};
 use common::gpu::{self, Gpu, Kind, USAGE, download, upload};
 use common::kept::{Kept, Move};
 use common::npy::Npy;
-use common::pool::Pool;
+use common::pool::Pieces;
 use common::rng::Rng;
 use wgpu_attention::reference::{max_error, oracle};
 use wgpu_attention::{
@@ -786,15 +786,16 @@ fn a_step_in_one_buffer() {
             };
             submit(gpu, &gpu.attention.prepare_append(&append, &operands).expect("served"));
         };
-        let alone: Vec<_> = own.iter().map(|buffer| buffer.slice(..)).collect();
-        let pool = Pool::new(device, queue, &own.iter().collect::<Vec<_>>());
-        run(&alone);
-        run(&(0..own.len()).map(|at| pool.slice(at)).collect::<Vec<_>>());
+        let run_on = |of: &Pieces<'_>| run(&(0..own.len()).map(|at| of.slice(at)).collect::<Vec<_>>());
+        // Copied before the others are written to.
+        let [alone, pooled] = [false, true].map(|pooled| Pieces::new(gpu, own.iter().collect(), pooled));
+        run_on(&alone);
+        run_on(&pooled);
         let want: Vec<_> = own.iter().map(|buffer| bytes_of(gpu, buffer)).collect();
         // The last of the new tokens has no place, which the status says.
         let outputs = [Operand::K, Operand::V, Operand::Q, Operand::KvLens, Operand::Status];
         let outputs: Vec<_> = (0..own.len()).filter(|&at| outputs.contains(&contents[at].0)).collect();
-        pool.give_back(device, queue, &outputs.iter().map(|&at| (at, &own[at])).collect::<Vec<_>>());
+        pooled.give_back(&outputs);
         // Queries may be turned where they lie.
         let at = |operand| contents.iter().position(|(of, _)| *of == operand).expect("listed");
         let (q, q_new) = (at(Operand::Q), at(Operand::QNew));

@@ -6,7 +6,7 @@ use std::path::Path as FilePath;
 
 use common::gpu::{self, Gpu, Kind, USAGE, download, upload};
 use common::npy::Npy;
-use common::pool::Pool;
+use common::pool::Pieces;
 use common::rng::Rng;
 use wgpu_attention::reference::{layer as oracle, layer_naive, max_error};
 use wgpu_attention::{
@@ -209,8 +209,8 @@ impl Case {
         let elements = self.layer.tokens() * self.layer.out_width;
         let y = tensor(&Tensor::from_f32(dtype, &vec![f32::NAN; elements.next_multiple_of(2)]));
         let own = own.take();
-        let pool = gpu.checks.then(|| Pool::new(device, queue, &own.iter().collect::<Vec<_>>()));
-        let slice = |at: usize| pool.as_ref().map_or(own[at].slice(..), |pool| pool.slice(at));
+        let pieces = Pieces::new(gpu, own.iter().collect(), gpu.checks);
+        let slice = |at: usize| pieces.slice(at);
         let operands = LayerOperands {
             context: context.map(slice),
             w_k: w_k.map(slice),
@@ -242,9 +242,7 @@ impl Case {
         let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         gpu.attention.prepare_layer_with(&self.layer, &operands, options)?.encode(&mut encoder);
         queue.submit([encoder.finish()]);
-        if let Some(pool) = pool {
-            pool.give_back(device, queue, &[(y, &own[y])]);
-        }
+        pieces.give_back(&[y]);
         Ok(Tensor::from_bytes(dtype, &download(device, queue, &own[y])[..elements * dtype.bytes()]))
     }
 

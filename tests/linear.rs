@@ -8,7 +8,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 
 use common::check::poison;
 use common::gpu::{self, Gpu, Kind, USAGE, download, upload};
-use common::pool::Pool;
+use common::pool::Pieces;
 use common::rng::{Rng, fresh_seed, slice};
 use wgpu_attention::reference::{LinearReference, linear};
 use wgpu_attention::{
@@ -101,21 +101,16 @@ impl Map {
         let (device, queue) = (gpu.attention.device(), gpu.attention.queue());
         let buffers = Buffers::new(device, self);
         let all: Vec<_> = [&buffers.y, &buffers.x, &buffers.w].into_iter().chain(&buffers.bias).collect();
-        let pool = gpu.checks.then(|| Pool::new(device, queue, &all));
-        let operands = match &pool {
-            Some(pool) => LinearOperands {
-                bias: buffers.bias.as_ref().map(|_| pool.slice(3)),
-                ..LinearOperands::new(pool.slice(1), pool.slice(2), pool.slice(0))
-            },
-            None => buffers.operands(),
+        let pieces = Pieces::new(gpu, all, gpu.checks);
+        let operands = LinearOperands {
+            bias: buffers.bias.as_ref().map(|_| pieces.slice(3)),
+            ..LinearOperands::new(pieces.slice(1), pieces.slice(2), pieces.slice(0))
         };
         let mut encoder = device.create_command_encoder(&Default::default());
         let done = gpu.attention.encode_linear(&mut encoder, &self.problem, &operands);
         done.unwrap_or_else(|e| panic!("{e}\n  {:?}", self.problem));
         queue.submit([encoder.finish()]);
-        if let Some(pool) = pool {
-            pool.give_back(device, queue, &[(0, &buffers.y)]);
-        }
+        pieces.give_back(&[0]);
         buffers.read(gpu, &self.problem)
     }
 
@@ -641,7 +636,7 @@ fn bad_buffers() {
             let error = Error::Aliased { operand: Operand::Y, with };
             assert_eq!(refused(&small, LinearOperands { y: buffer.slice(..), ..good }), error);
         }
-        // Apart in one buffer they are no such thing: see below. Inputs may share theirs.
+        // (Apart in one buffer they are no such thing: `Map::run`.) Inputs may share theirs.
         assert!(gpu.attention.prepare_linear(&small, &LinearOperands { x: w.slice(..), ..good }).is_ok());
         // Nothing has been recorded so far.
         let bytes = download(device, queue, &y);

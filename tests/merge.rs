@@ -8,7 +8,7 @@ use common::case::{Axes, Case, Storage, indices};
 use common::check::{Expected, poison};
 use common::gpu::{self, Gpu, Guarded, Kind, USAGE, download, upload};
 use common::kept::{Kept, Move};
-use common::pool::Pool;
+use common::pool::Pieces;
 use common::rng::{Rng, fresh_seed};
 use wgpu_attention::reference::{Merged, merge_states};
 use wgpu_attention::{
@@ -150,36 +150,24 @@ impl Merge {
     fn run(&self, gpu: &Gpu) -> Out {
         let (device, queue) = (gpu.attention.device(), gpu.attention.queue());
         let buffers = self.upload(device);
-        let pairs: Vec<_> = buffers.iter().map(|(o, lse)| (o.slice(..), lse.slice(..))).collect();
         let target = Target::new(device, &self.problem);
-        let all: Vec<_> = [&target.o].into_iter().chain(&target.lse).collect();
-        let outputs: Vec<_> = all.iter().copied().enumerate().collect();
-        let parts = buffers.iter().flat_map(|(o, lse)| [o, lse]);
-        let pool = gpu
-            .checks
-            .then(|| Pool::new(device, queue, &all.iter().copied().chain(parts).collect::<Vec<_>>()));
-        let pieces: Vec<_> = match &pool {
-            Some(pool) => {
-                let first = |pair: usize| outputs.len() + 2 * pair;
-                (0..pairs.len()).map(|at| (pool.slice(first(at)), pool.slice(first(at) + 1))).collect()
-            }
-            None => pairs,
-        };
-        let operands = match &pool {
-            Some(pool) => MergeOperands {
-                partials: &pieces,
-                o: pool.slice(0),
-                lse: target.lse.as_ref().map(|_| pool.slice(1)),
-            },
-            None => target.operands(&pieces),
+        let mut all = vec![&target.o];
+        all.extend(&target.lse);
+        let outputs: Vec<_> = (0..all.len()).collect();
+        all.extend(buffers.iter().flat_map(|(o, lse)| [o, lse]));
+        let firsts: Vec<_> = (outputs.len()..all.len()).step_by(2).collect();
+        let pieces = Pieces::new(gpu, all, gpu.checks);
+        let pairs: Vec<_> = firsts.iter().map(|&at| (pieces.slice(at), pieces.slice(at + 1))).collect();
+        let operands = MergeOperands {
+            partials: &pairs,
+            o: pieces.slice(0),
+            lse: target.lse.as_ref().map(|_| pieces.slice(1)),
         };
         let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         let done = gpu.attention.merge_states(&mut encoder, &self.problem, &operands);
         done.unwrap_or_else(|e| panic!("{e}\n  {:?}", self.problem));
         queue.submit([encoder.finish()]);
-        if let Some(pool) = pool {
-            pool.give_back(device, queue, &outputs);
-        }
+        pieces.give_back(&outputs);
         target.read(device, queue, &self.problem)
     }
 

@@ -10,7 +10,7 @@ use wgpu_attention::{
 
 use super::case::Case;
 use super::check::{Gap, poison};
-use super::pool::Pool;
+use super::pool::Pieces;
 
 /// How a device was opened.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -304,10 +304,9 @@ impl Guarded {
     }
 }
 
-/// The same operands as pieces of a pool, which has them in the order of [`Operand::ALL`].
-fn in_pool<'a>(pool: &'a Pool, from: &Operands<'_>) -> Operands<'a> {
-    let there: Vec<_> = Operand::ALL.iter().filter(|&&operand| from.get(operand).is_some()).collect();
-    let of = |operand| there.iter().position(|&&of| of == operand).map(|at| pool.slice(at));
+/// Operands in these pieces, whose order `there` says.
+fn in_pieces<'a>(pieces: &'a Pieces<'_>, there: &[Operand]) -> Operands<'a> {
+    let of = |operand| there.iter().position(|of| *of == operand).map(|at| pieces.slice(at));
     let need = |operand| of(operand).expect("every call has it");
     Operands {
         w: of(Operand::W),
@@ -352,10 +351,10 @@ impl Gpu {
         // By something that is compiled in: no row of the table compiles for both.
         let pooled = case.problem.lse != case.problem.alibi;
         let own = guarded.operands();
-        let there: Vec<_> = Operand::ALL.iter().filter_map(|&of| Some((of, own.get(of)?.buffer()))).collect();
-        let buffers: Vec<_> = there.iter().map(|(_, buffer)| *buffer).collect();
-        let pool = pooled.then(|| Pool::new(device, queue, &buffers));
-        let operands = pool.as_ref().map_or(own, |pool| in_pool(pool, &own));
+        let there: Vec<_> = Operand::ALL.iter().copied().filter(|&of| own.get(of).is_some()).collect();
+        let buffers = there.iter().filter_map(|&of| Some(own.get(of)?.buffer())).collect();
+        let pieces = Pieces::new(self, buffers, pooled);
+        let operands = in_pieces(&pieces, &there);
         let new = || device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         if door == Door::Pieces {
             let pieces = self.attention.prepare(&plan, &operands)?.split(1);
@@ -375,13 +374,8 @@ impl Gpu {
             }
             queue.submit([encoder.finish()]);
         }
-        if let Some(pool) = pool {
-            let is_output = |(_, (of, _)): &(usize, &(Operand, &wgpu::Buffer))| {
-                matches!(of, Operand::O | Operand::Lse | Operand::Weights)
-            };
-            let outputs = there.iter().enumerate().filter(is_output).map(|(at, &(_, buffer))| (at, buffer));
-            pool.give_back(device, queue, &outputs.collect::<Vec<_>>());
-        }
+        let is_output = |at: &usize| matches!(there[*at], Operand::O | Operand::Lse | Operand::Weights);
+        pieces.give_back(&(0..there.len()).filter(is_output).collect::<Vec<_>>());
         Ok((guarded.outputs(device, queue, case), Gap::Poison))
     }
 }
