@@ -79,6 +79,16 @@ struct Params {
     mask_stride_h: u32,
     mask_stride_s: u32,
     mask_stride_d: u32,
+    dout_offset: u32,
+    dout_stride_b: u32,
+    dout_stride_h: u32,
+    dout_stride_s: u32,
+    dout_stride_d: u32,
+    grad_offset: u32,
+    grad_stride_b: u32,
+    grad_stride_h: u32,
+    grad_stride_s: u32,
+    grad_stride_d: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;

@@ -242,10 +242,10 @@ fn bind_group(device: &wgpu::Device, name: &str, pipeline: &Pipeline, bound: &[B
 }
 
 /// A piece of a caller's buffer, and what of it is bound.
-type Place<'a> = (wgpu::BufferSlice<'a>, Window);
+pub(crate) type Place<'a> = (wgpu::BufferSlice<'a>, Window);
 
 /// Whether two of them have a byte of one buffer in common.
-fn meet(a: Place<'_>, b: Place<'_>) -> bool {
+pub(crate) fn meet(a: Place<'_>, b: Place<'_>) -> bool {
     a.0.buffer() == b.0.buffer() && a.1.behind(a.0.offset()).meets(b.1.behind(b.0.offset()))
 }
 
@@ -296,12 +296,35 @@ pub(crate) fn one_dispatch(
     shared: &Shared,
     recipe: Recipe,
     params: &[u8],
-    mut bound: Vec<Bound>,
+    bound: Vec<Bound>,
     groups: u64,
 ) -> Result<Ready> {
-    let (device, most) = (&shared.device, shared.caps.max_dispatch);
-    let groups = fold(groups, most);
-    within(|| "workgroups along z".into(), groups[2].into(), most.into())?;
+    let mut all = dispatches(shared, recipe, &[(params, groups)], bound)?;
+    Ok(all.remove(0))
+}
+
+/// A kernel's dispatches over the same buffers, each with a uniform block of its own and so many workgroups.
+pub(crate) fn dispatches(
+    shared: &Shared,
+    recipe: Recipe,
+    blocks: &[(&[u8], u64)],
+    mut bound: Vec<Bound>,
+) -> Result<Vec<Ready>> {
+    let (device, caps) = (&shared.device, &shared.caps);
+    let bytes = blocks.first().map_or(0, |(block, _)| block.len());
+    let step =
+        if blocks.len() > 1 { bytes.next_multiple_of(caps.uniform_alignment.max(4) as usize) } else { bytes };
+    // Dynamic offsets of uniform blocks are u32.
+    let most = caps.max_buffer.min(u64::from(u32::MAX));
+    within(|| "bytes of uniform blocks for so many chunks".into(), (blocks.len() * step) as u64, most)?;
+    let mut params = vec![0; blocks.len() * step];
+    let mut groups = Vec::with_capacity(blocks.len());
+    for (to, (block, workgroups)) in params.chunks_exact_mut(step.max(1)).zip(blocks) {
+        to[..bytes].copy_from_slice(block);
+        let folded = fold(*workgroups, caps.max_dispatch);
+        within(|| "workgroups along z".into(), folded[2].into(), caps.max_dispatch.into())?;
+        groups.push(folded);
+    }
     let storage = recipe.storage();
     let used = bound
         .iter()
@@ -312,8 +335,7 @@ pub(crate) fn one_dispatch(
     let mut scratch = shared.scratch.lock().unwrap_or_else(PoisonError::into_inner);
     let made = scoped(device, &format!("the bind group of {}", recipe.name()), || {
         let whole = |bytes: usize| Window { start: 0, end: bytes as u64 };
-        let (buffer, window) = (scratch.params(device, params.to_vec()), whole(params.len()));
-        bound.push(Bound { number: 0, buffer, window });
+        bound.push(Bound { number: 0, buffer: scratch.params(device, params), window: whole(bytes) });
         // An operand without elements could not be bound.
         for bound in bound.iter_mut().filter(|bound| bound.window.end == bound.window.start) {
             (bound.buffer, bound.window) = (scratch.empty(device), whole(16));
@@ -321,7 +343,21 @@ pub(crate) fn one_dispatch(
         bind_group(device, recipe.name(), &pipeline, &bound)
     });
     let bind_group = made.inspect_err(|_| scratch.clear())?;
-    Ok(Ready { pipeline, bind_group, params_at: 0, groups: Groups::Known(groups) })
+    let ready = |(at, groups)| Ready {
+        pipeline: Arc::clone(&pipeline),
+        bind_group: bind_group.clone(),
+        params_at: (at * step) as u32,
+        groups: Groups::Known(groups),
+    };
+    Ok(groups.into_iter().enumerate().map(ready).collect())
+}
+
+/// A scratch buffer of one kind, of at least so many bytes; `what` it is for.
+pub(crate) fn scratch_buffer(shared: &Shared, slot: Slot, bytes: u64, what: &str) -> Result<wgpu::Buffer> {
+    within(|| format!("scratch: bytes {what}"), bytes, shared.caps.max_buffer)?;
+    let mut scratch = shared.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+    scoped(&shared.device, &format!("scratch memory {what}"), || scratch.buffer(&shared.device, slot, bytes))
+        .inspect_err(|_| scratch.clear())
 }
 
 fn bind(

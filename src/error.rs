@@ -67,6 +67,14 @@ pub enum Operand {
     Lse,
     /// The attention weights, `[batch, heads_q, seq_q, seq_kv]`.
     Weights,
+    /// The gradient of a loss by o, as o.
+    Dout,
+    /// Its gradient by q, as q.
+    Dq,
+    /// Its gradient by k, as k.
+    Dk,
+    /// Its gradient by v, as v.
+    Dv,
 }
 
 impl Operand {
@@ -134,6 +142,10 @@ impl std::fmt::Display for Operand {
             Self::KGain => "k_gain",
             Self::Lse => "lse",
             Self::Weights => "weights",
+            Self::Dout => "dout",
+            Self::Dq => "dq",
+            Self::Dk => "dk",
+            Self::Dv => "dv",
         })
     }
 }
@@ -232,6 +244,12 @@ pub enum Error {
         got: Dtype,
         /// The types that it may have.
         need: &'static str,
+    },
+    /// There are no kernels for the gradient of such attention.
+    #[error("no gradient of attention with {of}")]
+    NoGradient {
+        /// What it is that has none.
+        of: String,
     },
     /// A cache's sizes do not hold what the problem asks of it.
     #[error("cache: {why}")]

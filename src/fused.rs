@@ -117,7 +117,7 @@ impl FusedTile {
 
 /// Most workgroup memory of a workgroup that holds its queries there: a multiprocessor should have two of them.
 /// Of those that offer up to 48 KiB most have twice that and more (NVIDIA); that of others is what they offer (AMD).
-fn most_holding_bytes(caps: &Caps) -> u32 {
+pub(crate) fn most_holding_bytes(caps: &Caps) -> u32 {
     if caps.max_workgroup_bytes > 48 << 10 { 32 << 10 } else { caps.max_workgroup_bytes }
 }
 

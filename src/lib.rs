@@ -23,6 +23,7 @@
 //! - [`Attention`] holds a device's pipelines and scratch. [`Attention::encode`] records into your
 //!   encoder and never submits; [`Attention::run`] goes from slices to vectors.
 //! - [`Attention::merge_states`] makes one result of partial results over disjoint keys.
+//! - [`BackwardProblem`] and [`Attention::encode_backward`]: from the gradient of a loss by o to those by q, k and v.
 //! - [`Layer`] is a whole attention layer, from a sequence to its attended output, and
 //!   [`Attention::encode_layer`] records it; [`Attention::encode_linear`] is one of its linear maps by itself.
 //! - [`Append`] writes new keys and values into a [`Cache`] on the GPU; [`Prepared`] work is encoded again
@@ -48,12 +49,13 @@
 //! Bahdanau 2014 (arXiv 1409.0473), Graves 2014 (NTM, 1410.5401), Luong 2015 (1508.04025), Vaswani
 //! 2017 (1706.03762), Milakov & Gimelshein 2018 (1805.02867), Rabe & Staats 2021 (2112.05682), Press
 //! 2021 (ALiBi, 2108.12409), Dao 2022 (FlashAttention, 2205.14135), Ainslie 2023 (GQA, 2305.13245),
-//! Xiao 2023 (sinks, 2309.17453), Dao 2023 (Flash-Decoding), Kwon 2023 (PagedAttention, 2309.06180),
+//! Xiao 2023 (sinks, 2309.17453), Dao 2023 (FlashAttention 2, 2307.08691), Dao 2023 (Flash-Decoding), Kwon 2023 (PagedAttention, 2309.06180),
 //! Ye 2025 (FlashInfer, 2501.01005).
 #![deny(missing_docs)]
 
 mod append;
 mod attention;
+mod backward;
 mod blueprint;
 mod cache;
 mod caps;
@@ -96,6 +98,7 @@ mod unroll;
 
 pub use append::{Append, AppendOperands, QkNorm};
 pub use attention::{Attention, DeviceRequest, Operands, Options, adapters};
+pub use backward::{BackwardOperands, BackwardOutputs, BackwardProblem};
 pub use cache::Cache;
 pub use caps::{Caps, MatrixUnits};
 pub use dtype::{Dtype, Tensor, TensorRef};

@@ -1,6 +1,9 @@
 //! The uniform block that every kernel reads. `shaders/params.wgsl` is the twin.
 
+use crate::cache::Cache;
 use crate::layout::Layout;
+use crate::mask::Align;
+use crate::problem::{AttentionProblem, MAX_SEQ};
 
 /// Runtime parameters; see the WGSL twin for what each means.
 #[repr(C)]
@@ -49,6 +52,52 @@ pub(crate) struct Params {
     pub(crate) o: ParamLayout,
     pub(crate) bias: ParamLayout,
     pub(crate) mask: ParamLayout,
+    pub(crate) dout: ParamLayout,
+    pub(crate) grad: ParamLayout,
+}
+
+impl Params {
+    /// What a problem says; chunks, scratch and layouts are left to the caller.
+    pub(crate) fn of(p: &AttentionProblem) -> Self {
+        // Beyond both lengths a window bounds nothing, and positions stay far inside an i32.
+        let side = |side: Option<usize>| side.map_or(2 * MAX_SEQ, |n| n.min(2 * MAX_SEQ)) as i32;
+        let window = p.window.unwrap_or_default();
+        let of_head = |elements: usize| if p.has_own_matrices() { elements as u32 } else { 0 };
+        let [pages, max_blocks, total_kv] = match p.cache {
+            Cache::Paged { pages, max_blocks, .. } => [pages, max_blocks, 0],
+            Cache::Ragged { total } => [0, 0, total],
+            _ => [0; 3],
+        };
+        Self {
+            batch: p.batch as u32,
+            heads_q: p.heads_q as u32,
+            group_size: p.group_size() as u32,
+            seq_q: p.seq_q as u32,
+            seq_kv: p.seq_kv as u32,
+            head_dim: p.head_dim as u32,
+            head_dim_v: p.head_dim_v as u32,
+            query_dim: p.query_dim() as u32,
+            key_term_group: p.key_term_group() as u32,
+            total_q: p.total_q.unwrap_or(0) as u32,
+            total_kv: total_kv as u32,
+            pages: pages as u32,
+            max_blocks: max_blocks as u32,
+            scale: p.effective_scale() as f32,
+            softcap: p.softcap.unwrap_or(1.0),
+            hidden: p.compared_dim() as u32,
+            w_head_stride: of_head(p.query_dim() * p.compared_dim()),
+            wk_head_stride: of_head(p.compared_dim() * p.head_dim),
+            score_v_head_stride: of_head(p.compared_dim()),
+            causal: u32::from(p.causal.is_some()),
+            align: match p.positions_align() {
+                Align::TopLeft => 1,
+                Align::BottomRight => 2,
+            },
+            window_left: side(window.left),
+            window_right: if p.causal.is_some() { 0 } else { side(window.right) },
+            ..Self::default()
+        }
+    }
 }
 
 /// A [`Layout`] relative to the start of its binding.

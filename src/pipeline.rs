@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crate::append::AppendStep;
+use crate::backward::kernel::Backward;
 use crate::blueprint::Blueprint;
 use crate::error::{Error, Result};
 use crate::linear::kernel::{Linear, LinearParams};
@@ -23,6 +24,8 @@ pub(crate) enum Recipe {
     MergeStates(MergeStates),
     /// A kernel of a linear map.
     Linear(Linear),
+    /// A kernel of a backward pass.
+    Backward(Backward),
 }
 
 impl Recipe {
@@ -32,6 +35,7 @@ impl Recipe {
             Self::Append(step) => step.name(),
             Self::MergeStates(kernel) => kernel.name(),
             Self::Linear(kernel) => kernel.name(),
+            Self::Backward(kernel) => kernel.name(),
         }
     }
 
@@ -41,13 +45,14 @@ impl Recipe {
             Self::Append(step) => compose_append(step),
             Self::MergeStates(kernel) => kernel.wgsl(),
             Self::Linear(kernel) => kernel.wgsl(),
+            Self::Backward(kernel) => kernel.wgsl(),
         }
     }
 
     /// Bytes of its uniform block, which is binding 0 and has a dynamic offset.
     fn params_bytes(&self) -> u64 {
         match self {
-            Self::Attention(_) | Self::Append(_) => size_of::<Params>() as u64,
+            Self::Attention(_) | Self::Append(_) | Self::Backward(_) => size_of::<Params>() as u64,
             Self::MergeStates(_) => size_of::<MergeParams>() as u64,
             Self::Linear(_) => size_of::<LinearParams>() as u64,
         }
@@ -63,6 +68,9 @@ impl Recipe {
             Self::MergeStates(kernel) => kernel.storage().iter().map(|b| (b.number, b.writes)).collect(),
             Self::Linear(kernel) => {
                 kernel.storage().into_iter().map(|(number, _, writes)| (number, writes)).collect()
+            }
+            Self::Backward(kernel) => {
+                kernel.storage().into_iter().map(|(slot, writes)| (slot.number(), writes)).collect()
             }
         }
     }
@@ -347,6 +355,11 @@ fn module(device: &wgpu::Device, recipe: Recipe, opened: Opened, runtime_checks:
     //
     // A layer's queries and keys are turned where they stand: row t at position t, below the longest sequence,
     // which the table of angles has (`Layer::validate`).
+    //
+    // Gradients: own rows and others are clamped to, or kept below, what an entry has (`own_that_exists`, `end` of
+    // `stage`), and row_terms is asked for queries that exist; the buffer of gathered rows is as large as
+    // `backward::encode` says of the indices that `backward_rows` makes, and carried sums have a quad for each that a
+    // chunk's threads have.
     //
     // Launches: `count` gives a dispatch at most as many workgroups as the plan says of all splits, and `merge`
     // reads the shares of those splits alone.

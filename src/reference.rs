@@ -1,6 +1,7 @@
 //! The references that every path is held to: an f64 oracle in four plain passes, a naive
 //! computation in the storage precision, and the error budget made of both.
 
+pub use crate::backward::oracle::{Gradients, backward, backward_naive, backward_tolerance};
 use crate::cache::{Cache, KvRows};
 use crate::dtype::Dtype;
 use crate::error::{Operand, Result};
@@ -163,7 +164,7 @@ fn compute(
 }
 
 /// Scores of one query, which lies at `place` of q, against every valid key; `None` where a mask drops the key.
-fn scores(
+pub(crate) fn scores(
     p: &AttentionProblem,
     inputs: &Inputs<'_>,
     [b, h, i]: [usize; 3],
@@ -225,7 +226,7 @@ fn scores(
 
 /// `Wk k` of the keys of one head, kept from row to row.
 #[derive(Default)]
-struct ProjectedKeys {
+pub(crate) struct ProjectedKeys {
     /// The entry, the head of k, and the head of Wk.
     of: Option<[usize; 3]>,
     /// `[len_k, hidden]`.

@@ -2,6 +2,7 @@
 
 use crate::attention::{Attention, Operands};
 use crate::dtype::Tensor;
+use crate::encode::Prepared;
 use crate::error::{Operand, Result};
 use crate::host::{Inputs, Outputs};
 use crate::plan::Plan;
@@ -74,59 +75,15 @@ impl Attention {
         if problem.rows() == 0 {
             return Ok(outputs);
         }
-        let buffers = scoped(self.device(), "operand memory", || {
-            let made = Operand::ALL.iter().map(|&operand| {
-                problem.layout(operand)?;
-                Some(match inputs.get(operand) {
-                    Some((_, _, bytes)) => self.upload(operand, bytes),
-                    None => self.output(problem, operand),
-                })
-            });
-            made.collect::<Vec<_>>()
-        })?;
-        let get = |operand: Operand| {
-            Operand::ALL
-                .iter()
-                .position(|&o| o == operand)
-                .and_then(|at| buffers[at].as_ref())
-                .map(|b| b.slice(..))
-        };
-        let (Some(q), Some(k), Some(v), Some(o)) =
-            (get(Operand::Q), get(Operand::K), get(Operand::V), get(Operand::O))
-        else {
-            unreachable!("every problem has q, k, v and o");
-        };
-        let operands = Operands {
-            w: get(Operand::W),
-            wq: get(Operand::Wq),
-            wk: get(Operand::Wk),
-            score_v: get(Operand::ScoreV),
-            bias: get(Operand::Bias),
-            mask: get(Operand::Mask),
-            alibi_slopes: get(Operand::AlibiSlopes),
-            sinks: get(Operand::Sinks),
-            kv_lens: get(Operand::KvLens),
-            block_table: get(Operand::BlockTable),
-            cu_seqlens_q: get(Operand::CuSeqlensQ),
-            cu_seqlens_k: get(Operand::CuSeqlensK),
-            status: get(Operand::Status),
-            lse: get(Operand::Lse),
-            weights: get(Operand::Weights),
-            ..Operands::new(q, k, v, o)
-        };
-        let pieces = self.prepare(plan, &operands)?.split(DISPATCHES_OF_A_BUFFER);
-        let commands = pieces.iter().map(|piece| {
-            let label = Some("attention run");
-            let mut encoder = self.device().create_command_encoder(&wgpu::CommandEncoderDescriptor { label });
-            piece.encode(&mut encoder);
-            encoder.finish()
-        });
+        let buffers = Uploaded::new(self, problem, inputs)?;
+        let get = |operand| buffers.get(operand);
+        let commands = self.commands(self.prepare(plan, &buffers.operands())?);
         let wanted: Vec<_> = [Operand::O, Operand::Lse, Operand::Weights]
             .into_iter()
             .filter_map(|operand| Some((operand, get(operand)?)))
             .collect();
         let ranges: Vec<_> = wanted.iter().map(|(_, slice)| (slice.buffer(), 0..slice.size())).collect();
-        let read = read_buffers(self.device(), self.queue(), &ranges, commands.collect(), wait).await?;
+        let read = read_buffers(self.device(), self.queue(), &ranges, commands, wait).await?;
         for ((operand, _), bytes) in wanted.into_iter().zip(read) {
             let bytes = &bytes[..problem.extent(operand) as usize * problem.element_bytes(operand)];
             match operand {
@@ -136,6 +93,18 @@ impl Attention {
             }
         }
         Ok(outputs)
+    }
+
+    /// Command buffers of prepared work, short enough for watchdogs that time those.
+    pub(crate) fn commands(&self, prepared: Prepared) -> Vec<wgpu::CommandBuffer> {
+        let pieces = prepared.split(DISPATCHES_OF_A_BUFFER);
+        let commands = pieces.iter().map(|piece| {
+            let label = Some("attention run");
+            let mut encoder = self.device().create_command_encoder(&wgpu::CommandEncoderDescriptor { label });
+            piece.encode(&mut encoder);
+            encoder.finish()
+        });
+        commands.collect()
     }
 
     /// A new buffer with an operand's bytes.
@@ -154,10 +123,6 @@ impl Attention {
         buffer
     }
 
-    fn output(&self, problem: &AttentionProblem, operand: Operand) -> wgpu::Buffer {
-        self.target(operand, problem.extent(operand) as u64 * problem.element_bytes(operand) as u64)
-    }
-
     /// A new buffer that a kernel writes and the host reads.
     pub(crate) fn target(&self, operand: Operand, bytes: u64) -> wgpu::Buffer {
         self.device().create_buffer(&wgpu::BufferDescriptor {
@@ -166,5 +131,55 @@ impl Attention {
             usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC,
             mapped_at_creation: false,
         })
+    }
+}
+
+/// New buffers of a problem's operands: inputs with their bytes, and outputs that kernels write and the host reads.
+pub(crate) struct Uploaded(Vec<(Operand, wgpu::Buffer)>);
+
+impl Uploaded {
+    pub(crate) fn new(
+        attention: &Attention,
+        problem: &AttentionProblem,
+        inputs: &Inputs<'_>,
+    ) -> Result<Self> {
+        let new = |operand| {
+            let bytes = problem.extent(operand) as u64 * problem.element_bytes(operand) as u64;
+            let upload = inputs.get(operand).map(|(_, _, bytes)| attention.upload(operand, bytes));
+            (operand, upload.unwrap_or_else(|| attention.target(operand, bytes)))
+        };
+        scoped(attention.device(), "operand memory", || Self(problem.operands().map(new).collect()))
+    }
+
+    pub(crate) fn get(&self, operand: Operand) -> Option<wgpu::BufferSlice<'_>> {
+        let found = self.0.iter().find(|(of, _)| *of == operand);
+        found.map(|(_, buffer)| buffer.slice(..))
+    }
+
+    pub(crate) fn operands(&self) -> Operands<'_> {
+        let get = |operand| self.get(operand);
+        let (Some(q), Some(k), Some(v), Some(o)) =
+            (get(Operand::Q), get(Operand::K), get(Operand::V), get(Operand::O))
+        else {
+            unreachable!("every problem has q, k, v and o");
+        };
+        Operands {
+            w: get(Operand::W),
+            wq: get(Operand::Wq),
+            wk: get(Operand::Wk),
+            score_v: get(Operand::ScoreV),
+            bias: get(Operand::Bias),
+            mask: get(Operand::Mask),
+            alibi_slopes: get(Operand::AlibiSlopes),
+            sinks: get(Operand::Sinks),
+            kv_lens: get(Operand::KvLens),
+            block_table: get(Operand::BlockTable),
+            cu_seqlens_q: get(Operand::CuSeqlensQ),
+            cu_seqlens_k: get(Operand::CuSeqlensK),
+            status: get(Operand::Status),
+            lse: get(Operand::Lse),
+            weights: get(Operand::Weights),
+            ..Operands::new(q, k, v, o)
+        }
     }
 }

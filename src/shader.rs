@@ -410,7 +410,7 @@ fn keys(add: &mut impl FnMut(&str), operand: Operand, keys: Keys) {
 }
 
 /// The boolean mask.
-fn mask(add: &mut impl FnMut(&str)) {
+pub(crate) fn mask(add: &mut impl FnMut(&str)) {
     add(&named(part!("io/row"), Operand::Mask));
     add(&named(part!("io/mask"), Operand::Mask));
 }
@@ -420,25 +420,37 @@ fn lists(add: &mut impl FnMut(&str), b: &Blueprint) {
     if b.bundled {
         add(&part!("io/bundle").replace("BINDING", &Slot::Bundle.number().to_string()));
     }
-    for (operand, first) in [
-        (Operand::AlibiSlopes, "0u"),
-        (Operand::Sinks, "params.heads_q"),
-        (Operand::KvLens, "2u * params.heads_q"),
-        (Operand::CuSeqlensQ, "2u * params.heads_q + params.batch"),
-        (Operand::CuSeqlensK, "2u * params.heads_q + 2u * params.batch + 1u"),
-        (Operand::BlockTable, "2u * params.heads_q + 3u * params.batch + 2u"),
-    ] {
+    for (operand, _) in BUNDLED {
         let own = b.lists().find(|&slot| {
             slot == Slot::Operand(operand) || (slot == Slot::Lengths && operand == Operand::KvLens)
         });
         let text = match (own, b.bundled) {
             (Some(slot), false) => part!("io/list").replace("BINDING", &slot.number().to_string()),
-            (Some(_), true) => part!("io/list_bundled").to_string(),
+            (Some(_), true) => {
+                add(&list_bundled(operand));
+                continue;
+            }
             (None, _) if b.kernel == Kernel::Bundle => part!("io/list_none").to_string(),
             (None, _) => continue,
         };
-        add(&named(&text, operand).replace("FIRST", first));
+        add(&named(&text, operand));
     }
+}
+
+/// Where each list begins among those that lie in one buffer.
+const BUNDLED: [(Operand, &str); 6] = [
+    (Operand::AlibiSlopes, "0u"),
+    (Operand::Sinks, "params.heads_q"),
+    (Operand::KvLens, "2u * params.heads_q"),
+    (Operand::CuSeqlensQ, "2u * params.heads_q + params.batch"),
+    (Operand::CuSeqlensK, "2u * params.heads_q + 2u * params.batch + 1u"),
+    (Operand::BlockTable, "2u * params.heads_q + 3u * params.batch + 2u"),
+];
+
+/// A list that lies among others in one buffer.
+pub(crate) fn list_bundled(operand: Operand) -> String {
+    let first = BUNDLED.iter().find(|(list, _)| *list == operand).map_or("0u", |(_, first)| first);
+    named(part!("io/list_bundled"), operand).replace("FIRST", first)
 }
 
 /// The kernel's own compile-time sizes.
@@ -538,7 +550,7 @@ pub(crate) fn cells(scalars: bool, name: &str, of: &str) -> String {
     text.replace("NAME", name).replace("TYPE", of)
 }
 
-fn named(text: &str, operand: Operand) -> String {
+pub(crate) fn named(text: &str, operand: Operand) -> String {
     text.replace("OPERAND", &operand.to_string())
         .replace("BINDING", &Slot::Operand(operand).number().to_string())
 }
@@ -562,7 +574,7 @@ pub(crate) const fn load_part(io: Io) -> &'static str {
     }
 }
 
-fn load(io: Io, operand: Operand) -> String {
+pub(crate) fn load(io: Io, operand: Operand) -> String {
     named(load_part(io), operand).replace("DTYPE", &io.dtype.to_string())
 }
 

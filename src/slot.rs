@@ -16,6 +16,7 @@ pub(crate) enum Slot {
     MaskMap,
     Lengths,
     Launch,
+    Gathered,
     LayerProjected,
     LayerTurned,
     LayerAttended,
@@ -55,6 +56,8 @@ impl Slot {
                 Operand::Wk => 37,
                 Operand::ScoreV => 38,
                 Operand::Positions => 40,
+                Operand::Dout => 41,
+                Operand::Dq | Operand::Dk | Operand::Dv => 42,
             },
             Self::Scores => 11,
             Self::InverseSums => 14,
@@ -68,6 +71,7 @@ impl Slot {
             Self::LayerTurned => 34,
             Self::LayerAttended => 35,
             Self::KeyTerms => 39,
+            Self::Gathered => 43,
         }
     }
 }

@@ -5,12 +5,17 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
+use common::backward::{GRADIENTS, Pass, of};
 use common::case::{Case, Data};
 use common::check::Expected;
+use common::gpu::{self, Kind};
 use common::json::Json;
 use common::npy::{Elements, Npy};
 use common::subject::{Outcome, Subject};
-use wgpu_attention::{Align, AttentionProblem, Bias, Dtype, Layout, Operand, Similarity, Tensor, Window};
+use wgpu_attention::reference::max_error;
+use wgpu_attention::{
+    Align, AttentionProblem, BackwardProblem, Bias, Dtype, Layout, Operand, Similarity, Tensor, Window,
+};
 
 fn folder(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
@@ -226,61 +231,100 @@ fn weights_of(matrix: &[f64], mode: usize, p: &AttentionProblem, data: &Data) ->
     weights
 }
 
+/// A case of PyTorch's, by its entry in the manifest, and the folder of its arrays.
+fn torch_case(entry: &Json) -> (Case, PathBuf) {
+    let name = entry.get("name").expect("a name").text();
+    let dir = folder("torch").join(name);
+    let file = |key: &str| Npy::read(&dir.join(format!("{key}.npy")));
+    let (q, k, v) = (
+        Activation::new(&file("q"), None),
+        Activation::new(&file("k"), None),
+        Activation::new(&file("v"), None),
+    );
+    let mut p = problem_of(&q, &k, &v);
+    let attributes = entry.get("attributes").expect("attributes");
+    p.scale = attributes.get("scale").map(|x| x.number() as f32);
+    p.causal = match attributes.get("causal").map_or("none", Json::text) {
+        "top_left" => Some(Align::TopLeft),
+        "bottom_right" => Some(Align::BottomRight),
+        _ => None,
+    };
+    p.softcap = (name == "flex_softcap2").then_some(2.0);
+    let mut data = Data::new(q.tensor, k.tensor, v.tensor);
+    if has(entry, "inputs", "mask") {
+        attach_mask(&mut p, &mut data, &file("mask"));
+    }
+    match name {
+        "sim_dot" => p.similarity = Similarity::Dot,
+        "sim_bilinear" => {
+            p.similarity = Similarity::Bilinear { query_dim: p.head_dim, per_head: true };
+            data.w = Some(file("w").f32s());
+        }
+        "sim_additive" => {
+            let hidden = file("va").shape[0];
+            p.similarity = Similarity::Additive { query_dim: p.head_dim, hidden, per_head: false };
+            // They are [width, hidden] there.
+            let transposed = |key: &str| {
+                let (file, x) = (file(key), file(key).f32s());
+                let width = file.shape[0];
+                Some((0..hidden * width).map(|at| x[at % width * hidden + at / width]).collect())
+            };
+            (data.wq, data.wk) = (transposed("wq"), transposed("wk"));
+            data.score_v = Some(file("va").f32s());
+        }
+        _ => {}
+    }
+    (Case::new(name, p, data), dir)
+}
+
+fn has(entry: &Json, part: &str, key: &str) -> bool {
+    entry.get(part).is_some_and(|part| part.get(key).is_some())
+}
+
 /// 26 of PyTorch's: `scaled_dot_product_attention` and `flex_attention` in f64, similarities from
 /// primitives.
 #[test]
 fn torch() {
     let manifest = json(folder("torch/manifest.json"));
-    let mut count = 0;
+    assert_eq!(manifest.array().len(), 26);
     for entry in manifest.array() {
-        let name = entry.get("name").expect("a name").text();
-        count += 1;
-        let dir = folder("torch").join(name);
-        let has = |part: &str, key: &str| entry.get(part).is_some_and(|part| part.get(key).is_some());
+        let (case, dir) = torch_case(entry);
         let file = |key: &str| Npy::read(&dir.join(format!("{key}.npy")));
-        let (q, k, v) = (
-            Activation::new(&file("q"), None),
-            Activation::new(&file("k"), None),
-            Activation::new(&file("v"), None),
-        );
-        let mut p = problem_of(&q, &k, &v);
-        let attributes = entry.get("attributes").expect("attributes");
-        p.scale = attributes.get("scale").map(|x| x.number() as f32);
-        p.causal = match attributes.get("causal").map_or("none", Json::text) {
-            "top_left" => Some(Align::TopLeft),
-            "bottom_right" => Some(Align::BottomRight),
-            _ => None,
-        };
-        p.softcap = (name == "flex_softcap2").then_some(2.0);
-        let mut data = Data::new(q.tensor, k.tensor, v.tensor);
-        if has("inputs", "mask") {
-            attach_mask(&mut p, &mut data, &file("mask"));
-        }
-        match name {
-            "sim_dot" => p.similarity = Similarity::Dot,
-            "sim_bilinear" => {
-                p.similarity = Similarity::Bilinear { query_dim: p.head_dim, per_head: true };
-                data.w = Some(file("w").f32s());
-            }
-            "sim_additive" => {
-                let hidden = file("va").shape[0];
-                p.similarity = Similarity::Additive { query_dim: p.head_dim, hidden, per_head: false };
-                // They are [width, hidden] there.
-                let transposed = |key: &str| {
-                    let (file, x) = (file(key), file(key).f32s());
-                    let width = file.shape[0];
-                    Some((0..hidden * width).map(|at| x[at % width * hidden + at / width]).collect())
-                };
-                (data.wq, data.wk) = (transposed("wq"), transposed("wk"));
-                data.score_v = Some(file("va").f32s());
-            }
-            _ => {}
-        }
-        let lse = has("outputs", "lse").then(|| file("lse").expected());
-        let o = logical(&file("o"), &p);
-        check(&Case::new(name, p, data), Golden { o, lse, weights: None, error: 0.0 });
+        let lse = has(entry, "outputs", "lse").then(|| file("lse").expected());
+        let o = logical(&file("o"), &case.problem);
+        check(&case, Golden { o, lse, weights: None, error: 0.0 });
     }
-    assert_eq!(count, 26);
+}
+
+/// 23 of those again, with the gradients of PyTorch's autograd: the oracle's, and the GPU's.
+#[test]
+fn torch_gradients() {
+    let (mut count, mut narrow) = (0, 0);
+    for entry in json(folder("torch/manifest.json")).array() {
+        let (case, dir) = torch_case(entry);
+        let file = |key: &str| Npy::read(&dir.join(format!("{key}.npy")));
+        if !dir.join("dout.npy").exists() {
+            continue;
+        }
+        count += 1;
+        let problem = BackwardProblem::of(&case.problem);
+        let dout = Tensor::from_f32(case.problem.out_dtype, &file("dout").f32s());
+        let pass = Pass { case, problem, dout };
+        let own = pass.expected();
+        let golden = ["dq", "dk", "dv"].map(|key| file(key).expected());
+        let scale = golden.iter().flatten().fold(1.0, |max: f64, x| max.max(x.abs()));
+        for (operand, golden) in GRADIENTS.into_iter().zip(&golden) {
+            let error = max_error(of(&own.oracle, operand).iter().copied(), golden);
+            // Rounded to f32, as is a scale of ours.
+            assert!(error <= 1e-7 * scale, "{operand} of the oracle: {error:e}\n  {}", pass.case.name);
+        }
+        narrow += usize::from(pass.is_narrow());
+        for gpu in [Kind::Full, Kind::Minimal].into_iter().filter_map(|kind| gpu::get(kind, false)) {
+            let got = pass.run(gpu, false).unwrap_or_else(|e| panic!("{e}\n  {}", pass.case.name));
+            pass.check(&got, &own).unwrap_or_else(|what| panic!("{:?}: {what}", gpu.kind));
+        }
+    }
+    assert_eq!((count, narrow), (23, 2));
 }
 
 /// `[1, seq, heads * dim]` out of a literal.

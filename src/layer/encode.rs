@@ -1,17 +1,14 @@
 //! From a layer and buffers to recorded dispatches.
 
-use std::sync::PoisonError;
-
 use super::turns::Turns;
 use super::{Layer, Projection};
 use crate::append::QkNorm;
 use crate::attention::{Attention, Operands};
 use crate::caps::Caps;
-use crate::encode::{Prepared, within};
+use crate::encode::{Prepared, scratch_buffer};
 use crate::error::{Error, Operand, Result};
 use crate::linear::LinearOperands;
 use crate::plan::PlanOptions;
-use crate::scope::scoped;
 use crate::slot::Slot;
 
 /// The buffers of a layer, or pieces of buffers, as [`Operands`] has them; weights and biases lie as the [`Layer`] says.
@@ -223,8 +220,9 @@ impl Attention {
             operand.brought(wanted, buffer)?;
         }
         let plan = self.plan_with(&p, options)?;
-        let [projected, turned, attended] =
-            layer.between(apart).map(|(slot, bytes)| self.layer_scratch(slot, bytes));
+        let [projected, turned, attended] = layer
+            .between(apart)
+            .map(|(slot, bytes)| scratch_buffer(&self.shared, slot, bytes, "between a layer's parts"));
         let [projected, turned, attended] = [projected?, turned?, attended?];
 
         let mut all = Prepared::default();
@@ -265,14 +263,5 @@ impl Attention {
         };
         let last = self.prepare_linear(&layer.projection_o(), &linear);
         Ok(all.then(last.map_err(|e| e.of(Projection::O))?))
-    }
-
-    /// A scratch buffer between the parts of a layer.
-    fn layer_scratch(&self, slot: Slot, bytes: u64) -> Result<wgpu::Buffer> {
-        within(|| "scratch: bytes between a layer's parts".into(), bytes, self.caps().max_buffer)?;
-        let shared = &self.shared;
-        let mut scratch = shared.scratch.lock().unwrap_or_else(PoisonError::into_inner);
-        scoped(&shared.device, "scratch memory of a layer", || scratch.buffer(&shared.device, slot, bytes))
-            .inspect_err(|_| scratch.clear())
     }
 }

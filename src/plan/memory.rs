@@ -2,11 +2,9 @@
 //! that keep scratch inside its budget.
 
 use super::{DISPATCH_FLOP, Path, Plan, Window};
-use crate::cache::Cache;
 use crate::error::{Error, Operand, Result};
 use crate::kernel::{bundle_words, key_parts, looks_after_lengths, part_keys};
 use crate::layout::Layout;
-use crate::mask::Align;
 use crate::params::{ParamLayout, Params};
 use crate::problem::MAX_SEQ;
 use crate::slot::Slot;
@@ -33,38 +31,20 @@ impl Plan {
         let parts = self.parts();
         let chunk = self.chunk(block / parts);
         let part = block % parts;
-        // Beyond both lengths a window bounds nothing, and positions stay far inside an i32.
-        let side = |side: Option<usize>| side.map_or(2 * MAX_SEQ, |n| n.min(2 * MAX_SEQ)) as i32;
-        let window = p.window.unwrap_or_default();
         let layout = |operand: Operand| {
             let layout = p.layout(operand).unwrap_or(Layout { offset: 0, strides: [0; 4] });
             let first = self.window(operand).start as usize / p.element_bytes(operand);
             ParamLayout::new(layout, p.shape(operand), first)
         };
-        let of_head = |elements: usize| if p.has_own_matrices() { elements as u32 } else { 0 };
         let step = self.tiles.map().map_or(1, |tile| tile.keys);
         let part_keys = part_keys(p, &self.caps);
-        let [pages, max_blocks, total_kv] = match p.cache {
-            Cache::Paged { pages, max_blocks, .. } => [pages, max_blocks, 0],
-            Cache::Ragged { total } => [0, 0, total],
-            _ => [0; 3],
-        };
         Params {
-            batch: p.batch as u32,
-            heads_q: p.heads_q as u32,
-            group_size: p.group_size() as u32,
-            seq_q: p.seq_q as u32,
-            seq_kv: p.seq_kv as u32,
-            head_dim: p.head_dim as u32,
-            head_dim_v: p.head_dim_v as u32,
-            query_dim: p.query_dim() as u32,
             head_first: chunk.head as u32,
             head_count: chunk.heads as u32,
             row_first: chunk.row as u32,
             row_count: chunk.rows as u32,
             score_stride: self.score_stride() as u32,
             projected_stride: self.projected_stride() as u32,
-            key_term_group: p.key_term_group() as u32,
             key_first: (part * part_keys) as u32,
             key_end: if part + 1 == parts { u32::MAX } else { ((part + 1) * part_keys) as u32 },
             splits: self.splits as u32,
@@ -72,30 +52,13 @@ impl Plan {
             split_least: (self.split_least as u32).div_ceil(step),
             split_tiles: self.split_tiles() as u32,
             most_groups: self.caps.max_dispatch,
-            total_q: p.total_q.unwrap_or(0) as u32,
-            total_kv: total_kv as u32,
-            pages: pages as u32,
-            max_blocks: max_blocks as u32,
-            scale: p.effective_scale() as f32,
-            softcap: p.softcap.unwrap_or(1.0),
-            norm_epsilon: 0.0,
-            hidden: p.compared_dim() as u32,
-            w_head_stride: of_head(p.query_dim() * p.compared_dim()),
-            wk_head_stride: of_head(p.compared_dim() * p.head_dim),
-            score_v_head_stride: of_head(p.compared_dim()),
-            causal: u32::from(p.causal.is_some()),
-            align: match p.positions_align() {
-                Align::TopLeft => 1,
-                Align::BottomRight => 2,
-            },
-            window_left: side(window.left),
-            window_right: if p.causal.is_some() { 0 } else { side(window.right) },
             q: layout(Operand::Q),
             k: layout(Operand::K),
             v: layout(Operand::V),
             o: layout(Operand::O),
             bias: layout(Operand::Bias),
             mask: layout(Operand::Mask),
+            ..Params::of(p)
         }
     }
 
@@ -133,8 +96,8 @@ impl Plan {
             }
             Slot::Carried => rows * self.carried_bytes(),
             Slot::Params | Slot::Operand(_) => 0,
-            // A layer's own.
-            Slot::LayerProjected | Slot::LayerTurned | Slot::LayerAttended => 0,
+            // A layer's, and a gradient's own.
+            Slot::Gathered | Slot::LayerProjected | Slot::LayerTurned | Slot::LayerAttended => 0,
         }
     }
 

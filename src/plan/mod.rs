@@ -22,11 +22,11 @@ use crate::tuning::Tuning;
 use choice::{preference, stages, untrusted, wasteful};
 
 /// Scratch that a plan takes unless told otherwise, where the device's limits allow it.
-const DEFAULT_BUDGET: u64 = 64 << 20;
+pub(crate) const DEFAULT_BUDGET: u64 = 64 << 20;
 
 /// Most floating-point operations of a fused dispatch: a second on a GPU that does 0.3 TFLOP/s, and
 /// still thousands of workgroups for one that does a thousand times as many.
-const DISPATCH_FLOP: u64 = 300_000_000_000;
+pub(crate) const DISPATCH_FLOP: u64 = 300_000_000_000;
 
 /// What a tile of the tuning table is for.
 const TUNED: &str = "the fastest by the tuning table";

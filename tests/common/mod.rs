@@ -2,6 +2,7 @@
 // Each test program uses its part of this module, and none is a library.
 #![allow(dead_code, unreachable_pub)]
 
+pub mod backward;
 pub mod case;
 pub mod check;
 pub mod gpu;

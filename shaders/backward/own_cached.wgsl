@@ -1,0 +1,12 @@
+// A tile's own rows, each time from the caches.
+
+fn stage_own(thread: u32, b: u32, head: u32, first: u32, last: u32) {}
+
+// Quad `e` of a row, of the tile and by where it lies.
+fn own_quad_a(row: u32, at: u32, e: u32) -> vec4<f32> {
+    return load_own_a(at, 4u * e);
+}
+
+fn own_quad_b(row: u32, at: u32, e: u32) -> vec4<f32> {
+    return load_own_b(at, 4u * e);
+}

@@ -1,0 +1,26 @@
+// A part of the others, [key_first, key_end) of those of all heads that are met, one head's after another's; the sums
+// are carried to the next part's dispatch.
+@group(0) @binding(BINDING) var<storage, read_write> carried: array<vec4<f32>>;
+
+fn part_of(meeting: u32, met: vec2<u32>) -> vec2<u32> {
+    let before = meeting * params.seq_q;
+    let first = max(params.key_first, before) - before;
+    let end = max(params.key_end, before) - before;
+    return vec2<u32>(max(met.x, first), min(met.y, end));
+}
+
+fn begin_quad(at: u32) -> vec4<f32> {
+    var sum = vec4<f32>();
+    if params.key_first > 0u {
+        sum = carried[at];
+    }
+    return sum;
+}
+
+fn end_quad(at: u32, b: u32, head: u32, row: u32, quad: u32, sum: vec4<f32>, factor: f32) {
+    if params.key_end == 0xffffffffu {
+        store4_grad(row_grad(b, head, row), 4u * quad, sum * factor);
+    } else {
+        carried[at] = sum;
+    }
+}

@@ -1,0 +1,461 @@
+//! The kernels of a backward pass: what is compiled into each, its WGSL and its bindings.
+
+use super::BackwardProblem;
+use crate::blueprint::Io;
+use crate::cache::Cache;
+use crate::caps::{Caps, MANY_REGISTERS};
+use crate::dtype::Dtype;
+use crate::error::{Error, Operand, Result};
+use crate::fused::{self, FusedTile};
+use crate::shader::{self, load_part, mask, named, store_part};
+use crate::slot::Slot;
+
+macro_rules! part {
+    ($name:literal) => {
+        include_str!(concat!("../../shaders/", $name, ".wgsl"))
+    };
+}
+
+/// Threads of the kernel that looks at rows.
+pub(crate) const LANES: u32 = 64;
+
+/// What a kernel of the backward pass makes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Makes {
+    /// lse and delta of each query, and all lists, in one buffer.
+    Rows,
+    Dq,
+    Dk,
+    Dv,
+}
+
+impl Makes {
+    /// The gradient that it makes.
+    pub(crate) fn gradient(self) -> Option<Operand> {
+        match self {
+            Self::Rows => None,
+            Self::Dq => Some(Operand::Dq),
+            Self::Dk => Some(Operand::Dk),
+            Self::Dv => Some(Operand::Dv),
+        }
+    }
+}
+
+/// Everything that is compiled into one of these pipelines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Backward {
+    pub(crate) makes: Makes,
+    pub(crate) tile: FusedTile,
+    q: Option<Io>,
+    k: Option<Io>,
+    v: Option<Io>,
+    o: Option<Io>,
+    dout: Io,
+    grad: Option<Io>,
+    bias: Option<Io>,
+    softcap: bool,
+    alibi: bool,
+    mask: bool,
+    kv_lens: bool,
+    ragged_q: bool,
+    ragged_k: bool,
+    /// Quads of both kinds of own rows if those are held in workgroup memory.
+    held: Option<[u32; 2]>,
+    /// The others come in several parts.
+    pub(crate) parts: bool,
+}
+
+impl Backward {
+    pub(crate) fn new(makes: Makes, problem: &BackwardProblem, caps: &Caps) -> Self {
+        let p = problem.forward();
+        let io = |operand: Operand| {
+            let (dtype, layout) = (problem.dtype(operand), problem.layout(operand)?);
+            // The bias is read element by element, whatever its layout.
+            let vec4 = operand != Operand::Bias && layout.is_vec4(problem.shape(operand)[3]);
+            Some(Io { dtype, vec4, native: dtype == Dtype::F16 && caps.shader_f16 })
+        };
+        let rows = makes == Makes::Rows;
+        let (tile, held) = if rows { (FusedTile::NONE, None) } else { tile(makes, problem, caps) };
+        let when = |wanted: bool, operand| if wanted { io(operand) } else { None };
+        Self {
+            makes,
+            tile,
+            held,
+            q: when(!rows, Operand::Q),
+            k: when(!rows, Operand::K),
+            v: when(!rows, Operand::V),
+            o: when(rows, Operand::O),
+            dout: io(Operand::Dout).unwrap_or(Io { dtype: p.out_dtype, vec4: false, native: false }),
+            grad: makes.gradient().and_then(io),
+            bias: when(!rows, Operand::Bias),
+            softcap: !rows && p.softcap.is_some(),
+            alibi: p.alibi,
+            mask: !rows && p.mask.is_some(),
+            kv_lens: p.kv_lens,
+            ragged_q: p.total_q.is_some(),
+            ragged_k: matches!(p.cache, Cache::Ragged { .. }),
+            parts: !rows && parts(makes, problem, caps) > 1,
+        }
+    }
+
+    pub(crate) fn name(&self) -> &'static str {
+        match self.makes {
+            Makes::Rows => "backward_rows",
+            Makes::Dq => "backward_dq",
+            Makes::Dk => "backward_dk",
+            Makes::Dv => "backward_dv",
+        }
+    }
+
+    /// Threads of a workgroup.
+    fn threads(&self) -> u32 {
+        if self.makes == Makes::Rows { LANES } else { self.tile.threads() }
+    }
+
+    /// Workgroup memory of the others' lse and delta, and of the rest.
+    pub(crate) fn workgroup_bytes(&self) -> u32 {
+        let terms = if self.owns_keys() { 8 * self.tile.tile_kv() } else { 0 };
+        if self.makes == Makes::Rows { 0 } else { tile_bytes(self.tile, self.held) + terms }
+    }
+
+    fn owns_keys(&self) -> bool {
+        matches!(self.makes, Makes::Dk | Makes::Dv)
+    }
+
+    /// What of a device it would overstep.
+    pub(crate) fn check(&self, caps: &Caps) -> Result<()> {
+        for (what, need, got) in [
+            ("threads of a workgroup", self.threads(), caps.max_invocations.min(caps.max_workgroup_size[0])),
+            ("bytes of workgroup memory", self.workgroup_bytes(), caps.max_workgroup_bytes),
+            ("registers of a thread", self.tile.registers(), MANY_REGISTERS),
+            ("storage buffers", self.storage().len() as u32, caps.max_storage_buffers),
+        ] {
+            if need > got {
+                let what = format!("{}: {what}", self.name());
+                return Err(Error::LimitExceeded { what, need: need.into(), got: got.into() });
+            }
+        }
+        Ok(())
+    }
+
+    /// The lists that are gathered.
+    fn lists(&self) -> impl Iterator<Item = Operand> {
+        [
+            (self.alibi, Operand::AlibiSlopes),
+            (self.kv_lens, Operand::KvLens),
+            (self.ragged_q, Operand::CuSeqlensQ),
+            (self.ragged_k, Operand::CuSeqlensK),
+        ]
+        .into_iter()
+        .filter_map(|(present, operand)| present.then_some(operand))
+    }
+
+    /// The bindings but the uniform block.
+    pub(crate) fn storage(&self) -> Vec<(Slot, bool)> {
+        let operand = |operand| (Slot::Operand(operand), false);
+        let mut all = vec![operand(Operand::Dout)];
+        if let Some(gradient) = self.makes.gradient() {
+            all.extend([Operand::Q, Operand::K, Operand::V].map(operand));
+            all.extend(self.bias.map(|_| operand(Operand::Bias)));
+            all.extend(self.mask.then_some(operand(Operand::Mask)));
+            all.extend([(Slot::Gathered, false), (Slot::Operand(gradient), true)]);
+            all.extend(self.parts.then_some((Slot::Carried, true)));
+        } else {
+            all.extend([Operand::O, Operand::Lse].into_iter().chain(self.lists()).map(operand));
+            all.push((Slot::Gathered, true));
+        }
+        all
+    }
+
+    pub(crate) fn wgsl(&self) -> String {
+        let mut out = String::new();
+        let ios = [self.q, self.k, self.v, self.o, Some(self.dout), self.grad, self.bias];
+        if ios.iter().flatten().any(|io| io.native) {
+            out.push_str("enable f16;\n");
+        }
+        out.push_str(&format!("// {}, composed from shaders/\n", self.name()));
+        for (name, value) in self.constants() {
+            out.push_str(&format!("const {name} = {value};\n"));
+        }
+        let mut add = |text: &str| {
+            out.push('\n');
+            out.push_str(text);
+        };
+        add(part!("params"));
+        add(part!("common"));
+        if ios.iter().flatten().any(|io| io.dtype != Dtype::F32 && !io.native) {
+            add(part!("io/convert"));
+        }
+        add(part!("backward/terms"));
+        let load = |io: Io, operand, width: &str| {
+            let quads = if io.vec4 { "" } else { part!("io/load4_by_element") };
+            named(&format!("{}\n{quads}", load_part(io)), operand)
+                .replace("DTYPE", &io.dtype.to_string())
+                .replace("WIDTH", width)
+        };
+        add(&load(self.dout, Operand::Dout, "head_dim_v"));
+        let gathered = Slot::Gathered.number().to_string();
+        if let Some(o) = self.o {
+            add(&load(o, Operand::O, "head_dim_v"));
+            add(&named(part!("io/row"), Operand::O));
+            add(&named(part!("io/row"), Operand::Dout));
+            add(&named(part!("io/list"), Operand::Lse));
+            let lists: Vec<_> = self.lists().collect();
+            for operand in [Operand::AlibiSlopes, Operand::KvLens, Operand::CuSeqlensQ, Operand::CuSeqlensK] {
+                let there = lists.contains(&operand);
+                add(&named(if there { part!("io/list") } else { part!("io/list_none") }, operand));
+            }
+            add(&part!("kernel/backward_rows").replace("BINDING", &gathered));
+            return out;
+        }
+        let row_of_queries = if self.ragged_q { part!("io/row_ragged") } else { part!("io/row") };
+        let row_of_keys =
+            [if self.ragged_k { part!("io/key_ragged") } else { part!("io/key") }, part!("io/key_row")];
+        let row_of_keys = row_of_keys.join("\n");
+        for (io, operand, width, row) in [
+            (self.q, Operand::Q, "head_dim", row_of_queries),
+            (self.k, Operand::K, "head_dim", &row_of_keys),
+            (self.v, Operand::V, "head_dim_v", &row_of_keys),
+        ] {
+            add(&io.map_or(String::new(), |io| load(io, operand, width)));
+            add(&named(row, operand));
+        }
+        add(&named(row_of_queries, Operand::Dout));
+        if let (Some(io), Some(operand)) = (self.grad, self.makes.gradient()) {
+            let number = Slot::Operand(operand).number().to_string();
+            let text = format!(
+                "{}\n{}",
+                store_part(io),
+                if self.owns_keys() { &row_of_keys } else { row_of_queries }
+            );
+            add(&text
+                .replace("OPERAND", "grad")
+                .replace("BINDING", &number)
+                .replace("DTYPE", &io.dtype.to_string())
+                .replace("WIDTH", self.width()));
+        }
+        add(&part!("backward/gathered").replace("BINDING", &gathered));
+        for operand in self.lists() {
+            add(&shader::list_bundled(operand));
+        }
+        add(if self.ragged_q { part!("io/queries_ragged") } else { part!("io/queries") });
+        if self.ragged_k {
+            add(part!("io/keys_ragged"));
+        }
+        add(match (self.kv_lens, self.ragged_k) {
+            (true, _) => part!("io/kv_lens"),
+            (false, true) => part!("io/kv_lens_ragged"),
+            (false, false) => part!("io/kv_lens_none"),
+        });
+        add(part!("io/status_bits"));
+        add(part!("io/key_length"));
+        add(part!("mask_tiles"));
+        add(part!("mask"));
+        if let Some(io) = self.bias {
+            add(&shader::load(io, Operand::Bias));
+            add(&named(part!("io/row"), Operand::Bias));
+            add(part!("io/bias"));
+        } else {
+            add(part!("io/bias_none"));
+        }
+        if self.mask {
+            mask(&mut add);
+        } else {
+            add(part!("io/mask_none"));
+        }
+        add(if self.alibi { part!("io/alibi") } else { part!("io/alibi_none") });
+        add(part!("io/compared_dot"));
+        add(part!("score"));
+        if self.parts {
+            add(&part!("backward/part").replace("BINDING", &Slot::Carried.number().to_string()));
+        } else {
+            add(part!("backward/whole"));
+        }
+        add(if self.owns_keys() { part!("backward/own_keys") } else { part!("backward/own_queries") });
+        add(if self.held.is_some() { part!("backward/own_held") } else { part!("backward/own_cached") });
+        add(&part!("kernel/backward_tile").replace("OUT_WIDTH", &format!("params.{}", self.width())));
+        out
+    }
+
+    /// The gradient's width.
+    fn width(&self) -> &'static str {
+        if self.makes == Makes::Dv { "head_dim_v" } else { "head_dim" }
+    }
+
+    fn constants(&self) -> Vec<(&'static str, String)> {
+        let t = self.tile;
+        if self.makes == Makes::Rows {
+            return vec![("LANES", format!("{LANES}u"))];
+        }
+        let of_scores = self.makes != Makes::Dv;
+        let plain = !self.softcap && self.bias.is_none() && !self.alibi && !self.mask;
+        let [a_quads, b_quads] = self.held.unwrap_or_default();
+        let numbers = [
+            ("A_QUADS", a_quads),
+            ("B_QUADS", b_quads),
+            ("TILE", t.tile_q()),
+            ("LANES", t.lanes),
+            ("ROW_LANES", t.row_lanes),
+            ("ROWS", t.rows),
+            ("SLICE", t.slice),
+            ("QUADS", t.quads),
+            ("OUT_QUADS", t.lanes * t.quads),
+            ("SHARE", t.share()),
+            ("RAGGED_K", self.ragged_k.into()),
+        ];
+        let switches = [
+            ("SOFTCAP", self.softcap),
+            ("PLAIN", plain),
+            ("OF_SCORES", of_scores),
+            // What the weights are multiplied by lies there already.
+            ("STAGED", of_scores && t.whole[0]),
+        ];
+        let numbers = numbers.into_iter().map(|(name, value)| (name, format!("{value}u")));
+        numbers.chain(switches.map(|(name, value)| (name, value.to_string()))).collect()
+    }
+}
+
+/// Own rows of a head, and the others that each may meet, of all heads together.
+pub(crate) fn own_and_others(makes: Makes, problem: &BackwardProblem) -> [u64; 2] {
+    let p = &problem.attention;
+    let (queries, keys) = (p.seq_q as u64, p.seq_kv as u64);
+    match makes {
+        Makes::Rows => [p.total_q.unwrap_or(p.seq_q) as u64, 0],
+        Makes::Dq => [queries, keys],
+        Makes::Dk | Makes::Dv => [keys, queries * p.group_size() as u64],
+    }
+}
+
+/// Others of a part. A thread on a processor loops fewer than 40000 times for it: lavapipe ends a thread's loops after
+/// 65535 iterations in all.
+pub(crate) fn part_others(problem: &BackwardProblem, caps: &Caps) -> u64 {
+    if !caps.on_cpu() {
+        return u64::MAX;
+    }
+    let p = &problem.attention;
+    let widest = p.head_dim.max(p.head_dim_v).next_power_of_two();
+    2048 * 64 / widest.clamp(64, 512) as u64
+}
+
+/// Parts that the others come in.
+pub(crate) fn parts(makes: Makes, problem: &BackwardProblem, caps: &Caps) -> u64 {
+    let [_, others] = own_and_others(makes, problem);
+    others.div_ceil(part_others(problem, caps)).max(1)
+}
+
+/// A slice of the others' tile (skewed by a vec4, so that rows begin in different banks), the weights (skewed, too), two
+/// flags, and the own rows if they are held.
+fn tile_bytes(of: FusedTile, held: Option<[u32; 2]>) -> u32 {
+    let skew = if of.lanes < 8 { 1 } else { 0 };
+    let own = held.map_or(0, |quads| of.tile_q() * quads.iter().map(|quads| quads + skew).sum::<u32>());
+    16 * (of.tile_kv() * (of.slice + 1) + of.tile_q() * (of.lanes + 1) + own) + 8
+}
+
+/// The fused tile's sizes for own rows and others: its slices serve both products. `whole` says whether all of
+/// head_dim, and of head_dim_v, lies in one. With them the quads of own rows that are held: half of the rows of a thread
+/// are no loss beside an own quad that comes from storage at each product with four others, since a GPU spends as much
+/// on a load's address and bounds as on what it loads.
+fn tile(makes: Makes, problem: &BackwardProblem, caps: &Caps) -> (FusedTile, Option<[u32; 2]>) {
+    let p = &problem.attention;
+    let [own, _] = own_and_others(makes, problem);
+    let widest = p.head_dim.max(p.head_dim_v);
+    let out = if makes == Makes::Dv { p.head_dim_v } else { p.head_dim };
+    let of = fused::tile(own as usize, widest, out, false, caps);
+    let quads = [p.head_dim, p.head_dim_v].map(|width| (width as u32).div_ceil(4));
+    let whole = quads.map(|quads| quads <= of.slice);
+    let of = FusedTile { held: 0, whole, ..of };
+    // V is no factor of the weights that its own gradient sums.
+    let quads = if makes == Makes::Dv { [quads[0], 1] } else { quads };
+    let room = fused::most_holding_bytes(caps).saturating_sub(8 * of.tile_kv());
+    let halved = FusedTile { rows: (of.rows / 2).max(1), ..of };
+    let holds = [of, halved].into_iter().find(|&of| tile_bytes(of, Some(quads)) <= room);
+    holds.map_or((of, None), |of| (of, Some(quads)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::Layout;
+    use crate::mask::Align;
+    use crate::pipeline::{Recipe, reflection};
+    use crate::problem::{AttentionProblem, Bias};
+
+    /// Problems with no option, with each by itself, and with all that go together.
+    fn problems() -> Vec<AttentionProblem> {
+        let new = |dim, dim_v| AttentionProblem::new(2, 4, 2, 70, 90, dim, dim_v);
+        let plain = new(64, 64);
+        let bias = Some(Bias { dtype: Dtype::F32, layout: Layout::broadcast([1, 4, 70, 90]) });
+        let mask = Some(Layout::broadcast([2, 1, 1, 90]));
+        let all = AttentionProblem {
+            softcap: Some(30.0),
+            bias,
+            alibi: true,
+            mask,
+            causal: Some(Align::BottomRight),
+            kv_lens: true,
+            sinks: true,
+            ..plain.clone()
+        };
+        let ragged = |p: AttentionProblem| {
+            AttentionProblem { kv_lens: false, ..p }
+                .with_cache(Cache::Ragged { total: 150 }, Dtype::F32)
+                .with_ragged_queries(120)
+        };
+        vec![
+            AttentionProblem { softcap: Some(30.0), ..plain.clone() },
+            AttentionProblem { bias, ..plain.clone() },
+            AttentionProblem { alibi: true, ..plain.clone() },
+            AttentionProblem { mask, ..plain.clone() },
+            AttentionProblem { kv_lens: true, ..plain.clone() },
+            ragged(plain.clone()),
+            ragged(all.clone()),
+            AttentionProblem { ..all.clone() }.with_dtype(Dtype::F16),
+            AttentionProblem { kv_dtype: Some(Dtype::Bf16), out_dtype: Dtype::F16, ..all.clone() },
+            AttentionProblem::new(1, 4, 2, 5000, 9000, 96, 96).with_dtype(Dtype::Bf16),
+            all,
+            new(7, 33).with_dtype(Dtype::F16),
+            new(7, 33).with_dtype(Dtype::Bf16),
+            new(1, 1),
+            new(512, 512),
+            new(192, 128),
+            plain,
+        ]
+    }
+
+    #[test]
+    fn every_kernel_is_valid_and_binds_what_it_says_inside_default_limits() {
+        for shader_f16 in [false, true] {
+            for on_cpu in [false, true] {
+                let device_type = if on_cpu { wgpu::DeviceType::Cpu } else { wgpu::DeviceType::DiscreteGpu };
+                let caps = Caps { shader_f16, device_type, ..Caps::minimal() };
+                for attention in problems() {
+                    let problem = BackwardProblem::of(&attention);
+                    problem.validate().unwrap();
+                    for makes in [Makes::Rows, Makes::Dq, Makes::Dk, Makes::Dv] {
+                        let kernel = Backward::new(makes, &problem, &caps);
+                        // Sums that come in parts want a ninth buffer beside a bias and a mask.
+                        let most = if kernel.parts {
+                            caps.max_storage_buffers + 1
+                        } else {
+                            caps.max_storage_buffers
+                        };
+                        kernel.check(&Caps { max_storage_buffers: most, ..caps.clone() }).unwrap();
+                        let bytes = reflection::check(Recipe::Backward(kernel), shader_f16);
+                        assert_eq!(bytes, kernel.workgroup_bytes(), "{kernel:?}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_said() {
+        let problem = BackwardProblem::of(&AttentionProblem::new(1, 1, 1, 8, 8, 1024, 1024));
+        let error = Backward::new(Makes::Dq, &problem, &Caps::minimal()).check(&Caps::minimal());
+        let Err(Error::LimitExceeded { what, .. }) = error else { panic!("{error:?}") };
+        assert!(what.contains("backward_dq"), "{what}");
+        let narrow = Caps { max_storage_buffers: 4, ..Caps::minimal() };
+        let problem = BackwardProblem::of(&AttentionProblem::new(1, 1, 1, 8, 8, 64, 64));
+        assert!(Backward::new(Makes::Dk, &problem, &narrow).check(&narrow).is_err());
+    }
+}

@@ -1,0 +1,190 @@
+//! Gradients: what attention hands back to q, k and v of a loss's gradient by o. Here is what a backward pass
+//! is; `kernel` has the shaders, `encode` the way to them, and `oracle` what they are held to.
+
+mod encode;
+pub(crate) mod kernel;
+pub(crate) mod oracle;
+mod run;
+
+pub use encode::BackwardOperands;
+pub use run::BackwardOutputs;
+
+use crate::cache::Cache;
+use crate::dtype::{Dtype, TensorRef};
+use crate::error::{Error, Operand, Result};
+use crate::host::Inputs;
+use crate::layout::Layout;
+use crate::problem::{AttentionProblem, Similarity};
+
+/// The backward pass of one attention call: from the gradient of a loss by o, `dout`, those by q, k and v.
+///
+/// With the weights `p = exp(s - lse)` of the forward call and its `delta = sum of dout o`:
+///
+/// ```text
+/// ds = p (dout . v - delta) ds/d(q . k)      dq = sum over keys of ds k
+/// dk = sum over queries of ds q              dv = sum over queries of p dout
+/// ```
+///
+/// (FlashAttention 2, Dao 2023, algorithm 2.) Heads of queries that share a head of k and v add up there. Weights are
+/// computed again, tile by tile, and none is ever stored: scratch is two numbers a query. Sums are f32 whatever the
+/// storage, have one owner each, and so come out as the same bits each time.
+///
+/// Scale, soft cap, bias, ALiBi, every mask, key lengths, sinks, grouped heads, ragged sequences, strides and types
+/// are those of the forward call. A query or key that no pair keeps has a gradient of zeros; rows of k and v behind an
+/// entry's length have, too, but where keys are ragged, of which rows that belong to no entry are left alone, as they
+/// are of ragged queries. A NaN in what a pair keeps spreads to the gradients that the pair adds to. Bias, slopes and
+/// sinks are constants: they get no gradient.
+///
+/// ```
+/// use wgpu_attention::{Align, AttentionProblem, BackwardProblem, Operand};
+/// let attention = AttentionProblem {
+///     causal: Some(Align::TopLeft),
+///     ..AttentionProblem::new(2, 32, 8, 512, 512, 64, 64)
+/// };
+/// let backward = BackwardProblem::of(&attention);
+/// assert!(backward.validate().is_ok());
+/// assert_eq!(backward.extent(Operand::Dk), 2 * 8 * 512 * 64);
+/// ```
+#[derive(Clone, Debug, PartialEq)]
+pub struct BackwardProblem {
+    /// The forward call. Its o and lse are operands here; whether it asks for lse does not matter.
+    pub attention: AttentionProblem,
+    /// Where the elements of the gradient by o lie, in o's shape and type.
+    pub dout: Layout,
+    /// Where the gradient by q goes, in q's shape and type. No stride of 0.
+    pub dq: Layout,
+    /// Where the gradient by k goes, in k's shape and type. No stride of 0.
+    pub dk: Layout,
+    /// Where the gradient by v goes, in v's shape and type. No stride of 0.
+    pub dv: Layout,
+}
+
+impl BackwardProblem {
+    /// The backward pass of `attention`, with gradients that lie as o, q, k and v do; contiguous, in the order of
+    /// `[batch, heads, seq, dim]`, those of an operand which repeats elements.
+    pub fn of(attention: &AttentionProblem) -> Self {
+        let p = attention;
+        let as_is = |operand, layout: Layout| {
+            let shape = p.shape(operand);
+            let own = layout.is_injective(shape);
+            if own { layout } else { Layout::bhsd(shape[1], shape[2], shape[3]) }
+        };
+        Self {
+            attention: p.clone(),
+            dout: p.o,
+            dq: as_is(Operand::Q, p.q),
+            dk: as_is(Operand::K, p.k),
+            dv: as_is(Operand::V, p.v),
+        }
+    }
+
+    /// The forward call as the backward pass sees it: with lse, and with nothing else beside o.
+    pub(crate) fn forward(&self) -> AttentionProblem {
+        AttentionProblem { lse: true, weights: false, status: false, ..self.attention.clone() }
+    }
+
+    /// Logical shape of an operand.
+    pub fn shape(&self, operand: Operand) -> [usize; 4] {
+        self.attention.shape(like(operand))
+    }
+
+    /// Where an operand's elements lie; `None` when the backward pass has no such operand.
+    pub fn layout(&self, operand: Operand) -> Option<Layout> {
+        match operand {
+            Operand::Dout => Some(self.dout),
+            Operand::Dq => Some(self.dq),
+            Operand::Dk => Some(self.dk),
+            Operand::Dv => Some(self.dv),
+            _ => self.forward().layout(operand),
+        }
+    }
+
+    /// Storage of a tensor operand.
+    pub(crate) fn dtype(&self, operand: Operand) -> Dtype {
+        let p = &self.attention;
+        match like(operand) {
+            Operand::Q => p.dtype,
+            Operand::K | Operand::V => p.stored_kv(),
+            Operand::Bias => p.bias.map_or(Dtype::F32, |bias| bias.dtype),
+            _ => p.out_dtype,
+        }
+    }
+
+    /// Elements that a slice for this operand must hold: one past the largest index of its layout. 0 when there is no
+    /// such operand or it is empty.
+    pub fn extent(&self, operand: Operand) -> u128 {
+        self.layout(operand).map_or(0, |layout| layout.extent(self.shape(operand)))
+    }
+
+    /// Floating-point operations, counted as FlashAttention does: two and a half times the forward call's.
+    pub fn flops(&self) -> f64 {
+        2.5 * self.attention.flops()
+    }
+
+    /// Checks every rule that does not depend on data or device.
+    ///
+    /// # Errors
+    /// Those of [`AttentionProblem::validate`]; [`Error::NoGradient`] for similarities other than (scaled) dot
+    /// products, for rings and pages, and for quantised k and v; [`Error::TooLarge`] and [`Error::Overlaps`] about a
+    /// gradient.
+    pub fn validate(&self) -> Result<()> {
+        let forward = self.forward();
+        forward.validate()?;
+        let none = |of: &str| Err(Error::NoGradient { of: of.into() });
+        match self.attention.similarity {
+            Similarity::Dot | Similarity::ScaledDot => {}
+            Similarity::Bilinear { .. } => return none("a bilinear similarity"),
+            Similarity::Cosine => return none("a cosine similarity"),
+            Similarity::Additive { .. } => return none("an additive similarity"),
+        }
+        match self.attention.cache {
+            Cache::Contiguous | Cache::Ragged { .. } => {}
+            Cache::Ring { .. } => return none("keys in a ring"),
+            Cache::Paged { .. } => return none("keys in pages"),
+        }
+        if !forward.stored_kv().is_float() {
+            return Err(Error::NoGradient { of: format!("keys of {}", forward.stored_kv()) });
+        }
+        for operand in [Operand::Dout, Operand::Dq, Operand::Dk, Operand::Dv] {
+            let extent = self.extent(operand);
+            if extent > u128::from(u32::MAX) {
+                let what = format!("{operand}'s last element index");
+                return Err(Error::TooLarge { what, got: extent, max: u32::MAX.into() });
+            }
+        }
+        for (operand, layout) in [(Operand::Dq, self.dq), (Operand::Dk, self.dk), (Operand::Dv, self.dv)] {
+            let shape = self.shape(operand);
+            if !layout.is_injective(shape) {
+                return Err(Error::Overlaps { operand, shape, strides: layout.strides });
+            }
+        }
+        Ok(())
+    }
+
+    /// The problem, and slices against it.
+    pub(crate) fn check(&self, inputs: &Inputs<'_>, dout: TensorRef<'_>) -> Result<()> {
+        self.validate()?;
+        inputs.check(&self.forward())?;
+        let operand = Operand::Dout;
+        let (need, got) = (self.dtype(operand), dout.dtype());
+        if need != got {
+            return Err(Error::DtypeMismatch { operand, need, got });
+        }
+        let (need, got) = (self.extent(operand) as u64, dout.len() as u64);
+        if need > got {
+            return Err(Error::OutOfBounds { operand, need, got, unit: "elements", container: "slice" });
+        }
+        Ok(())
+    }
+}
+
+/// The operand whose shape and type a gradient has.
+fn like(operand: Operand) -> Operand {
+    match operand {
+        Operand::Dout => Operand::O,
+        Operand::Dq => Operand::Q,
+        Operand::Dk => Operand::K,
+        Operand::Dv => Operand::V,
+        other => other,
+    }
+}

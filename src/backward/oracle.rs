@@ -1,0 +1,175 @@
+//! The backward pass in f64, row by row: what the kernels are held to.
+
+use super::BackwardProblem;
+use crate::cache::{Cache, KvRows};
+use crate::dtype::{Dtype, TensorRef};
+use crate::error::{Operand, Result};
+use crate::host::Inputs;
+use crate::reference::{ProjectedKeys, scores};
+
+/// What [`backward`] and [`backward_naive`] give, in logical order and f64.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Gradients {
+    /// `[batch, heads_q, seq_q, head_dim]`; `[heads_q, total_q, head_dim]` where queries are ragged.
+    pub dq: Vec<f64>,
+    /// `[batch, heads_kv, seq_kv, head_dim]`; `[heads_kv, total, head_dim]` where keys are ragged.
+    pub dk: Vec<f64>,
+    /// The same of width `head_dim_v`.
+    pub dv: Vec<f64>,
+    /// Largest finite magnitude of a kept score, also of one before its soft cap.
+    pub max_score: f64,
+    /// Of each gradient, dq, dk and dv: the largest sum of magnitudes that an element is the sum of.
+    pub max_terms: [f64; 3],
+}
+
+/// The gradients of a loss by q, k and v, from its gradient by o: the weights of each row, whole, and the sums of
+/// [`BackwardProblem`] over them.
+///
+/// ```
+/// use wgpu_attention::{AttentionProblem, BackwardProblem, Inputs, reference};
+/// // One query that weighs two keys alike: a change of v reaches o by half.
+/// let backward = BackwardProblem::of(&AttentionProblem::new(1, 1, 1, 1, 2, 1, 1));
+/// let (q, k, v) = ([0.0_f32], [1.0_f32, 2.0], [1.0_f32, 3.0]);
+/// let gradients = reference::backward(&backward, &Inputs::new(&q[..], &k[..], &v[..]), (&[1.0_f32][..]).into())?;
+/// assert_eq!((gradients.dq, gradients.dv), (vec![0.5], vec![0.5, 0.5]));
+/// # Ok::<(), wgpu_attention::Error>(())
+/// ```
+///
+/// # Errors
+/// Those of [`BackwardProblem::validate`] and [`Inputs::check`]; [`Error::DtypeMismatch`](crate::Error::DtypeMismatch) and
+/// [`Error::OutOfBounds`](crate::Error::OutOfBounds) about `dout`.
+pub fn backward(problem: &BackwardProblem, inputs: &Inputs<'_>, dout: TensorRef<'_>) -> Result<Gradients> {
+    compute(problem, inputs, dout, false)
+}
+
+/// What a plain framework computes when every tensor has the storage precision: scores and weights of the forward
+/// pass, `dout . v` and ds that of q; o, dq, dk and dv each their own.
+///
+/// # Errors
+/// Those of [`backward`].
+pub fn backward_naive(
+    problem: &BackwardProblem,
+    inputs: &Inputs<'_>,
+    dout: TensorRef<'_>,
+) -> Result<Gradients> {
+    compute(problem, inputs, dout, true)
+}
+
+/// The largest error that each of dq, dk and dv may have. `naive` is what [`backward_naive`] gives, used where anything
+/// is stored narrower than f32.
+///
+/// f32: `8 * 2^-24 * max(1, max|s|)` times the largest sum of magnitudes behind an element, never above `1e-4` times
+/// that. f16 and bf16: twice the naive error and the rounding of the largest element, plus 1e-5, beside it.
+pub fn backward_tolerance(problem: &BackwardProblem, oracle: &Gradients, naive: &Gradients) -> [f64; 3] {
+    let p = &problem.attention;
+    let wide = [p.dtype, p.stored_kv(), p.out_dtype].iter().all(|&dtype| dtype == Dtype::F32);
+    let relative = (8.0 * 2f64.powi(-24) * oracle.max_score.max(1.0)).min(1e-4);
+    let gradients = [Operand::Dq, Operand::Dk, Operand::Dv];
+    std::array::from_fn(|at| {
+        let sums = relative * oracle.max_terms[at];
+        if wide {
+            return sums;
+        }
+        let [of_naive, of_oracle] = [naive, oracle].map(|of| [&of.dq, &of.dk, &of.dv][at]);
+        let error = crate::reference::max_error(of_naive.iter().copied(), of_oracle);
+        let largest = of_oracle.iter().filter(|x| x.is_finite()).fold(0.0, |max: f64, x| max.max(x.abs()));
+        let rounding = match problem.dtype(gradients[at]) {
+            Dtype::F16 => 2f64.powi(-11),
+            Dtype::Bf16 => 2f64.powi(-8),
+            _ => 0.0,
+        };
+        sums + 2.0 * error + rounding * largest + 1e-5
+    })
+}
+
+fn compute(
+    problem: &BackwardProblem,
+    inputs: &Inputs<'_>,
+    dout: TensorRef<'_>,
+    naive: bool,
+) -> Result<Gradients> {
+    problem.check(inputs, dout)?;
+    let forward = problem.forward();
+    let p = &forward;
+    let stored = |dtype: Dtype, x: f64| if naive { f64::from(dtype.round(x as f32)) } else { x };
+    let round = |x: f64| stored(p.dtype, x);
+    let (dim, dim_v) = (p.head_dim, p.head_dim_v);
+    let [_, heads, queries, _] = p.shape(Operand::O);
+    let all = if p.rows() == 0 { 0 } else { p.shape(Operand::O)[..3].iter().product() };
+    let [entries_k, heads_kv, rows_k] = p.cache.dims(p);
+    let keys = entries_k * heads_kv * rows_k;
+    let mut sums = [all * dim, keys * dim, keys * dim_v].map(|n| vec![(0.0, 0.0); n]);
+    let mut max_score = 0.0_f64;
+    let [k_rows, v_rows] = [Operand::K, Operand::V].map(|operand| KvRows::new(p, inputs, operand));
+    let projected = ProjectedKeys::default();
+    for row in 0..all {
+        let place = [row / queries / heads, row / queries % heads, row % queries];
+        let h = place[1];
+        let [b, i] = inputs.query_of([place[0], place[2]]);
+        let scores = scores(p, inputs, [b, h, i], place, &projected, &round);
+        let sink = inputs.sinks.map(|sinks| f64::from(sinks[h]));
+        let kept = || scores.iter().flatten().copied();
+        let max = kept().chain(sink).fold(f64::NEG_INFINITY, |m, s| if s > m || s.is_nan() { s } else { m });
+        max_score = kept().filter(|s| s.is_finite()).fold(max_score, |m, s| m.max(s.abs()));
+        let exp = |s: f64| if s == f64::NEG_INFINITY { 0.0 } else { (s - max).exp() };
+        let sum: f64 = kept().chain(sink).map(exp).sum();
+        if sum == 0.0 {
+            continue;
+        }
+        let at = |layout: crate::Layout| {
+            move |d: usize| layout.index([place[0], h, place[2], 0]) + d * layout.strides[3]
+        };
+        let (at_q, at_dout) = (at(p.q), at(problem.dout));
+        let q: Vec<f64> = (0..dim).map(|d| f64::from(inputs.q.get(at_q(d)))).collect();
+        let dout: Vec<f64> = (0..dim_v).map(|d| f64::from(dout.get(at_dout(d)))).collect();
+        let key_of = |rows: &KvRows<'_>, values: TensorRef<'_>, j, dim| -> Vec<f64> {
+            let at = rows.index([b, p.kv_head(h), j]);
+            (0..dim).map(|d| f64::from(values.element(at, rows.step(), dim, d))).collect()
+        };
+        let weights: Vec<_> =
+            scores.iter().enumerate().filter_map(|(j, s)| Some((j, round(exp((*s)?) / sum)))).collect();
+        let mut o = vec![0.0; dim_v];
+        for &(j, weight) in &weights {
+            let v = key_of(&v_rows, inputs.v, j, dim_v);
+            o.iter_mut().zip(&v).for_each(|(o, v)| *o += weight * v);
+        }
+        let terms = |x: &[f64]| dout.iter().zip(x).map(|(a, b)| a * b).collect::<Vec<_>>();
+        let size = |terms: &[f64]| terms.iter().map(|x| x.abs()).sum::<f64>();
+        let of_o = terms(&o.iter().map(|&o| stored(p.out_dtype, o)).collect::<Vec<_>>());
+        let delta: f64 = of_o.iter().sum();
+        let scale = p.effective_scale();
+        for (j, weight) in weights {
+            let (k, v) = (key_of(&k_rows, inputs.k, j, dim), key_of(&v_rows, inputs.v, j, dim_v));
+            let dot: f64 = q.iter().zip(&k).map(|(q, k)| q * k).sum();
+            let uncapped = (dot * scale).abs();
+            max_score = if uncapped.is_finite() { max_score.max(uncapped) } else { max_score };
+            let slope = p.softcap.map_or(1.0, |cap| 1.0 - (dot * scale / f64::from(cap)).tanh().powi(2));
+            let of_v = terms(&v);
+            let ds = round(weight * (round(of_v.iter().sum()) - delta) * slope);
+            let ds_size = (weight * slope).abs() * (size(&of_v) + size(&of_o)) * scale.abs();
+            let first = inputs.cu_seqlens_k.map_or(0, |list| list[b] as usize);
+            let entry = if let Cache::Ragged { .. } = p.cache { 0 } else { b };
+            let key = (entry * heads_kv + p.kv_head(h)) * rows_k + first + j;
+            let [dq, dk, dv] = &mut sums;
+            let add = |to: &mut [(f64, f64)], x: &[f64], by: f64, size: f64| {
+                for (to, x) in to.iter_mut().zip(x) {
+                    *to = (to.0 + by * x, to.1 + size * x.abs());
+                }
+            };
+            add(&mut dq[row * dim..], &k, scale * ds, ds_size);
+            add(&mut dk[key * dim..], &q, scale * ds, ds_size);
+            add(&mut dv[key * dim_v..], &dout, weight, weight.abs());
+        }
+    }
+    let largest = |sums: &Vec<(f64, f64)>| {
+        sums.iter().map(|sum| sum.1).filter(|size| size.is_finite()).fold(0.0, f64::max)
+    };
+    let max_terms = sums.each_ref().map(largest);
+    let [dq, dk, dv] = sums;
+    let finish = |operand, sums: Vec<(f64, f64)>| -> Vec<f64> {
+        sums.into_iter().map(|sum| stored(problem.dtype(operand), sum.0)).collect()
+    };
+    let (dq, dk, dv) = (finish(Operand::Dq, dq), finish(Operand::Dk, dk), finish(Operand::Dv, dv));
+    Ok(Gradients { dq, dk, dv, max_score, max_terms })
+}

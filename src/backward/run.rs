@@ -1,0 +1,95 @@
+//! Gradients from slices to vectors.
+
+use super::{BackwardOperands, BackwardProblem};
+use crate::attention::Attention;
+use crate::dtype::{Tensor, TensorRef};
+use crate::error::{Operand, Result};
+use crate::host::Inputs;
+use crate::readback::{Wait, read_buffers};
+use crate::run::Uploaded;
+use crate::scope::scoped;
+
+/// What [`Attention::run_backward`] gives: each gradient laid out as the problem says and as long as that layout
+/// reaches; places between its elements are 0.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BackwardOutputs {
+    /// The gradient by q.
+    pub dq: Tensor,
+    /// The gradient by k.
+    pub dk: Tensor,
+    /// The gradient by v.
+    pub dv: Tensor,
+}
+
+impl Attention {
+    /// Forward and backward pass from slices to vectors: plans, uploads, runs and reads back.
+    ///
+    /// ```no_run
+    /// # async fn f() -> wgpu_attention::Result<()> {
+    /// use wgpu_attention::{Attention, AttentionProblem, BackwardProblem, DeviceRequest, Inputs};
+    /// let attention = Attention::request(&DeviceRequest::default()).await?;
+    /// let x = vec![0.5_f32; 8 * 128 * 64];
+    /// let problem = BackwardProblem::of(&AttentionProblem::new(1, 8, 8, 128, 128, 64, 64));
+    /// let inputs = Inputs::new(&x[..], &x[..], &x[..]);
+    /// let gradients = attention.run_backward(&problem, &inputs, &x[..]).await?;
+    /// assert_eq!(gradients.dk.to_f32().len(), x.len());
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// Those of [`Attention::run`] and [`Attention::encode_backward`].
+    pub async fn run_backward<'a>(
+        &self,
+        problem: &BackwardProblem,
+        inputs: &Inputs<'_>,
+        dout: impl Into<TensorRef<'a>>,
+    ) -> Result<BackwardOutputs> {
+        self.run_backward_waiting(problem, inputs, dout.into(), Wait::Elsewhere).await
+    }
+
+    /// [`Attention::run_backward`] for a thread that may block.
+    ///
+    /// # Errors
+    /// Those of [`Attention::run_backward`].
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn run_backward_blocking<'a>(
+        &self,
+        problem: &BackwardProblem,
+        inputs: &Inputs<'_>,
+        dout: impl Into<TensorRef<'a>>,
+    ) -> Result<BackwardOutputs> {
+        pollster::block_on(self.run_backward_waiting(problem, inputs, dout.into(), Wait::Here))
+    }
+
+    async fn run_backward_waiting(
+        &self,
+        problem: &BackwardProblem,
+        inputs: &Inputs<'_>,
+        dout: TensorRef<'_>,
+        wait: Wait,
+    ) -> Result<BackwardOutputs> {
+        problem.check(inputs, dout)?;
+        let forward = problem.forward();
+        let plan = self.plan(&forward)?;
+        let gradients = [Operand::Dq, Operand::Dk, Operand::Dv];
+        let buffers = Uploaded::new(self, &forward, inputs)?;
+        let bytes = |operand| problem.extent(operand) as usize * problem.dtype(operand).bytes();
+        let (dout, outputs) = scoped(self.device(), "operand memory", || {
+            let outputs = gradients.map(|operand| self.target(operand, bytes(operand) as u64));
+            (self.upload(Operand::Dout, dout.bytes()), outputs)
+        })?;
+        let [dq, dk, dv] = outputs.each_ref().map(|buffer| Some(buffer.slice(..)));
+        let operands = buffers.operands();
+        let backward = BackwardOperands { forward: operands, dout: dout.slice(..), dq, dk, dv };
+        let prepared = self.prepare(&plan, &operands)?.then(self.prepare_backward(problem, &backward)?);
+        let ranges = outputs.each_ref().map(|buffer| (buffer, 0..buffer.size()));
+        let read = read_buffers(self.device(), self.queue(), &ranges, self.commands(prepared), wait).await?;
+        let mut read = read.into_iter();
+        let mut tensor = |operand| {
+            let all = read.next().unwrap_or_default();
+            Tensor::from_bytes(problem.dtype(operand), &all[..bytes(operand)])
+        };
+        Ok(BackwardOutputs { dq: tensor(Operand::Dq), dk: tensor(Operand::Dk), dv: tensor(Operand::Dv) })
+    }
+}

@@ -1,0 +1,371 @@
+//! Gradients: random backward passes over every option, on each kind of device, held to the oracle; and the oracle
+//! held to differences of the forward pass.
+
+mod common;
+
+use common::backward::{GRADIENTS, Pass, of};
+use common::case::{Axes, Case, Lens, Sim, Spread, Storage, values};
+use common::gpu::{self, Gpu, Kind};
+use common::kept::{Kept, Move};
+use common::rng::{Rng, env_number, fresh_seed, slice};
+use wgpu_attention::{
+    Align, Attention, AttentionProblem, BackwardOperands, BackwardProblem, Cache, Dtype, Error, Layout,
+    Operand, Operands, Similarity, Tensor, Window, reference,
+};
+
+/// Both kinds of device, without run-time checks and with them.
+fn gpus() -> Vec<[&'static Gpu; 2]> {
+    let kinds = [Kind::Full, Kind::Minimal].into_iter();
+    kinds.filter_map(|kind| Some([gpu::get(kind, false)?, gpu::get(kind, true)?])).collect()
+}
+
+/// Axes of a backward pass: what has no gradient is left out.
+fn served(axes: Axes) -> Axes {
+    let similarity = if axes.similarity == Sim::Dot { Sim::Dot } else { Sim::ScaledDot };
+    // An unscaled product of wide vectors has weights that are all or nothing.
+    Axes { similarity, lse: true, weights: false, ..axes }
+}
+
+/// A pass on each kind of device; and again with the shaders' run-time checks, or with all buffers in one, which must
+/// give the same bits.
+fn hold(pass: &Pass, pooled: bool) {
+    let expected = pass.expected();
+    for [plain, checked] in gpus() {
+        let run = |gpu: &Gpu, pooled| {
+            pass.run(gpu, pooled).unwrap_or_else(|e| panic!("{:?}: {e}\n  {}", gpu.kind, pass.case.name))
+        };
+        let got = run(plain, false);
+        pass.check(&got, &expected).unwrap_or_else(|what| panic!("{:?}: {what}", plain.kind));
+        if plain.kind == Kind::Full {
+            let bits = |got: [Vec<f64>; 3]| got.map(|x| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>());
+            let got = bits(got);
+            let again = if pooled { run(plain, true) } else { run(checked, false) };
+            assert_eq!(got, bits(again), "pooled: {pooled}\n  {}", pass.case.name);
+            assert_eq!(got, bits(pass.run_from_slices(plain)), "from slices\n  {}", pass.case.name);
+        }
+    }
+}
+
+/// Each option by itself, at the edges of tiles, and all at once.
+fn table() -> Vec<(Axes, Move)> {
+    let base = Axes { seq_q: 65, seq_kv: 70, head_dim: 32, head_dim_v: 32, heads: (4, 2), ..Axes::default() };
+    let ragged = Move { kept: Kept::Ragged, ragged_q: true, ..Move::default() };
+    let all = Axes {
+        batch: 2,
+        softcap: Some(30.0),
+        bias: Some((Dtype::F32, Spread::Full, true)),
+        alibi: true,
+        mask: Some(Spread::Full),
+        causal: Some(Align::BottomRight),
+        lens: Lens::Partial,
+        sinks: true,
+        ..base
+    };
+    let window = |left, right| Some(Window { left, right });
+    let mut rows: Vec<(Axes, Move)> = [
+        base,
+        Axes { softcap: Some(0.5), ..base },
+        Axes { bias: Some((Dtype::F16, Spread::PerHead, true)), ..base },
+        Axes { alibi: true, ..base },
+        Axes { mask: Some(Spread::PerBatch), batch: 2, ..base },
+        Axes { causal: Some(Align::TopLeft), ..base },
+        Axes { causal: Some(Align::BottomRight), seq_q: 129, seq_kv: 33, ..base },
+        Axes { causal: Some(Align::BottomRight), seq_q: 33, seq_kv: 129, ..base },
+        Axes { window: window(Some(7), Some(2)), ..base },
+        Axes { window: window(Some(40), Some(0)), seq_q: 200, seq_kv: 190, heads: (2, 1), ..base },
+        Axes { lens: Lens::FirstEmpty, batch: 3, ..base },
+        Axes { sinks: true, causal: Some(Align::TopLeft), ..base },
+        Axes { scale: Some(-0.7), ..base },
+        Axes { scale: Some(0.0), ..base },
+        Axes { storage: Storage::Odd, head_dim: 33, head_dim_v: 20, ..base },
+        Axes { storage: Storage::Packed, seq_kv: 65, ..base },
+        Axes { storage: Storage::DimMajor, ..base },
+        Axes { storage: Storage::SharedKv, batch: 2, ..base },
+        Axes { heads: (6, 1), seq_q: 16, seq_kv: 128, ..base },
+        // More than one dispatch of a processor: others in parts, and rows and heads in chunks.
+        Axes { seq_q: 5, seq_kv: 4500, head_dim: 64, ..base },
+        Axes { seq_q: 1200, seq_kv: 9, head_dim: 64, ..base },
+        Axes {
+            seq_q: 1100,
+            seq_kv: 1100,
+            head_dim: 64,
+            head_dim_v: 64,
+            heads: (1, 1),
+            causal: Some(Align::TopLeft),
+            ..base
+        },
+        Axes { seq_q: 1, seq_kv: 1, head_dim: 1, head_dim_v: 1, ..base },
+        Axes { seq_q: 0, ..base },
+        Axes { seq_kv: 0, ..base },
+        Axes { head_dim: 128, head_dim_v: 64, heads: (2, 1), ..base },
+        Axes { head_dim: 256, head_dim_v: 256, heads: (1, 1), seq_q: 33, seq_kv: 33, ..base },
+        Axes { head_dim: 20, head_dim_v: 130, heads: (1, 1), ..base },
+        Axes { dtype: Dtype::F16, out_dtype: Dtype::F16, ..base },
+        Axes { dtype: Dtype::Bf16, out_dtype: Dtype::Bf16, causal: Some(Align::TopLeft), ..base },
+        Axes { dtype: Dtype::F16, out_dtype: Dtype::F16, storage: Storage::Odd, head_dim: 15, ..base },
+        Axes { dtype: Dtype::F16, ..base },
+        all,
+        Axes { dtype: Dtype::Bf16, out_dtype: Dtype::Bf16, ..all },
+    ]
+    .map(|axes| (axes, Move::default()))
+    .into();
+    rows.extend([
+        (Axes { batch: 3, ..base }, ragged),
+        (Axes { batch: 3, causal: Some(Align::BottomRight), ..base }, ragged),
+        (Axes { batch: 3, lens: Lens::FirstEmpty, ..base }, Move { ragged_q: true, ..Move::default() }),
+        (Axes { batch: 2, lens: Lens::Partial, ..base }, Move { kept: Kept::Ragged, ..Move::default() }),
+        (Axes { batch: 3, window: window(Some(3), None), alibi: true, ..all }, ragged),
+        (
+            Axes { batch: 2, dtype: Dtype::F16, out_dtype: Dtype::F16, ..base },
+            Move { kv_dtype: Some(Dtype::Bf16), ..ragged },
+        ),
+    ]);
+    rows
+}
+
+fn pass(axes: Axes, to: Move, seed: u64) -> Pass {
+    let mut rng = Rng::new(seed);
+    let case = served(axes).build(seed);
+    let case = if to == Move::default() { case } else { case.moved(to, seed) };
+    Pass::draw(case, &mut rng)
+}
+
+#[test]
+fn every_option() {
+    for (at, (axes, to)) in slice(table().into_iter().enumerate()) {
+        hold(&pass(axes, to, 0xbac0 + at as u64), at % 2 == 0);
+    }
+}
+
+#[test]
+fn random_passes() {
+    let seed = fresh_seed();
+    let mut rng = Rng::new(seed);
+    let draws = env_number("WGPU_ATTENTION_CASES").unwrap_or(10).min(5);
+    for draw in 0..draws {
+        let axes = values::draw(&mut rng);
+        let axes = served(Axes { spread: axes.spread.min(3.0), ..axes }).shrunk_to(2_000_000);
+        let kept = rng.pick(&[Kept::Plain, Kept::Plain, Kept::Ragged]);
+        let to = Move { kept, ragged_q: rng.chance(0.3), heads_first: rng.chance(0.5), ..Move::default() };
+        let to = if axes.storage == Storage::SharedKv { Move::default() } else { to };
+        let case_seed = rng.next();
+        let pass = pass(axes, to, case_seed);
+        let run = std::panic::AssertUnwindSafe(|| hold(&pass, draw % 2 == 0));
+        if let Err(panic) = std::panic::catch_unwind(run) {
+            eprintln!("broken with WGPU_ATTENTION_SEED={seed:#x}");
+            std::panic::resume_unwind(panic);
+        }
+    }
+}
+
+/// What lies at a pair that nothing keeps reaches no gradient, and what lies at one that is kept reaches no other.
+#[test]
+fn nan_stays_with_the_pairs_that_keep_it() {
+    // Query i sees the keys up to i - 10: the first ten see none.
+    let causal = Some(Align::BottomRight);
+    let axes = Axes { seq_q: 70, seq_kv: 60, causal, head_dim: 32, ..Axes::default() };
+    let mut pass = pass(axes, Move::default(), 5);
+    let p = pass.case.problem.clone();
+    // Key 40 of the first head, and dout of queries 3 and 50 of the second.
+    for (tensor, layout) in [(&mut pass.case.data.k, p.k), (&mut pass.case.data.v, p.v)] {
+        std::sync::Arc::make_mut(tensor).set(layout.index([0, 0, 40, 3]), f32::NAN);
+    }
+    for i in [3, 50] {
+        pass.dout.set(pass.problem.dout.index([0, 1, i, 1]), f32::NAN);
+    }
+    let expected = pass.expected();
+    let dq = of(&expected.oracle, Operand::Dq);
+    let row = |h: usize, i: usize| &dq[(h * p.seq_q + i) * p.head_dim..][..p.head_dim];
+    assert!(row(0, 49).iter().all(|x| x.is_finite()) && row(0, 50).iter().all(|x| x.is_nan()));
+    assert!(row(1, 49).iter().all(|x| x.is_finite()) && row(1, 50).iter().all(|x| x.is_nan()));
+    assert!(row(1, 3).iter().all(|&x| x == 0.0));
+    let dv = of(&expected.oracle, Operand::Dv);
+    assert!(dv.iter().filter(|x| x.is_nan()).count() < dv.len() / 2);
+    for gpu in gpus().into_iter().flatten() {
+        pass.check(&pass.run(gpu, false).unwrap(), &expected).unwrap();
+    }
+}
+
+/// The oracle's gradients are the slopes of its own forward pass.
+#[test]
+fn oracle_is_the_slope_of_the_forward_pass() {
+    let base = Axes { seq_q: 5, seq_kv: 6, head_dim: 4, head_dim_v: 3, heads: (4, 2), ..Axes::default() };
+    let axes = [
+        base,
+        Axes { softcap: Some(1.5), scale: Some(0.7), ..base },
+        Axes { causal: Some(Align::BottomRight), sinks: true, ..base },
+        Axes { alibi: true, bias: Some((Dtype::F32, Spread::Full, true)), mask: Some(Spread::Full), ..base },
+        Axes {
+            batch: 2,
+            lens: Lens::FirstEmpty,
+            window: Some(Window { left: Some(2), right: Some(1) }),
+            ..base
+        },
+    ];
+    for (at, axes) in axes.into_iter().enumerate() {
+        let pass = pass(Axes { storage: Storage::Bhsd, ..axes }, Move::default(), 77 + at as u64);
+        let (p, expected) = (&pass.case.problem, pass.expected());
+        let dout: Vec<f64> = common::case::indices(p.shape(Operand::O))
+            .map(|at| f64::from(pass.dout.as_ref().get(pass.problem.dout.index(at))))
+            .collect();
+        let loss = |case: &Case| -> f64 {
+            let o = reference::oracle(p, &case.data.inputs()).unwrap().o;
+            o.iter().zip(&dout).map(|(o, dout)| o * dout).sum()
+        };
+        for operand in GRADIENTS {
+            let gradient = of(&expected.oracle, operand);
+            let n = gradient.len();
+            for element in (0..n).step_by(n.div_ceil(40).max(1)) {
+                let moved = |by: f32| {
+                    let mut case = pass.case.clone();
+                    let tensor = match operand {
+                        Operand::Dq => &mut case.data.q,
+                        Operand::Dk => &mut case.data.k,
+                        _ => &mut case.data.v,
+                    };
+                    let tensor: &mut Tensor = std::sync::Arc::make_mut(tensor);
+                    let x = tensor.as_ref().get(element);
+                    tensor.set(element, x + by);
+                    let moved = f64::from(tensor.as_ref().get(element));
+                    (loss(&case), moved)
+                };
+                let ((above, x1), (below, x0)) = (moved(1e-3), moved(-1e-3));
+                // A row that does not exist holds poison, and has no gradient.
+                let slope = if x1.is_nan() { 0.0 } else { (above - below) / (x1 - x0) };
+                let error = (slope - gradient[element]).abs();
+                assert!(
+                    error <= 1e-5 * slope.abs().max(1.0),
+                    "{operand}[{element}]: {slope} {}\n{}",
+                    gradient[element],
+                    pass.case.name
+                );
+            }
+        }
+    }
+}
+
+fn plain() -> AttentionProblem {
+    AttentionProblem::new(2, 4, 2, 3, 5, 8, 8)
+}
+
+#[test]
+fn what_has_no_gradient_is_said() {
+    let cached = |cache, dtype| plain().with_cache(cache, dtype);
+    for (problem, of) in [
+        (plain().with_similarity(Similarity::Cosine), "a cosine similarity"),
+        (
+            plain().with_similarity(Similarity::Bilinear { query_dim: 8, per_head: false }),
+            "a bilinear similarity",
+        ),
+        (
+            plain().with_similarity(Similarity::Additive { query_dim: 8, hidden: 4, per_head: false }),
+            "an additive similarity",
+        ),
+        (cached(Cache::Ring { capacity: 5 }, Dtype::F32), "keys in a ring"),
+        (cached(Cache::Paged { pages: 9, page_size: 4, max_blocks: 2 }, Dtype::F32), "keys in pages"),
+        (cached(Cache::Contiguous, Dtype::Int8), "keys of int8"),
+    ] {
+        assert_eq!(problem.validate(), Ok(()), "{of}");
+        let error = BackwardProblem::of(&problem).validate();
+        assert_eq!(error, Err(Error::NoGradient { of: of.into() }));
+    }
+    assert_eq!(
+        BackwardProblem::of(&AttentionProblem { heads_q: 5, ..plain() }).validate(),
+        Err(Error::HeadGroups { heads_q: 5, heads_kv: 2 })
+    );
+    // Keys that all entries share have gradients that they do not share.
+    let shared = AttentionProblem { k: Layout { strides: [0, 40, 8, 1], ..plain().k }, ..plain() };
+    let backward = BackwardProblem::of(&shared);
+    assert_eq!((backward.dk, backward.validate()), (Layout::bhsd(2, 5, 8), Ok(())));
+    let overlaps = BackwardProblem { dk: shared.k, ..backward.clone() }.validate();
+    assert!(matches!(overlaps, Err(Error::Overlaps { operand: Operand::Dk, .. })), "{overlaps:?}");
+    let far = BackwardProblem { dout: Layout::bhsd(4, 3, 8).at(usize::MAX), ..backward }.validate();
+    assert!(matches!(far, Err(Error::TooLarge { .. })), "{far:?}");
+}
+
+/// Buffers of 2 KiB, more than any operand of [`plain`] has.
+struct Buffers(Vec<wgpu::Buffer>);
+
+impl Buffers {
+    fn new(attention: &Attention) -> Self {
+        let one = |_| gpu::upload(attention.device(), "operand", &[0; 2048], gpu::USAGE);
+        Self((0..9).map(one).collect())
+    }
+
+    fn operands(&self) -> BackwardOperands<'_> {
+        let of = |at: usize| self.0[at].slice(..);
+        let forward = Operands { lse: Some(of(4)), ..Operands::new(of(0), of(1), of(2), of(3)) };
+        BackwardOperands { forward, dout: of(5), dq: Some(of(6)), dk: Some(of(7)), dv: Some(of(8)) }
+    }
+}
+
+#[test]
+fn what_is_wrong_with_buffers_is_said_and_nothing_recorded() {
+    let Some(gpu) = gpu::get(Kind::Full, false) else { return };
+    let (attention, problem) = (gpu.fresh(), BackwardProblem::of(&plain()));
+    let buffers = Buffers::new(&attention);
+    let (of, good) = (|at: usize| &buffers.0[at], buffers.operands());
+    let unusable = attention.device().create_buffer(&wgpu::BufferDescriptor {
+        label: None,
+        size: 2048,
+        usage: wgpu::BufferUsages::COPY_DST,
+        mapped_at_creation: false,
+    });
+    let align = u64::from(attention.caps().storage_alignment);
+    let said = |operands: BackwardOperands<'_>| {
+        let mut encoder =
+            attention.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        let error = attention.encode_backward(&mut encoder, &problem, &operands).unwrap_err();
+        assert_eq!((attention.pipelines(), attention.scratch_bytes()), (0, 0), "{error}");
+        error
+    };
+    let forward = |forward| said(BackwardOperands { forward, ..good });
+    let (lse, bias) = (Operand::Lse, Operand::Bias);
+    assert_eq!(forward(Operands { lse: None, ..good.forward }), Error::MissingOperand { operand: lse });
+    assert_eq!(
+        forward(Operands { bias: Some(of(0).slice(..)), ..good.forward }),
+        Error::UnexpectedOperand { operand: bias }
+    );
+    let (unit, container) = ("bytes", "buffer");
+    assert_eq!(
+        said(BackwardOperands { dk: Some(of(7).slice(..636)), ..good }),
+        Error::OutOfBounds { operand: Operand::Dk, need: 640, got: 636, unit, container }
+    );
+    assert_eq!(
+        said(BackwardOperands { dout: of(5).slice(4..), ..good }),
+        Error::Misaligned { operand: Operand::Dout, need: align.max(4), got: 4 }
+    );
+    let error = said(BackwardOperands { dv: Some(unusable.slice(..)), ..good });
+    assert!(matches!(error, Error::BufferUsage { operand: Operand::Dv, .. }), "{error}");
+    for (operands, operand, with) in [
+        (BackwardOperands { dq: Some(of(0).slice(..)), ..good }, Operand::Dq, Operand::Q),
+        (BackwardOperands { dq: Some(of(5).slice(..)), ..good }, Operand::Dq, Operand::Dout),
+        (BackwardOperands { dk: Some(of(8).slice(..)), ..good }, Operand::Dk, Operand::Dv),
+        (BackwardOperands { dv: Some(of(4).slice(..)), ..good }, Operand::Dv, Operand::Lse),
+    ] {
+        assert_eq!(said(operands), Error::Aliased { operand, with });
+    }
+    // And the object works: scratch is what the problem says.
+    assert_eq!(attention.prepare_backward(&problem, &good).unwrap().dispatches(), 4);
+    assert_eq!(problem.scratch_bytes(attention.caps()), Ok(attention.scratch_bytes()));
+}
+
+/// A gradient that nobody asks for costs nothing, and the others are the same.
+#[test]
+fn gradients_are_asked_for_one_by_one() {
+    let Some(gpu) = gpu::get(Kind::Full, false) else { return };
+    let (attention, problem) = (gpu.fresh(), BackwardProblem::of(&plain()));
+    let buffers = Buffers::new(&attention);
+    let all = buffers.operands();
+    for (operands, pipelines) in [
+        (BackwardOperands { dq: None, dk: None, dv: None, ..all }, 0),
+        (BackwardOperands { dk: None, dv: None, ..all }, 2),
+        (BackwardOperands { dq: None, dk: None, ..all }, 3),
+        (all, 4),
+    ] {
+        let prepared = attention.prepare_backward(&problem, &operands).unwrap();
+        let asked = [operands.dq, operands.dk, operands.dv].iter().flatten().count();
+        assert_eq!(prepared.dispatches(), if asked > 0 { 1 + asked } else { 0 });
+        assert_eq!(attention.pipelines(), pipelines);
+    }
+}

@@ -1,0 +1,210 @@
+//! Backward passes: a case with the gradient of a loss by its o, run on a device after the forward call, and held to
+//! the oracle.
+
+use wgpu_attention::reference::{self, Gradients};
+use wgpu_attention::{
+    BackwardOperands, BackwardProblem, Dtype, Error, Layout, Operand, Operands, PlanOptions, Tensor,
+};
+
+use super::case::{Case, fill, indices};
+use super::check::poison;
+use super::gpu::{Gpu, Guarded, USAGE, download, upload};
+use super::pool::Pieces;
+use super::rng::Rng;
+
+/// Elements of poison before and after dout and each gradient.
+const GUARD: usize = 64;
+
+pub const GRADIENTS: [Operand; 3] = [Operand::Dq, Operand::Dk, Operand::Dv];
+
+/// A backward pass and its data.
+#[derive(Clone, Debug)]
+pub struct Pass {
+    pub case: Case,
+    pub problem: BackwardProblem,
+    pub dout: Tensor,
+}
+
+/// What a pass must give, and how far it may be off.
+pub struct Expected {
+    pub oracle: Gradients,
+    pub budget: [f64; 3],
+}
+
+/// A gradient of those that [`Gradients`] has.
+pub fn of(gradients: &Gradients, operand: Operand) -> &[f64] {
+    match operand {
+        Operand::Dq => &gradients.dq,
+        Operand::Dk => &gradients.dk,
+        _ => &gradients.dv,
+    }
+}
+
+/// One of the ways in which dout and gradients may lie, wherever q, k, v and o do.
+fn lay_out([_, heads, seq, dim]: [usize; 4], rng: &mut Rng) -> Layout {
+    match rng.below(4) {
+        0 => Layout::bhsd(heads, seq, dim),
+        1 => Layout::bshd(heads, seq, dim),
+        2 => {
+            let row = dim.next_multiple_of(4) + 4 * rng.below(2);
+            Layout { offset: 4 * rng.below(3), strides: [heads * seq * row + 4, seq * row, row, 1] }
+        }
+        _ => {
+            let row = dim + rng.below(3);
+            Layout { offset: rng.below(7), strides: [heads * seq * row + rng.below(3), row * seq, row, 1] }
+        }
+    }
+}
+
+impl Pass {
+    /// A pass over a case, which gives up what no backward pass has.
+    pub fn draw(case: Case, rng: &mut Rng) -> Self {
+        let mut problem = BackwardProblem::of(&case.problem);
+        if rng.chance(0.7) {
+            problem.dout = lay_out(problem.shape(Operand::Dout), rng);
+            problem.dq = lay_out(problem.shape(Operand::Dq), rng);
+            problem.dk = lay_out(problem.shape(Operand::Dk), rng);
+            problem.dv = lay_out(problem.shape(Operand::Dv), rng);
+        }
+        let (dtype, shape) = (case.problem.out_dtype, problem.shape(Operand::Dout));
+        let dout = fill(dtype, problem.dout, shape, 2, |_| Some(rng.normal()));
+        Self { case, problem, dout }
+    }
+
+    /// # Panics
+    /// When the oracle refuses the pass.
+    pub fn expected(&self) -> Expected {
+        let (inputs, dout) = (self.case.data.inputs(), self.dout.as_ref());
+        let said = |e: Error| -> Gradients { panic!("{}: {e}", self.case.name) };
+        let oracle = reference::backward(&self.problem, &inputs, dout).unwrap_or_else(said);
+        let naive = reference::backward_naive(&self.problem, &inputs, dout).unwrap_or_else(said);
+        let budget = reference::backward_tolerance(&self.problem, &oracle, &naive);
+        Expected { oracle, budget }
+    }
+
+    /// Forward and backward, as two submissions: the second on buffers of their own or on pieces of one. Gives dq, dk
+    /// and dv in logical order.
+    ///
+    /// # Panics
+    /// When anything but the gradients' elements was written to, or one of those was not.
+    pub fn run(&self, gpu: &Gpu, pooled: bool) -> Result<[Vec<f64>; 3], Error> {
+        let (device, queue) = (gpu.attention.device(), gpu.attention.queue());
+        let guarded = Guarded::new(device, &self.case);
+        let plan = gpu.attention.plan_with(&guarded.problem, &PlanOptions::default())?;
+        let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        gpu.attention.encode(&mut encoder, &plan, &guarded.operands())?;
+        queue.submit([encoder.finish()]);
+
+        let mut problem = BackwardProblem { attention: guarded.problem.clone(), ..self.problem.clone() };
+        for layout in [&mut problem.dout, &mut problem.dq, &mut problem.dk, &mut problem.dv] {
+            layout.offset += GUARD;
+        }
+        let dtype = |operand| match operand {
+            Operand::Dq => problem.attention.dtype,
+            Operand::Dk | Operand::Dv => problem.attention.stored_kv(),
+            _ => problem.attention.out_dtype,
+        };
+        let dout = {
+            let element = dtype(Operand::Dout).bytes();
+            let guard = vec![0xff; GUARD * element];
+            upload(device, "dout", &[&guard, self.dout.as_ref().bytes(), &guard].concat(), USAGE)
+        };
+        let outputs = GRADIENTS.map(|operand| {
+            let elements = problem.extent(operand).max(GUARD as u128) as usize + GUARD;
+            upload(device, "gradient", &poison(dtype(operand)).repeat(elements.next_multiple_of(2)), USAGE)
+        });
+
+        let own = guarded.operands();
+        let there: Vec<_> = Operand::ALL.iter().copied().filter(|&of| own.get(of).is_some()).collect();
+        let mut buffers: Vec<_> = there.iter().filter_map(|&of| Some(own.get(of)?.buffer())).collect();
+        buffers.push(&dout);
+        buffers.extend(&outputs);
+        let pieces = Pieces::new(gpu, buffers, pooled);
+        let at = there.len();
+        let of = |operand| there.iter().position(|of| *of == operand).map(|at| pieces.slice(at));
+        let need = |operand| of(operand).expect("every call has it");
+        let operands = BackwardOperands {
+            forward: Operands {
+                bias: of(Operand::Bias),
+                mask: of(Operand::Mask),
+                alibi_slopes: of(Operand::AlibiSlopes),
+                sinks: of(Operand::Sinks),
+                kv_lens: of(Operand::KvLens),
+                cu_seqlens_q: of(Operand::CuSeqlensQ),
+                cu_seqlens_k: of(Operand::CuSeqlensK),
+                lse: of(Operand::Lse),
+                ..Operands::new(need(Operand::Q), need(Operand::K), need(Operand::V), need(Operand::O))
+            },
+            dout: pieces.slice(at),
+            dq: Some(pieces.slice(at + 1)),
+            dk: Some(pieces.slice(at + 2)),
+            dv: Some(pieces.slice(at + 3)),
+        };
+        let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        gpu.attention.encode_backward(&mut encoder, &problem, &operands)?;
+        queue.submit([encoder.finish()]);
+        pieces.give_back(&[at + 1, at + 2, at + 3]);
+
+        let mut at = 0;
+        Ok(GRADIENTS.map(|operand| {
+            let (buffer, dtype) = (&outputs[at], dtype(operand));
+            at += 1;
+            let bytes = download(device, queue, buffer);
+            let layout = problem.layout(operand).expect("every pass has it");
+            let mut written = vec![false; bytes.len() / dtype.bytes()];
+            let all: Vec<_> = indices(problem.shape(operand)).map(|at| layout.index(at)).collect();
+            all.iter().for_each(|&index| written[index] = true);
+            for (index, element) in bytes.chunks_exact(dtype.bytes()).enumerate() {
+                let is_poison = element == poison(dtype);
+                assert_eq!(
+                    is_poison, !written[index],
+                    "{operand}: element {index} is {element:02x?}\n  {}",
+                    self.case.name
+                );
+            }
+            let tensor = Tensor::from_bytes(dtype, &bytes);
+            all.iter().map(|&index| f64::from(tensor.as_ref().get(index))).collect()
+        }))
+    }
+
+    /// The same by the one call that takes slices.
+    ///
+    /// # Panics
+    /// When it fails.
+    pub fn run_from_slices(&self, gpu: &Gpu) -> [Vec<f64>; 3] {
+        let inputs = self.case.data.inputs();
+        let outputs = gpu.attention.run_backward_blocking(&self.problem, &inputs, self.dout.as_ref());
+        let outputs = outputs.unwrap_or_else(|e| panic!("{e}\n  {}", self.case.name));
+        GRADIENTS.map(|operand| {
+            let tensor = match operand {
+                Operand::Dq => &outputs.dq,
+                Operand::Dk => &outputs.dk,
+                _ => &outputs.dv,
+            };
+            let layout = self.problem.layout(operand).expect("every pass has it");
+            let all = indices(self.problem.shape(operand));
+            all.map(|at| f64::from(tensor.as_ref().get(layout.index(at)))).collect()
+        })
+    }
+
+    /// Holds what a device gave to the oracle, or to somebody else's numbers.
+    ///
+    /// # Errors
+    /// Says what is off, and by how much.
+    pub fn check(&self, got: &[Vec<f64>; 3], expected: &Expected) -> Result<(), String> {
+        for (at, operand) in GRADIENTS.into_iter().enumerate() {
+            let error = reference::max_error(got[at].iter().copied(), of(&expected.oracle, operand));
+            if error > expected.budget[at] {
+                let (budget, name) = (expected.budget[at], &self.case.name);
+                return Err(format!("{operand}: off by {error:e}, the budget is {budget:e}\n  {name}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a type of this pass is one that gradients are rounded to.
+    pub fn is_narrow(&self) -> bool {
+        let p = &self.case.problem;
+        [p.dtype, p.stored_kv(), p.out_dtype].iter().any(|&dtype| dtype != Dtype::F32)
+    }
+}
