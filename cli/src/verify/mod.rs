@@ -1,6 +1,7 @@
 //! `verify`: random problems on every kernel, held to the oracle. What a user runs to trust a
 //! driver.
 
+mod gradients;
 mod kept;
 mod random;
 mod tally;
@@ -21,7 +22,8 @@ use crate::shapes::Shape;
 use tally::Tally;
 
 /// Random problems over every kernel, element type and option, each held to the f64 oracle. Every second one
-/// has its keys in a cache (a ring, pages) or a ragged batch.
+/// has its keys in a cache (a ring, pages) or a ragged batch. Without --path, the gradients of those that have
+/// any, too.
 ///
 /// Exit code 1 when a result is further from the oracle than the contract allows, 2 when no problem was one
 /// that the paths serve. The same seed gives the same problems everywhere.
@@ -104,6 +106,11 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<()> {
                     tally.fault(format!("case {case}, {backend}, {what}: {error}"));
                 }
             }
+        }
+        let backward = gradients::of(&problem).filter(|_| args.path.is_empty());
+        if let Some((engine, backward)) = engine.as_ref().zip(backward) {
+            let what = format!("case {case}, {what}");
+            gradients::check(engine, &backward, &inputs, &mut prng, &mut tally, &what)?;
         }
         bar.inc(1);
     }

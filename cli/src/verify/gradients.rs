@@ -1,0 +1,69 @@
+//! Gradients of a random problem, held to the oracle.
+
+use wgpu_attention::reference::{self, Gradients};
+use wgpu_attention::{
+    Attention, AttentionProblem, BackwardOutputs, BackwardProblem, Inputs, Operand, Tensor,
+};
+
+use super::random::each_index;
+use super::tally::Tally;
+use crate::prng::Prng;
+
+/// Forward and backward pass of a problem that has gradients, and what they are off by in terms of their budgets.
+pub(crate) fn check(
+    engine: &Attention,
+    problem: &BackwardProblem,
+    inputs: &Inputs<'_>,
+    prng: &mut Prng,
+    tally: &mut Tally,
+    what: &str,
+) -> wgpu_attention::Result<()> {
+    let dtype = problem.attention.out_dtype;
+    // Poison wherever no kernel may read.
+    let mut dout = Tensor::from_f32(dtype, &vec![f32::NAN; problem.extent(Operand::Dout) as usize]);
+    each_index(&problem.dout, problem.shape(Operand::Dout), |at| dout.set(at, prng.normal()));
+    let oracle = reference::backward(problem, inputs, dout.as_ref())?;
+    let naive = reference::backward_naive(problem, inputs, dout.as_ref())?;
+    let budgets = reference::backward_tolerance(problem, &oracle, &naive);
+    let got = engine.run_backward_blocking(problem, inputs, dout.as_ref());
+    let errors = got.as_ref().map(|got| errors(problem, got, &oracle));
+    for (at, operand) in GRADIENTS.into_iter().enumerate() {
+        let (ratio, how) = match &errors {
+            Ok(errors) if errors[at] == 0.0 => (0.0, String::new()),
+            Ok(errors) => {
+                let how = format!("error {:.2e}, the budget is {:.2e}", errors[at], budgets[at]);
+                (errors[at] / budgets[at], how)
+            }
+            Err(error) => (f64::INFINITY, error.to_string()),
+        };
+        tally.result(&[format!("backward_{operand}")], problem.attention.dtype, ratio);
+        if ratio > 1.0 {
+            tally.fault(format!("{what}, {operand}: {how}"));
+        }
+    }
+    Ok(())
+}
+
+const GRADIENTS: [Operand; 3] = [Operand::Dq, Operand::Dk, Operand::Dv];
+
+/// The largest error of each gradient; infinite where something was written between its elements.
+fn errors(problem: &BackwardProblem, got: &BackwardOutputs, oracle: &Gradients) -> [f64; 3] {
+    let [dq, dk, dv] = [(&got.dq, &oracle.dq), (&got.dk, &oracle.dk), (&got.dv, &oracle.dv)];
+    let of = |operand, (tensor, want): (&Tensor, &Vec<f64>)| {
+        let (Some(layout), x) = (problem.layout(operand), tensor.as_ref()) else { return f64::INFINITY };
+        let (mut gap, mut values) = (vec![true; x.len()], Vec::with_capacity(want.len()));
+        each_index(&layout, problem.shape(operand), |at| {
+            gap[at] = false;
+            values.push(f64::from(x.get(at)));
+        });
+        let touched = gap.iter().enumerate().any(|(at, &gap)| gap && x.get(at).to_bits() != 0);
+        if touched { f64::INFINITY } else { reference::max_error(values, want) }
+    };
+    [of(Operand::Dq, dq), of(Operand::Dk, dk), of(Operand::Dv, dv)]
+}
+
+/// The backward pass of a problem, if there is one.
+pub(crate) fn of(problem: &AttentionProblem) -> Option<BackwardProblem> {
+    let backward = BackwardProblem::of(problem);
+    backward.validate().is_ok().then_some(backward)
+}
