@@ -18,6 +18,7 @@ def arguments():
     p.add_argument("--shapes", default="1x8x512x64,1x8x1024x64,1x8x2048x64",
                    help="comma list of BxHq[/Hkv]xSq[/Sk]xD[/Dv]")
     p.add_argument("--layer", action="store_true", help="nn.MultiheadAttention; a shape is BxSxExH then")
+    p.add_argument("--backward", action="store_true", help="the gradients of q, k and v alone")
     p.add_argument("--options", default="plain,causal", help="comma list of plain, causal")
     p.add_argument("--dtype", default="f32", choices=["f32", "f16"])
     p.add_argument("--repeat", type=int, default=10, help="timed calls per case; the median counts")
@@ -102,6 +103,33 @@ def attention(torch, shape, dtype, causal):
     return call, lambda o: max_error(torch, q, k, v, o, causal), 2 * b * hq * sq * sk * (d + dv) / (1 + causal)
 
 
+def backward(torch, shape, dtype, causal):
+    """The same of the gradients, which PyTorch's autograd computes again and again after one forward call."""
+    b, hq, hkv, s, _, d, _ = shape
+    if shape != (b, hq, hkv, s, s, d, d):
+        return None
+    q, k, v, dout = (torch.randn(b, h, s, d).to(dtype) for h in (hq, hkv, hkv, hq))
+
+    def forward(q, k, v):
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        o = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=hq != hkv)
+        return (q, k, v), o
+
+    def gradients(of, o, dout):
+        return torch.autograd.grad(o, of, dout, retain_graph=True)
+
+    of, o = forward(q, k, v)
+
+    def error(got):
+        group = hq // hkv
+        golden = gradients(*forward(q[:1, :group].double(), k[:1, :1].double(), v[:1, :1].double()),
+                           dout[:1, :group].double())
+        pairs = zip((got[0][:1, :group], got[1][:1, :1], got[2][:1, :1]), golden)
+        return max((x.double() - y).abs().max().item() for x, y in pairs)
+
+    return (lambda: gradients(of, o, dout)), error, 10 * b * hq * s * s * d / (1 + causal)
+
+
 def layer(torch, shape, dtype, causal):
     """The same of nn.MultiheadAttention over one sequence: packed weights, biases, no weights given back."""
     b, s, e, h = shape
@@ -136,13 +164,13 @@ def main():
     out.writeheader()
     for text, shape in a.shapes:
         for option in a.options:
-            made = (layer if a.layer else attention)(torch, shape, dtype, option == "causal")
+            made = (layer if a.layer else backward if a.backward else attention)(torch, shape, dtype, option == "causal")
             if made is None:
                 print(f"torch_cpu: {text} causal skipped: peers align Sq != Sk differently", file=sys.stderr)
                 continue
             call, error_of, flop = made
             times = []
-            with torch.inference_mode():
+            with torch.inference_mode(not a.backward):
                 result = call()
                 for _ in range(2):
                     call()
@@ -153,7 +181,7 @@ def main():
                 error = error_of(result)
             seconds = statistics.median(times)
             out.writerow({
-                "peer": "torch_cpu" + " layer" * a.layer, "version": torch.__version__.split("+")[0],
+                "peer": "torch_cpu" + " layer" * a.layer + " backward" * a.backward, "version": torch.__version__.split("+")[0],
                 "adapter": f"{cpu_name()} x{a.threads}", "dtype": a.dtype, "shape": text, "options": option,
                 "ms": f"{seconds * 1e3:.4f}", "gflops": f"{flop / seconds / 1e9:.2f}", "max_error": f"{error:.3e}"})
             sys.stdout.flush()

@@ -16,7 +16,10 @@ use case::{Axes, Case, values};
 use check::{Expected, Gap};
 use rng::Rng;
 use wasm_bindgen::prelude::*;
-use wgpu_attention::{Align, Attention, DeviceRequest, Error, Family, Path, Plan, PlanOptions};
+use wgpu_attention::{
+    Align, Attention, BackwardProblem, DeviceRequest, Error, Family, Operand, Path, Plan, PlanOptions,
+    Tensor, reference,
+};
 
 /// Multiplications that the oracle may spend on a random problem.
 const WORK: usize = 1_000_000;
@@ -95,7 +98,11 @@ impl Page {
                 plan => plan.map_err(|e| format!("{e}\n  {}", case.name))?,
             };
             let share = self.check(&plan, &case, &Expected::of(&case)).await?;
-            return Ok(format!("{seed:#018x} {}: {share:.2} of the error budget", plan.family()));
+            let line = format!("{seed:#018x} {}: {share:.2} of the error budget", plan.family());
+            return Ok(match self.gradients(&case, &mut rng).await? {
+                Some(share) => format!("{line}, {share:.2} of the gradients'"),
+                None => line,
+            });
         }
         Err(format!("{seed:#018x}: {family:?} fits none of {DRAWS} problems"))
     }
@@ -104,5 +111,38 @@ impl Page {
         let wrong = |what: String| format!("{}: {what}\n  {}", plan.family(), case.name);
         let outputs = self.attention.run_plan(plan, &case.data.inputs()).await;
         expected.check(case, &outputs.map_err(|e| wrong(e.to_string()))?, Gap::Zero).map_err(wrong)
+    }
+
+    /// The gradients of a problem that has any: the largest error as a share of its budget.
+    async fn gradients(&self, case: &Case, rng: &mut Rng) -> Result<Option<f64>, String> {
+        let (problem, inputs) = (BackwardProblem::of(&case.problem), case.data.inputs());
+        if problem.validate().is_err() {
+            return Ok(None);
+        }
+        let shape = problem.shape(Operand::Dout);
+        let dout = case::fill(case.problem.out_dtype, problem.dout, shape, 0, |_| Some(rng.normal()));
+        let wrong = |e: Error| format!("gradients: {e}\n  {}", case.name);
+        let oracle = reference::backward(&problem, &inputs, dout.as_ref()).map_err(wrong)?;
+        let naive = reference::backward_naive(&problem, &inputs, dout.as_ref()).map_err(wrong)?;
+        let budgets = reference::backward_tolerance(&problem, &oracle, &naive);
+        let got = self.attention.run_backward(&problem, &inputs, dout.as_ref()).await.map_err(wrong)?;
+        let mut worst = 0.0_f64;
+        for (operand, tensor, want, budget) in [
+            (Operand::Dq, &got.dq, &oracle.dq, budgets[0]),
+            (Operand::Dk, &got.dk, &oracle.dk, budgets[1]),
+            (Operand::Dv, &got.dv, &oracle.dv, budgets[2]),
+        ] {
+            let layout = problem.layout(operand).unwrap_or(problem.dq);
+            let number = |at| f64::from(Tensor::as_ref(tensor).get(layout.index(at)));
+            let error = reference::max_error(case::indices(problem.shape(operand)).map(number), want);
+            if error > budget {
+                return Err(format!(
+                    "{operand}: off by {error:e}, the budget is {budget:e}\n  {}",
+                    case.name
+                ));
+            }
+            worst = if budget > 0.0 { worst.max(error / budget) } else { worst };
+        }
+        Ok(Some(worst))
     }
 }
