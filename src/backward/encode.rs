@@ -13,7 +13,8 @@ use crate::plan::{DEFAULT_BUDGET, DISPATCH_FLOP, Window};
 use crate::slot::Slot;
 
 /// The buffers of one backward pass, laid out as the [`BackwardProblem`] says. All need `STORAGE` usage, and may be
-/// pieces of one buffer, as [`Operands`] has it.
+/// pieces of one buffer, as [`Operands`] has it. Gradients may be given the same slice, as those of a packed projection
+/// are, where their layouts have no place in common.
 #[derive(Clone, Copy, Debug)]
 pub struct BackwardOperands<'a> {
     /// Those of the forward call: its inputs, and the o and lse that it wrote.
@@ -153,7 +154,7 @@ fn chunks(kernel: &Backward, problem: &BackwardProblem, caps: &Caps) -> Chunks {
     let heads = if kernel.makes == Makes::Dq { p.heads_q } else { p.heads_kv };
     let owners = p.batch as u64 * heads as u64;
     let tile = u64::from(kernel.tile.tile_q());
-    let a_row = 4 * others.min(part_others(problem, caps)).max(1) * (p.head_dim + p.head_dim_v) as u64;
+    let a_row = 2 * others.min(part_others(problem, caps)).max(1) * (2 * p.head_dim + p.head_dim_v) as u64;
     // The sums of a tile's row, if they are carried.
     let row_bytes = 16 * u64::from(kernel.tile.lanes * kernel.tile.quads);
     let room = DEFAULT_BUDGET.min(caps.max_storage_binding) / row_bytes.max(1);
@@ -337,12 +338,23 @@ fn check(problem: &BackwardProblem, operands: &BackwardOperands<'_>, caps: &Caps
         let Some(written) = place(output) else { continue };
         let others = all_operands().filter(|&other| other != output);
         for (with, other) in others.filter_map(|other| Some((other, place(other)?))) {
-            if encode::meet(written, other) {
+            let packed = || gradients.contains(&with) && are_packed(problem, operands, [output, with]);
+            if encode::meet(written, other) && !packed() {
                 return Err(Error::Aliased { operand: output, with });
             }
         }
     }
     Ok(())
+}
+
+/// Whether two gradients lie in one slice without a place in common, as those of a packed projection do: each is
+/// written by dispatches of its own.
+fn are_packed(problem: &BackwardProblem, operands: &BackwardOperands<'_>, [a, b]: [Operand; 2]) -> bool {
+    let (Some(a_slice), Some(b_slice)) = (operands.get(a), operands.get(b)) else { return false };
+    let (Some(a_layout), Some(b_layout)) = (problem.layout(a), problem.layout(b)) else { return false };
+    a_slice.offset() == b_slice.offset()
+        && problem.dtype(a).bytes() == problem.dtype(b).bytes()
+        && !a_layout.meets(problem.shape(a), &b_layout, problem.shape(b))
 }
 
 /// What one dispatch cannot bind beside its output; natively that is nothing more.

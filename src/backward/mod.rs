@@ -32,8 +32,8 @@ use crate::problem::{AttentionProblem, Similarity};
 /// Scale, soft cap, bias, ALiBi, every mask, key lengths, sinks, grouped heads, ragged sequences, strides and types
 /// are those of the forward call. A query or key that no pair keeps has a gradient of zeros; rows of k and v behind an
 /// entry's length have, too, but where keys are ragged, of which rows that belong to no entry are left alone, as they
-/// are of ragged queries. A NaN in what a pair keeps spreads to the gradients that the pair adds to. Bias, slopes and
-/// sinks are constants: they get no gradient.
+/// are of ragged queries. A NaN in what a pair keeps spreads to the gradients that the pair adds to, unless its weight
+/// there is zero. Bias, slopes and sinks are constants: they get no gradient.
 ///
 /// ```
 /// use wgpu_attention::{Align, AttentionProblem, BackwardProblem, Operand};
