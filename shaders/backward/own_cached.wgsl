@@ -7,6 +7,8 @@ fn own_quad_a(row: u32, at: u32, e: u32) -> vec4<f32> {
     return load_own_a(at, 4u * e);
 }
 
+//$ for n in 0..OF_SCORES
 fn own_quad_b(row: u32, at: u32, e: u32) -> vec4<f32> {
     return load_own_b(at, 4u * e);
 }
+//$ end

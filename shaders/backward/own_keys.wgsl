@@ -39,12 +39,6 @@ fn met_by(b: u32, own: u32, own_end: u32, len_k: u32) -> vec2<u32> {
     return vec2<u32>(u32(min(lo, hi)), u32(hi));
 }
 
-// Whether all of them keep all others of a step.
-fn all_kept(b: u32, own: u32, own_end: u32, first: u32, len_k: u32) -> bool {
-    let full = tile_full_range(b, first, first + STEP, len_k);
-    return own >= full.x && own_end <= full.y && first + STEP <= query_count(b);
-}
-
 // Others that there are, and own rows that get a gradient.
 fn others(b: u32, len_k: u32) -> u32 {
     return query_count(b);
@@ -63,41 +57,39 @@ fn own_a(b: u32, head: u32, own: u32) -> u32 {
     return row_k(b, kv_head_of(head), own);
 }
 
+//$ for n in 0..OF_SCORES
 fn own_b(b: u32, head: u32, own: u32) -> u32 {
     return row_v(b, kv_head_of(head), own);
 }
+//$ end
 
 fn load_own_a(at: u32, d: u32) -> vec4<f32> {
     return load4_k(at, d);
 }
 
+//$ for n in 0..OF_SCORES
 fn load_own_b(at: u32, d: u32) -> vec4<f32> {
     return load4_v(at, d);
 }
+//$ end
 
-fn other_quad_a(b: u32, head: u32, other: u32, d: u32) -> vec4<f32> {
-    return load4_q(row_q(b, head, other), d);
+fn other_row_a(b: u32, head: u32, other: u32) -> u32 {
+    return row_q(b, head, other);
 }
 
-fn other_quad_b(b: u32, head: u32, other: u32, d: u32) -> vec4<f32> {
-    return load4_dout(row_dout(b, head, other), d);
+fn other_row_b(b: u32, head: u32, other: u32) -> u32 {
+    return row_dout(b, head, other);
+}
+
+fn load_other_a(at: u32, d: u32) -> vec4<f32> {
+    return load4_q(at, d);
+}
+
+fn load_other_b(at: u32, d: u32) -> vec4<f32> {
+    return load4_dout(at, d);
 }
 
 // lse and delta are those of the others.
-var<workgroup> wg_terms: array<vec2<f32>, STEP>;
-
 fn own_terms(b: u32, head: u32, own: u32) -> vec2<f32> {
     return vec2<f32>();
-}
-
-fn stage_terms(thread: u32, b: u32, head: u32, first: u32, end: u32) {
-    for (var at = thread; at < STEP; at += THREADS) {
-        if first + at < end {
-            wg_terms[at] = row_terms(b, head, first + at);
-        }
-    }
-}
-
-fn terms_of(own: vec2<f32>, other: u32) -> vec2<f32> {
-    return wg_terms[other];
 }

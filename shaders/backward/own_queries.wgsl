@@ -28,12 +28,6 @@ fn met_by(b: u32, own: u32, own_end: u32, len_k: u32) -> vec2<u32> {
     return tile_kv_range(b, own, own_end, len_k);
 }
 
-// Whether all of them keep all others of a step.
-fn all_kept(b: u32, own: u32, own_end: u32, first: u32, len_k: u32) -> bool {
-    let full = tile_full_range(b, own, own_end, len_k);
-    return first >= full.x && first + STEP <= full.y;
-}
-
 // Others that there are, and own rows that get a gradient.
 fn others(b: u32, len_k: u32) -> u32 {
     return len_k;
@@ -52,33 +46,39 @@ fn own_a(b: u32, head: u32, own: u32) -> u32 {
     return row_q(b, head, own);
 }
 
+//$ for n in 0..OF_SCORES
 fn own_b(b: u32, head: u32, own: u32) -> u32 {
     return row_dout(b, head, own);
 }
+//$ end
 
 fn load_own_a(at: u32, d: u32) -> vec4<f32> {
     return load4_q(at, d);
 }
 
+//$ for n in 0..OF_SCORES
 fn load_own_b(at: u32, d: u32) -> vec4<f32> {
     return load4_dout(at, d);
 }
+//$ end
 
-fn other_quad_a(b: u32, head: u32, other: u32, d: u32) -> vec4<f32> {
-    return load4_k(row_k(b, kv_head_of(head), other), d);
+fn other_row_a(b: u32, head: u32, other: u32) -> u32 {
+    return row_k(b, kv_head_of(head), other);
 }
 
-fn other_quad_b(b: u32, head: u32, other: u32, d: u32) -> vec4<f32> {
-    return load4_v(row_v(b, kv_head_of(head), other), d);
+fn other_row_b(b: u32, head: u32, other: u32) -> u32 {
+    return row_v(b, kv_head_of(head), other);
+}
+
+fn load_other_a(at: u32, d: u32) -> vec4<f32> {
+    return load4_k(at, d);
+}
+
+fn load_other_b(at: u32, d: u32) -> vec4<f32> {
+    return load4_v(at, d);
 }
 
 // lse and delta are those of an own row.
 fn own_terms(b: u32, head: u32, own: u32) -> vec2<f32> {
     return row_terms(b, head, own);
-}
-
-fn stage_terms(thread: u32, b: u32, head: u32, first: u32, end: u32) {}
-
-fn terms_of(own: vec2<f32>, other: u32) -> vec2<f32> {
-    return own;
 }

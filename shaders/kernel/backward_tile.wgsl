@@ -35,9 +35,9 @@ fn stage(thread: u32, b: u32, head: u32, first: u32, end: u32, begin: u32, turn:
         var x = vec4<f32>();
         if other < end && d < select(params.head_dim_v, params.head_dim, is_a) {
             if is_a {
-                x = other_quad_a(b, head, other, d);
+                x = load_other_a(other_row_a(b, head, other), d);
             } else {
-                x = other_quad_b(b, head, other, d);
+                x = load_other_b(other_row_b(b, head, other), d);
             }
         }
         // 0 * NaN is NaN, also where the pair is dropped.
@@ -56,15 +56,6 @@ fn products(x: u32, e: u32, own: vec4<f32>) -> vec4<f32> {
         dot(own, wg_other[(x + 2u * LANES) * SKEW + e]),
         dot(own, wg_other[(x + 3u * LANES) * SKEW + e]),
     );
-}
-
-// The derivative of a score by its scaled similarity.
-fn slope_of(dot: f32) -> f32 {
-    if !SOFTCAP {
-        return 1.0;
-    }
-    let t = tanh_accurate(dot * params.scale / params.softcap);
-    return 1.0 - t * t;
 }
 
 // A weight times a row's quad; one of zero adds nothing, whatever lies there.
@@ -120,7 +111,9 @@ fn main(
         for (var r = 0u; r < ROWS; r += 1u) {
             let exists = own_that_exists(b, own[r], len_k);
             at_a[r] = own_a(b, head, exists);
+            //$ for n in 0..OF_SCORES
             at_b[r] = own_b(b, head, exists);
+            //$ end
             own_term[r] = own_terms(b, head, exists);
         }
         if !staged_own {
@@ -129,18 +122,18 @@ fn main(
         }
         for (var first = part.x / STEP * STEP; first < part.y; first += STEP) {
             var dps = array<vec4<f32>, ROWS>();
-            if OF_SCORES {
-                for (var begin = 0u; 4u * begin < params.head_dim_v; begin += SLICE) {
-                    workgroupBarrier();
-                    stage(thread, b, head, first, end, begin, turn, false);
-                    workgroupBarrier();
-                    for (var e = 0u; e < SLICE && 4u * (begin + e) < params.head_dim_v; e += 1u) {
-                        for (var r = 0u; r < ROWS; r += 1u) {
-                            dps[r] += products(x, e, own_quad_b(own_row + r, at_b[r], begin + e));
-                        }
+            //$ for n in 0..OF_SCORES
+            for (var begin = 0u; 4u * begin < params.head_dim_v; begin += SLICE) {
+                workgroupBarrier();
+                stage(thread, b, head, first, end, begin, turn, false);
+                workgroupBarrier();
+                for (var e = 0u; e < SLICE && 4u * (begin + e) < params.head_dim_v; e += 1u) {
+                    for (var r = 0u; r < ROWS; r += 1u) {
+                        dps[r] += products(x, e, own_quad_b(own_row + r, at_b[r], begin + e));
                     }
                 }
             }
+            //$ end
             var dots = array<vec4<f32>, ROWS>();
             for (var begin = 0u; 4u * begin < params.head_dim; begin += SLICE) {
                 workgroupBarrier();
@@ -171,7 +164,7 @@ fn main(
                 var weight = vec4<f32>();
                 if PLAIN && inside && are_ordinary(scaled) && are_ordinary(lse) {
                     weight = exp2(fma(scaled, vec4<f32>(LOG2_E), -lse * LOG2_E));
-                    if OF_SCORES {
+                    if OF_SCORES == 1u {
                         weight *= dps[r] - delta;
                     }
                 } else {
@@ -187,7 +180,7 @@ fn main(
                             continue;
                         }
                         weight[c] = exp_of_one((s - lse[c]) * LOG2_E);
-                        if OF_SCORES {
+                        if OF_SCORES == 1u {
                             weight[c] *= (dps[r][c] - delta[c]) * slope_of(dots[r][c]);
                         }
                     }
@@ -198,7 +191,7 @@ fn main(
             for (var begin = 0u; begin < QUADS; begin += SLICE_QUADS) {
                 if !STAGED || begin > 0u {
                     workgroupBarrier();
-                    stage(thread, b, head, first, end, begin * LANES, turn, OF_SCORES);
+                    stage(thread, b, head, first, end, begin * LANES, turn, OF_SCORES == 1u);
                 }
                 workgroupBarrier();
                 let careful = atomicLoad(&wg_careful[turn]) != 0u;
@@ -241,7 +234,7 @@ fn main(
     }
 
     let head = head_of_gradient(owner.y);
-    let factor = select(1.0, params.scale, OF_SCORES);
+    let factor = select(1.0, params.scale, OF_SCORES == 1u);
     for (var r = 0u; r < ROWS; r += 1u) {
         let at = row + own_row + r;
         if at < row_end && is_stored(b, at, len_k) {

@@ -1,11 +1,12 @@
 //! From a backward pass and buffers to recorded dispatches.
 
 use super::BackwardProblem;
-use super::kernel::{Backward, LANES, Makes, own_and_others, part_others, parts};
+use super::kernel::{Backward, Form, LANES, Makes, own_and_others, part_others, parts};
 use crate::attention::{Attention, Operands, Shared};
 use crate::caps::Caps;
 use crate::encode::{self, Bound, Prepared, Ready, check_window, dispatches, scratch_buffer, within};
 use crate::error::{Error, Operand, Result};
+use crate::family::Family;
 use crate::kernel::bundle_words;
 use crate::params::{ParamLayout, Params};
 use crate::pipeline::Recipe;
@@ -87,7 +88,21 @@ impl Attention {
         problem: &BackwardProblem,
         operands: &BackwardOperands<'_>,
     ) -> Result<Prepared> {
-        prepare(&self.shared, problem, operands)
+        prepare(&self.shared, problem, operands, None)
+    }
+
+    /// The same by kernels of the caller's choice: [`Family::FusedTile`], tiles in workgroup memory, which GPUs get, or
+    /// [`Family::FusedRow`], a row a thread, which adapters on a CPU get where rows are not too wide.
+    ///
+    /// # Errors
+    /// Those of [`Attention::encode_backward`], and [`Error::KernelUnfit`].
+    pub fn prepare_backward_with(
+        &self,
+        problem: &BackwardProblem,
+        operands: &BackwardOperands<'_>,
+        family: Family,
+    ) -> Result<Prepared> {
+        prepare(&self.shared, problem, operands, Some(family))
     }
 }
 
@@ -103,7 +118,7 @@ impl BackwardProblem {
             return Ok(0);
         }
         let carried = [Makes::Dq, Makes::Dk, Makes::Dv].map(|makes| {
-            let kernel = Backward::new(makes, self, caps);
+            let kernel = Backward::new(makes, self, None, caps);
             chunks(&kernel, self, caps).carried
         });
         Ok(self.gathered_bytes(caps)? + carried.into_iter().max().unwrap_or(0))
@@ -153,10 +168,12 @@ fn chunks(kernel: &Backward, problem: &BackwardProblem, caps: &Caps) -> Chunks {
     let [rows, others] = own_and_others(kernel.makes, problem);
     let heads = if kernel.makes == Makes::Dq { p.heads_q } else { p.heads_kv };
     let owners = p.batch as u64 * heads as u64;
-    let tile = u64::from(kernel.tile.tile_q());
-    let a_row = 2 * others.min(part_others(problem, caps)).max(1) * (2 * p.head_dim + p.head_dim_v) as u64;
+    let form = kernel.form;
+    let tile = u64::from(form.own_rows());
+    let a_row =
+        2 * others.min(part_others(form, problem, caps)).max(1) * (2 * p.head_dim + p.head_dim_v) as u64;
     // The sums of a tile's row, if they are carried.
-    let row_bytes = 16 * u64::from(kernel.tile.lanes * kernel.tile.quads);
+    let row_bytes = 16 * u64::from(kernel.sum_quads());
     let room = DEFAULT_BUDGET.min(caps.max_storage_binding) / row_bytes.max(1);
     let flop = if caps.on_cpu() { DISPATCH_FLOP / 1000 } else { DISPATCH_FLOP };
     let most = (flop / a_row).min(if kernel.parts { room } else { u64::MAX }).max(tile);
@@ -169,18 +186,26 @@ fn chunks(kernel: &Backward, problem: &BackwardProblem, caps: &Caps) -> Chunks {
     Chunks { owners, of_owners, rows, of_rows, carried }
 }
 
-fn prepare(shared: &Shared, problem: &BackwardProblem, operands: &BackwardOperands<'_>) -> Result<Prepared> {
+fn prepare(
+    shared: &Shared,
+    problem: &BackwardProblem,
+    operands: &BackwardOperands<'_>,
+    family: Option<Family>,
+) -> Result<Prepared> {
     let caps = &shared.caps;
     problem.validate()?;
+    if let Some(family) = family {
+        fits(problem, family, caps)?;
+    }
     check(problem, operands, caps)?;
     let wanted = [Makes::Dq, Makes::Dk, Makes::Dv].into_iter().filter(|makes| {
         makes.gradient().is_some_and(|of| operands.get(of).is_some() && problem.extent(of) > 0)
     });
-    let kernels: Vec<_> = wanted.map(|makes| Backward::new(makes, problem, caps)).collect();
+    let kernels: Vec<_> = wanted.map(|makes| Backward::new(makes, problem, family, caps)).collect();
     if kernels.is_empty() {
         return Ok(Prepared::default());
     }
-    let rows = Backward::new(Makes::Rows, problem, caps);
+    let rows = Backward::new(Makes::Rows, problem, None, caps);
     for kernel in kernels.iter().chain([&rows]) {
         kernel.check(caps)?;
         check_clashes(kernel, problem, operands, caps)?;
@@ -192,6 +217,17 @@ fn prepare(shared: &Shared, problem: &BackwardProblem, operands: &BackwardOperan
         all.extend(gradient(shared, kernel, problem, operands, &gathered)?);
     }
     Ok(Prepared::new(all))
+}
+
+/// Whether a family of the caller's choice has kernels for a problem.
+fn fits(problem: &BackwardProblem, family: Family, caps: &Caps) -> Result<()> {
+    let row = matches!(Backward::new(Makes::Dq, problem, Some(family), caps).form, Form::Row { .. });
+    let why = match family {
+        Family::FusedRow if !row => "rows are too wide for a thread",
+        Family::FusedRow | Family::FusedTile => return Ok(()),
+        _ => "it has no kernels for gradients",
+    };
+    Err(Error::KernelUnfit { kernel: family.to_string(), why: why.into() })
 }
 
 /// The dispatch that looks at each query.
@@ -228,7 +264,8 @@ fn gradient(
         bytes => scratch_buffer(shared, Slot::Carried, bytes, "of sums between parts")?,
     };
     let base = params(problem, kernel.makes.gradient(), caps);
-    let (parts, step) = (parts(kernel.makes, problem, caps), part_others(problem, caps));
+    let parts = parts(kernel.makes, kernel.form, problem, caps);
+    let step = part_others(kernel.form, problem, caps);
     let mut blocks = Vec::new();
     for head in (0..chunks.owners).step_by(chunks.of_owners as usize) {
         for row in (0..chunks.rows).step_by(chunks.of_rows as usize) {
@@ -245,7 +282,7 @@ fn gradient(
                     key_end: if last { u32::MAX } else { ((part + 1) * step) as u32 },
                     ..base
                 };
-                blocks.push((params, heads * rows.div_ceil(u64::from(kernel.tile.tile_q()))));
+                blocks.push((params, heads * rows.div_ceil(u64::from(kernel.form.own_rows()))));
             }
         }
     }
@@ -380,17 +417,19 @@ mod tests {
 
     /// Owners and rows of every chunk.
     fn cover(problem: &BackwardProblem, caps: &Caps) {
-        for makes in [Makes::Dq, Makes::Dk, Makes::Dv] {
-            let kernel = Backward::new(makes, problem, caps);
+        let families = [Some(Family::FusedTile), Some(Family::FusedRow)];
+        let makes = [Makes::Dq, Makes::Dk, Makes::Dv];
+        for (makes, family) in makes.into_iter().flat_map(|makes| families.map(|family| (makes, family))) {
+            let kernel = Backward::new(makes, problem, family, caps);
             let chunks = chunks(&kernel, problem, caps);
             assert!(chunks.of_owners > 0 && chunks.of_rows > 0);
             // Chunks of less than an owner are whole tiles.
-            let tile = u64::from(kernel.tile.tile_q());
+            let tile = u64::from(kernel.form.own_rows());
             assert!(
                 chunks.of_rows == chunks.rows || chunks.of_owners == 1 && chunks.of_rows.is_multiple_of(tile)
             );
             assert!(chunks.carried <= DEFAULT_BUDGET, "{} bytes", chunks.carried);
-            assert_eq!(chunks.carried > 0, parts(makes, problem, caps) > 1);
+            assert_eq!(chunks.carried > 0, parts(makes, kernel.form, problem, caps) > 1);
         }
     }
 

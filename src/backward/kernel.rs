@@ -6,9 +6,11 @@ use crate::cache::Cache;
 use crate::caps::{Caps, MANY_REGISTERS};
 use crate::dtype::Dtype;
 use crate::error::{Error, Operand, Result};
+use crate::family::Family;
 use crate::fused::{self, FusedTile};
 use crate::shader::{self, load_part, mask, named, store_part};
 use crate::slot::Slot;
+use crate::unroll::unroll;
 
 macro_rules! part {
     ($name:literal) => {
@@ -41,11 +43,34 @@ impl Makes {
     }
 }
 
+/// How a gradient's kernel shares out its work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Form {
+    /// A thread looks at a query: that of [`Makes::Rows`].
+    Gather,
+    /// Tiles of own rows and others meet in workgroup memory. With the quads of both kinds of own rows if those are held
+    /// there, too; 0 of what the gradient of v has no use for.
+    Tile { tile: FusedTile, held: Option<[u32; 2]> },
+    /// A thread owns a row, whose quads (of both kinds) have names.
+    Row { threads: u32, others: u32, quads: [u32; 2] },
+}
+
+impl Form {
+    /// Own rows of a workgroup.
+    pub(crate) fn own_rows(self) -> u32 {
+        match self {
+            Self::Gather => LANES,
+            Self::Tile { tile, .. } => tile.tile_q(),
+            Self::Row { threads, .. } => threads,
+        }
+    }
+}
+
 /// Everything that is compiled into one of these pipelines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Backward {
     pub(crate) makes: Makes,
-    pub(crate) tile: FusedTile,
+    pub(crate) form: Form,
     q: Option<Io>,
     k: Option<Io>,
     v: Option<Io>,
@@ -59,14 +84,13 @@ pub(crate) struct Backward {
     kv_lens: bool,
     ragged_q: bool,
     ragged_k: bool,
-    /// Quads of both kinds of own rows if those are held in workgroup memory.
-    held: Option<[u32; 2]>,
     /// The others come in several parts.
     pub(crate) parts: bool,
 }
 
 impl Backward {
-    pub(crate) fn new(makes: Makes, problem: &BackwardProblem, caps: &Caps) -> Self {
+    /// `family` is a choice of the caller's: [`Family::FusedRow`], or any other for tiles.
+    pub(crate) fn new(makes: Makes, problem: &BackwardProblem, family: Option<Family>, caps: &Caps) -> Self {
         let p = problem.forward();
         let io = |operand: Operand| {
             let (dtype, layout) = (problem.dtype(operand), problem.layout(operand)?);
@@ -75,15 +99,19 @@ impl Backward {
             Some(Io { dtype, vec4, native: dtype == Dtype::F16 && caps.shader_f16 })
         };
         let rows = makes == Makes::Rows;
-        let (tile, held) = if rows { (FusedTile::NONE, None) } else { tile(makes, problem, caps) };
+        let by_rows = family.map_or(caps.on_cpu(), |family| family == Family::FusedRow);
+        let form = match row(makes, problem, caps).filter(|_| by_rows) {
+            _ if rows => Form::Gather,
+            Some(row) => row,
+            None => tile(makes, problem, caps),
+        };
         let when = |wanted: bool, operand| if wanted { io(operand) } else { None };
         Self {
             makes,
-            tile,
-            held,
+            form,
             q: when(!rows, Operand::Q),
             k: when(!rows, Operand::K),
-            v: when(!rows, Operand::V),
+            v: when(matches!(makes, Makes::Dq | Makes::Dk), Operand::V),
             o: when(rows, Operand::O),
             dout: io(Operand::Dout).unwrap_or(Io { dtype: p.out_dtype, vec4: false, native: false }),
             grad: makes.gradient().and_then(io),
@@ -94,28 +122,44 @@ impl Backward {
             kv_lens: p.kv_lens,
             ragged_q: p.total_q.is_some(),
             ragged_k: matches!(p.cache, Cache::Ragged { .. }),
-            parts: !rows && parts(makes, problem, caps) > 1,
+            parts: parts(makes, form, problem, caps) > 1,
         }
     }
 
     pub(crate) fn name(&self) -> &'static str {
-        match self.makes {
-            Makes::Rows => "backward_rows",
-            Makes::Dq => "backward_dq",
-            Makes::Dk => "backward_dk",
-            Makes::Dv => "backward_dv",
+        match (self.makes, self.form) {
+            (Makes::Rows, _) => "backward_rows",
+            (Makes::Dq, Form::Row { .. }) => "backward_dq_row",
+            (Makes::Dk, Form::Row { .. }) => "backward_dk_row",
+            (Makes::Dv, Form::Row { .. }) => "backward_dv_row",
+            (Makes::Dq, _) => "backward_dq",
+            (Makes::Dk, _) => "backward_dk",
+            (Makes::Dv, _) => "backward_dv",
         }
     }
 
     /// Threads of a workgroup.
     fn threads(&self) -> u32 {
-        if self.makes == Makes::Rows { LANES } else { self.tile.threads() }
+        match self.form {
+            Form::Gather => LANES,
+            Form::Tile { tile, .. } => tile.threads(),
+            Form::Row { threads, .. } => threads,
+        }
     }
 
-    /// Workgroup memory of the others' lse and delta, and of the rest.
+    /// Workgroup memory: of the others' lse and delta where keys are owned, and of the rest.
     pub(crate) fn workgroup_bytes(&self) -> u32 {
-        let terms = if self.owns_keys() { 8 * self.tile.tile_kv() } else { 0 };
-        if self.makes == Makes::Rows { 0 } else { tile_bytes(self.tile, self.held) + terms }
+        let Form::Tile { tile, held } = self.form else { return 0 };
+        tile_bytes(tile, held) + if self.owns_keys() { 8 * tile.tile_kv() } else { 0 }
+    }
+
+    /// Quads that a row of sums has.
+    pub(crate) fn sum_quads(&self) -> u32 {
+        match self.form {
+            Form::Gather => 0,
+            Form::Tile { tile, .. } => tile.lanes * tile.quads,
+            Form::Row { quads, .. } => quads[usize::from(self.makes == Makes::Dv)],
+        }
     }
 
     fn owns_keys(&self) -> bool {
@@ -127,7 +171,7 @@ impl Backward {
         for (what, need, got) in [
             ("threads of a workgroup", self.threads(), caps.max_invocations.min(caps.max_workgroup_size[0])),
             ("bytes of workgroup memory", self.workgroup_bytes(), caps.max_workgroup_bytes),
-            ("registers of a thread", self.tile.registers(), MANY_REGISTERS),
+            ("registers of a thread", self.registers(), MANY_REGISTERS),
             ("storage buffers", self.storage().len() as u32, caps.max_storage_buffers),
         ] {
             if need > got {
@@ -136,6 +180,11 @@ impl Backward {
             }
         }
         Ok(())
+    }
+
+    /// Registers of a thread; a processor's compiler puts what it has none for on the stack.
+    fn registers(&self) -> u32 {
+        if let Form::Tile { tile, .. } = self.form { tile.registers() } else { 0 }
     }
 
     /// The lists that are gathered.
@@ -155,7 +204,8 @@ impl Backward {
         let operand = |operand| (Slot::Operand(operand), false);
         let mut all = vec![operand(Operand::Dout)];
         if let Some(gradient) = self.makes.gradient() {
-            all.extend([Operand::Q, Operand::K, Operand::V].map(operand));
+            all.extend([Operand::Q, Operand::K].map(operand));
+            all.extend(self.v.map(|_| operand(Operand::V)));
             all.extend(self.bias.map(|_| operand(Operand::Bias)));
             all.extend(self.mask.then_some(operand(Operand::Mask)));
             all.extend([(Slot::Gathered, false), (Slot::Operand(gradient), true)]);
@@ -174,7 +224,10 @@ impl Backward {
             out.push_str("enable f16;\n");
         }
         out.push_str(&format!("// {}, composed from shaders/\n", self.name()));
-        for (name, value) in self.constants() {
+        for (name, value) in self.sizes() {
+            out.push_str(&format!("const {name}: u32 = {value}u;\n"));
+        }
+        for (name, value) in self.switches() {
             out.push_str(&format!("const {name} = {value};\n"));
         }
         let mut add = |text: &str| {
@@ -217,7 +270,8 @@ impl Backward {
             (self.k, Operand::K, "head_dim", &row_of_keys),
             (self.v, Operand::V, "head_dim_v", &row_of_keys),
         ] {
-            add(&io.map_or(String::new(), |io| load(io, operand, width)));
+            let Some(io) = io else { continue };
+            add(&load(io, operand, width));
             add(&named(row, operand));
         }
         add(&named(row_of_queries, Operand::Dout));
@@ -271,9 +325,26 @@ impl Backward {
         } else {
             add(part!("backward/whole"));
         }
-        add(if self.owns_keys() { part!("backward/own_keys") } else { part!("backward/own_queries") });
-        add(if self.held.is_some() { part!("backward/own_held") } else { part!("backward/own_cached") });
-        add(&part!("kernel/backward_tile").replace("OUT_WIDTH", &format!("params.{}", self.width())));
+        add(part!("backward/slope"));
+        let sizes = self.sizes();
+        let mut unrolled = |text: &str| add(&unroll(text, &sizes));
+        let keys = self.owns_keys();
+        unrolled(if keys { part!("backward/own_keys") } else { part!("backward/own_queries") });
+        match self.form {
+            Form::Row { .. } => {
+                unrolled(if keys { part!("backward/row_keys") } else { part!("backward/row_queries") });
+                let x = if self.makes == Makes::Dv { "xb_" } else { "xa_" };
+                unrolled(&part!("kernel/backward_row").replace("X_", x));
+            }
+            Form::Tile { held, .. } => {
+                unrolled(if keys { part!("backward/tile_keys") } else { part!("backward/tile_queries") });
+                let cached = held.is_none();
+                unrolled(if cached { part!("backward/own_cached") } else { part!("backward/own_held") });
+                let width = format!("params.{}", self.width());
+                unrolled(&part!("kernel/backward_tile").replace("OUT_WIDTH", &width));
+            }
+            Form::Gather => {}
+        }
         out
     }
 
@@ -282,36 +353,45 @@ impl Backward {
         if self.makes == Makes::Dv { "head_dim_v" } else { "head_dim" }
     }
 
-    fn constants(&self) -> Vec<(&'static str, String)> {
-        let t = self.tile;
-        if self.makes == Makes::Rows {
-            return vec![("LANES", format!("{LANES}u"))];
-        }
-        let of_scores = self.makes != Makes::Dv;
-        let plain = !self.softcap && self.bias.is_none() && !self.alibi && !self.mask;
-        let [a_quads, b_quads] = self.held.unwrap_or_default();
-        let numbers = [
-            ("A_QUADS", a_quads),
-            ("B_QUADS", b_quads),
-            ("TILE", t.tile_q()),
-            ("LANES", t.lanes),
-            ("ROW_LANES", t.row_lanes),
-            ("ROWS", t.rows),
-            ("SLICE", t.slice),
-            ("QUADS", t.quads),
-            ("OUT_QUADS", t.lanes * t.quads),
-            ("SHARE", t.share()),
+    /// Sizes that are compiled in.
+    fn sizes(&self) -> Vec<(&'static str, u32)> {
+        let mut sizes = vec![
+            ("OF_SCORES", (self.makes != Makes::Dv).into()),
+            ("OUT_QUADS", self.sum_quads()),
             ("RAGGED_K", self.ragged_k.into()),
         ];
-        let switches = [
-            ("SOFTCAP", self.softcap),
-            ("PLAIN", plain),
-            ("OF_SCORES", of_scores),
+        match self.form {
+            Form::Gather => return vec![("LANES", LANES)],
+            Form::Row { threads, others, quads: [a, b] } => {
+                sizes.extend([("LANES", threads), ("OTHERS", others), ("A_QUADS", a), ("B_QUADS", b)]);
+            }
+            Form::Tile { tile, held } => {
+                let [a, b] = held.unwrap_or_default();
+                sizes.extend([
+                    ("A_QUADS", a),
+                    ("B_QUADS", b),
+                    ("TILE", tile.tile_q()),
+                    ("LANES", tile.lanes),
+                    ("ROW_LANES", tile.row_lanes),
+                    ("ROWS", tile.rows),
+                    ("SLICE", tile.slice),
+                    ("QUADS", tile.quads),
+                    ("SHARE", tile.share()),
+                ]);
+            }
+        }
+        sizes
+    }
+
+    fn switches(&self) -> Vec<(&'static str, bool)> {
+        let mut switches = vec![("SOFTCAP", self.softcap)];
+        if let Form::Tile { tile, .. } = self.form {
+            let plain = !self.softcap && self.bias.is_none() && !self.alibi && !self.mask;
             // What the weights are multiplied by lies there already.
-            ("STAGED", of_scores && t.whole[0]),
-        ];
-        let numbers = numbers.into_iter().map(|(name, value)| (name, format!("{value}u")));
-        numbers.chain(switches.map(|(name, value)| (name, value.to_string()))).collect()
+            let staged = self.makes != Makes::Dv && tile.whole[0];
+            switches.extend([("PLAIN", plain), ("STAGED", staged)]);
+        }
+        switches
     }
 }
 
@@ -328,34 +408,39 @@ pub(crate) fn own_and_others(makes: Makes, problem: &BackwardProblem) -> [u64; 2
 
 /// Others of a part. A thread on a processor loops fewer than 40000 times for it: lavapipe ends a thread's loops after
 /// 65535 iterations in all.
-pub(crate) fn part_others(problem: &BackwardProblem, caps: &Caps) -> u64 {
+pub(crate) fn part_others(form: Form, problem: &BackwardProblem, caps: &Caps) -> u64 {
     if !caps.on_cpu() {
         return u64::MAX;
     }
     let p = &problem.attention;
     let widest = p.head_dim.max(p.head_dim_v).next_power_of_two();
-    2048 * 64 / widest.clamp(64, 512) as u64
+    match form {
+        Form::Gather => u64::MAX,
+        Form::Row { .. } => 32768,
+        Form::Tile { .. } => 2048 * 64 / widest.clamp(64, 512) as u64,
+    }
 }
 
 /// Parts that the others come in.
-pub(crate) fn parts(makes: Makes, problem: &BackwardProblem, caps: &Caps) -> u64 {
+pub(crate) fn parts(makes: Makes, form: Form, problem: &BackwardProblem, caps: &Caps) -> u64 {
     let [_, others] = own_and_others(makes, problem);
-    others.div_ceil(part_others(problem, caps)).max(1)
+    others.div_ceil(part_others(form, problem, caps)).max(1)
 }
 
 /// A slice of the others' tile (skewed by a vec4, so that rows begin in different banks), the weights (skewed, too), two
 /// flags, and the own rows if they are held.
 fn tile_bytes(of: FusedTile, held: Option<[u32; 2]>) -> u32 {
     let skew = if of.lanes < 8 { 1 } else { 0 };
-    let own = held.map_or(0, |quads| of.tile_q() * quads.iter().map(|quads| quads + skew).sum::<u32>());
+    let quads = held.unwrap_or_default().into_iter().filter(|&quads| quads > 0);
+    let own = of.tile_q() * quads.map(|quads| quads + skew).sum::<u32>();
     16 * (of.tile_kv() * (of.slice + 1) + of.tile_q() * (of.lanes + 1) + own) + 8
 }
 
 /// The fused tile's sizes for own rows and others: its slices serve both products. `whole` says whether all of
-/// head_dim, and of head_dim_v, lies in one. With them the quads of own rows that are held: half of the rows of a thread
-/// are no loss beside an own quad that comes from storage at each product with four others, since a GPU spends as much
-/// on a load's address and bounds as on what it loads.
-fn tile(makes: Makes, problem: &BackwardProblem, caps: &Caps) -> (FusedTile, Option<[u32; 2]>) {
+/// head_dim, and of head_dim_v, lies in one. Half of the rows of a thread are no loss beside an own quad that comes from
+/// storage at each product with four others, since a GPU spends as much on a load's address and bounds as on what it
+/// loads: own rows are held where that makes room for them.
+fn tile(makes: Makes, problem: &BackwardProblem, caps: &Caps) -> Form {
     let p = &problem.attention;
     let [own, _] = own_and_others(makes, problem);
     let widest = p.head_dim.max(p.head_dim_v);
@@ -365,11 +450,30 @@ fn tile(makes: Makes, problem: &BackwardProblem, caps: &Caps) -> (FusedTile, Opt
     let whole = quads.map(|quads| quads <= of.slice);
     let of = FusedTile { held: 0, whole, ..of };
     // V is no factor of the weights that its own gradient sums.
-    let quads = if makes == Makes::Dv { [quads[0], 1] } else { quads };
+    let quads = if makes == Makes::Dv { [quads[0], 0] } else { quads };
     let room = fused::most_holding_bytes(caps).saturating_sub(8 * of.tile_kv());
     let halved = FusedTile { rows: (of.rows / 2).max(1), ..of };
     let holds = [of, halved].into_iter().find(|&of| tile_bytes(of, Some(quads)) <= room);
-    holds.map_or((of, None), |of| (of, Some(quads)))
+    match holds {
+        Some(tile) => Form::Tile { tile, held: Some(quads) },
+        None => Form::Tile { tile: of, held: None },
+    }
+}
+
+/// Widest rows that a thread can have names for before a compiler takes many seconds; of those that are read one by one.
+const MOST_ROW_WIDTH: [usize; 2] = [128, 40];
+
+/// A row a thread, as many threads as the forward kernel has; `None` where rows are too wide.
+fn row(makes: Makes, problem: &BackwardProblem, caps: &Caps) -> Option<Form> {
+    let p = &problem.attention;
+    let all = [Operand::Q, Operand::K, Operand::V, Operand::Dout, Operand::Dq, Operand::Dk, Operand::Dv];
+    let vec4 = all.iter().all(|&of| problem.layout(of).is_some_and(|l| l.is_vec4(problem.shape(of)[3])));
+    let widest = p.head_dim.max(p.head_dim_v);
+    let most = MOST_ROW_WIDTH[usize::from(!vec4)];
+    let quads = [p.head_dim, p.head_dim_v].map(|width| (width as u32).div_ceil(4));
+    let others = if vec4 && widest <= 64 { 2 } else { 1 };
+    let threads = fused::row(&problem.forward(), caps).threads;
+    (makes != Makes::Rows && widest <= most).then_some(Form::Row { threads, others, quads })
 }
 
 #[cfg(test)]
@@ -431,8 +535,10 @@ mod tests {
                 for attention in problems() {
                     let problem = BackwardProblem::of(&attention);
                     problem.validate().unwrap();
-                    for makes in [Makes::Rows, Makes::Dq, Makes::Dk, Makes::Dv] {
-                        let kernel = Backward::new(makes, &problem, &caps);
+                    let families = [None, Some(Family::FusedTile), Some(Family::FusedRow)];
+                    let makes = [Makes::Rows, Makes::Dq, Makes::Dk, Makes::Dv];
+                    for (makes, family) in makes.into_iter().flat_map(|m| families.map(|f| (m, f))) {
+                        let kernel = Backward::new(makes, &problem, family, &caps);
                         // Sums that come in parts want a ninth buffer beside a bias and a mask.
                         let most = if kernel.parts {
                             caps.max_storage_buffers + 1
@@ -451,11 +557,11 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_said() {
         let problem = BackwardProblem::of(&AttentionProblem::new(1, 1, 1, 8, 8, 1024, 1024));
-        let error = Backward::new(Makes::Dq, &problem, &Caps::minimal()).check(&Caps::minimal());
+        let error = Backward::new(Makes::Dq, &problem, None, &Caps::minimal()).check(&Caps::minimal());
         let Err(Error::LimitExceeded { what, .. }) = error else { panic!("{error:?}") };
         assert!(what.contains("backward_dq"), "{what}");
         let narrow = Caps { max_storage_buffers: 4, ..Caps::minimal() };
         let problem = BackwardProblem::of(&AttentionProblem::new(1, 1, 1, 8, 8, 64, 64));
-        assert!(Backward::new(Makes::Dk, &problem, &narrow).check(&narrow).is_err());
+        assert!(Backward::new(Makes::Dk, &problem, None, &narrow).check(&narrow).is_err());
     }
 }

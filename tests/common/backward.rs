@@ -3,7 +3,7 @@
 
 use wgpu_attention::reference::{self, Gradients};
 use wgpu_attention::{
-    BackwardOperands, BackwardProblem, Dtype, Error, Layout, Operand, Operands, PlanOptions, Tensor,
+    BackwardOperands, BackwardProblem, Dtype, Error, Family, Layout, Operand, Operands, PlanOptions, Tensor,
 };
 
 use super::case::{Case, fill, indices};
@@ -82,12 +82,12 @@ impl Pass {
         Expected { oracle, budget }
     }
 
-    /// Forward and backward, as two submissions: the second on buffers of their own or on pieces of one. Gives dq, dk
-    /// and dv in logical order.
+    /// Forward and backward, as two submissions: the second on buffers of their own or on pieces of one, by kernels of
+    /// that family. Gives dq, dk and dv in logical order; [`Error::KernelUnfit`] where the family has none.
     ///
     /// # Panics
     /// When anything but the gradients' elements was written to, or one of those was not.
-    pub fn run(&self, gpu: &Gpu, pooled: bool) -> Result<[Vec<f64>; 3], Error> {
+    pub fn run(&self, gpu: &Gpu, family: Family, pooled: bool) -> Result<[Vec<f64>; 3], Error> {
         let (device, queue) = (gpu.attention.device(), gpu.attention.queue());
         let guarded = Guarded::new(device, &self.case);
         let plan = gpu.attention.plan_with(&guarded.problem, &PlanOptions::default())?;
@@ -141,7 +141,7 @@ impl Pass {
             dv: Some(pieces.slice(at + 3)),
         };
         let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-        gpu.attention.encode_backward(&mut encoder, &problem, &operands)?;
+        gpu.attention.prepare_backward_with(&problem, &operands, family)?.encode(&mut encoder);
         queue.submit([encoder.finish()]);
         pieces.give_back(&[at + 1, at + 2, at + 3]);
 
@@ -185,6 +185,11 @@ impl Pass {
             let all = indices(self.problem.shape(operand));
             all.map(|at| f64::from(tensor.as_ref().get(layout.index(at)))).collect()
         })
+    }
+
+    /// Whether rows are narrow enough for a thread each, whatever the way they lie.
+    pub fn is_narrow_enough(&self) -> bool {
+        self.case.problem.head_dim.max(self.case.problem.head_dim_v) <= 40
     }
 
     /// Holds what a device gave to the oracle, or to somebody else's numbers.
