@@ -49,8 +49,8 @@
 //! Bahdanau 2014 (arXiv 1409.0473), Graves 2014 (NTM, 1410.5401), Luong 2015 (1508.04025), Vaswani
 //! 2017 (1706.03762), Milakov & Gimelshein 2018 (1805.02867), Rabe & Staats 2021 (2112.05682), Press
 //! 2021 (ALiBi, 2108.12409), Dao 2022 (FlashAttention, 2205.14135), Ainslie 2023 (GQA, 2305.13245),
-//! Xiao 2023 (sinks, 2309.17453), Dao 2023 (FlashAttention 2, 2307.08691), Dao 2023 (Flash-Decoding), Kwon 2023 (PagedAttention, 2309.06180),
-//! Ye 2025 (FlashInfer, 2501.01005).
+//! Dao 2023 (FlashAttention 2, 2307.08691), Xiao 2023 (sinks, 2309.17453), Dao 2023 (Flash-Decoding), Kwon
+//! 2023 (PagedAttention, 2309.06180), Ye 2025 (FlashInfer, 2501.01005).
 #![deny(missing_docs)]
 
 mod append;

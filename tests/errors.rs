@@ -1,7 +1,8 @@
 //! What bad input gets: the typed error with its fields, nothing recorded, and an object that
 //! works afterwards.
 //!
-//! Provoked here: every variant but `NoDevice` and `OutOfMemory`, which need an adapter that fails.
+//! Provoked here: every variant but `NoDevice` and `OutOfMemory`, which need an adapter that fails, and `NoGradient`
+//! (`tests/backward.rs`).
 
 mod common;
 

@@ -186,7 +186,7 @@ fn chunks(kernel: &Backward, problem: &BackwardProblem, caps: &Caps) -> Chunks {
     Chunks { owners, of_owners, rows, of_rows, carried }
 }
 
-fn prepare(
+pub(super) fn prepare(
     shared: &Shared,
     problem: &BackwardProblem,
     operands: &BackwardOperands<'_>,

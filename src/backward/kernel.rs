@@ -18,7 +18,7 @@ macro_rules! part {
     };
 }
 
-/// Threads of the kernel that looks at rows.
+/// Threads of the kernel that looks at each query.
 pub(crate) const LANES: u32 = 64;
 
 /// What a kernel of the backward pass makes.
@@ -46,7 +46,7 @@ impl Makes {
 /// How a gradient's kernel shares out its work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Form {
-    /// A thread looks at a query: that of [`Makes::Rows`].
+    /// A thread looks at a query, for [`Makes::Rows`].
     Gather,
     /// Tiles of own rows and others meet in workgroup memory. With the quads of both kinds of own rows if those are held
     /// there, too; 0 of what the gradient of v has no use for.
@@ -140,11 +140,7 @@ impl Backward {
 
     /// Threads of a workgroup.
     fn threads(&self) -> u32 {
-        match self.form {
-            Form::Gather => LANES,
-            Form::Tile { tile, .. } => tile.threads(),
-            Form::Row { threads, .. } => threads,
-        }
+        if let Form::Tile { tile, .. } = self.form { tile.threads() } else { self.form.own_rows() }
     }
 
     /// Workgroup memory: of the others' lse and delta where keys are owned, and of the rest.

@@ -1,9 +1,11 @@
 //! Gradients from slices to vectors.
 
+use super::encode::prepare;
 use super::{BackwardOperands, BackwardProblem};
 use crate::attention::Attention;
 use crate::dtype::{Tensor, TensorRef};
 use crate::error::{Operand, Result};
+use crate::family::Family;
 use crate::host::Inputs;
 use crate::readback::{Wait, read_buffers};
 use crate::run::Uploaded;
@@ -45,7 +47,21 @@ impl Attention {
         inputs: &Inputs<'_>,
         dout: impl Into<TensorRef<'a>>,
     ) -> Result<BackwardOutputs> {
-        self.run_backward_waiting(problem, inputs, dout.into(), Wait::Elsewhere).await
+        self.run_backward_waiting(problem, inputs, dout.into(), None, Wait::Elsewhere).await
+    }
+
+    /// [`Attention::run_backward`] by kernels of the caller's choice, as [`Attention::prepare_backward_with`] has it.
+    ///
+    /// # Errors
+    /// Those of [`Attention::run_backward`], and [`Error::KernelUnfit`](crate::Error::KernelUnfit).
+    pub async fn run_backward_with<'a>(
+        &self,
+        problem: &BackwardProblem,
+        inputs: &Inputs<'_>,
+        dout: impl Into<TensorRef<'a>>,
+        family: Family,
+    ) -> Result<BackwardOutputs> {
+        self.run_backward_waiting(problem, inputs, dout.into(), Some(family), Wait::Elsewhere).await
     }
 
     /// [`Attention::run_backward`] for a thread that may block.
@@ -59,7 +75,7 @@ impl Attention {
         inputs: &Inputs<'_>,
         dout: impl Into<TensorRef<'a>>,
     ) -> Result<BackwardOutputs> {
-        pollster::block_on(self.run_backward_waiting(problem, inputs, dout.into(), Wait::Here))
+        pollster::block_on(self.run_backward_waiting(problem, inputs, dout.into(), None, Wait::Here))
     }
 
     async fn run_backward_waiting(
@@ -67,22 +83,24 @@ impl Attention {
         problem: &BackwardProblem,
         inputs: &Inputs<'_>,
         dout: TensorRef<'_>,
+        family: Option<Family>,
         wait: Wait,
     ) -> Result<BackwardOutputs> {
         problem.check(inputs, dout)?;
         let forward = problem.forward();
         let plan = self.plan(&forward)?;
-        let gradients = [Operand::Dq, Operand::Dk, Operand::Dv];
         let buffers = Uploaded::new(self, &forward, inputs)?;
         let bytes = |operand| problem.extent(operand) as usize * problem.dtype(operand).bytes();
         let (dout, outputs) = scoped(self.device(), "operand memory", || {
-            let outputs = gradients.map(|operand| self.target(operand, bytes(operand) as u64));
+            let outputs = [Operand::Dq, Operand::Dk, Operand::Dv]
+                .map(|operand| self.target(operand, bytes(operand) as u64));
             (self.upload(Operand::Dout, dout.bytes()), outputs)
         })?;
         let [dq, dk, dv] = outputs.each_ref().map(|buffer| Some(buffer.slice(..)));
         let operands = buffers.operands();
         let backward = BackwardOperands { forward: operands, dout: dout.slice(..), dq, dk, dv };
-        let prepared = self.prepare(&plan, &operands)?.then(self.prepare_backward(problem, &backward)?);
+        let gradients = prepare(&self.shared, problem, &backward, family)?;
+        let prepared = self.prepare(&plan, &operands)?.then(gradients);
         let ranges = outputs.each_ref().map(|buffer| (buffer, 0..buffer.size()));
         let read = read_buffers(self.device(), self.queue(), &ranges, self.commands(prepared), wait).await?;
         let mut read = read.into_iter();

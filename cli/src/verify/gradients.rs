@@ -2,14 +2,18 @@
 
 use wgpu_attention::reference::{self, Gradients};
 use wgpu_attention::{
-    Attention, AttentionProblem, BackwardOutputs, BackwardProblem, Inputs, Operand, Tensor,
+    Attention, AttentionProblem, BackwardOutputs, BackwardProblem, Error, Family, Inputs, Operand, Tensor,
 };
 
 use super::random::each_index;
 use super::tally::Tally;
 use crate::prng::Prng;
 
-/// Forward and backward pass of a problem that has gradients, and what they are off by in terms of their budgets.
+/// The families that have kernels for gradients, and what the names of those end with.
+const FAMILIES: [(Family, &str); 2] = [(Family::FusedTile, ""), (Family::FusedRow, "_row")];
+
+/// Forward and backward pass of a problem that has gradients, by each kernel, and what they are off by in terms of their
+/// budgets.
 pub(crate) fn check(
     engine: &Attention,
     problem: &BackwardProblem,
@@ -25,20 +29,26 @@ pub(crate) fn check(
     let oracle = reference::backward(problem, inputs, dout.as_ref())?;
     let naive = reference::backward_naive(problem, inputs, dout.as_ref())?;
     let budgets = reference::backward_tolerance(problem, &oracle, &naive);
-    let got = engine.run_backward_blocking(problem, inputs, dout.as_ref());
-    let errors = got.as_ref().map(|got| errors(problem, got, &oracle));
-    for (at, operand) in GRADIENTS.into_iter().enumerate() {
-        let (ratio, how) = match &errors {
-            Ok(errors) if errors[at] == 0.0 => (0.0, String::new()),
-            Ok(errors) => {
-                let how = format!("error {:.2e}, the budget is {:.2e}", errors[at], budgets[at]);
-                (errors[at] / budgets[at], how)
-            }
-            Err(error) => (f64::INFINITY, error.to_string()),
+    for (family, kernel) in FAMILIES {
+        let got = pollster::block_on(engine.run_backward_with(problem, inputs, dout.as_ref(), family));
+        let errors = match &got {
+            Err(Error::KernelUnfit { .. }) => continue,
+            got => got.as_ref().map(|got| errors(problem, got, &oracle)),
         };
-        tally.result(&[format!("backward_{operand}")], problem.attention.dtype, ratio);
-        if ratio > 1.0 {
-            tally.fault(format!("{what}, {operand}: {how}"));
+        for (at, operand) in GRADIENTS.into_iter().enumerate() {
+            let (ratio, how) = match &errors {
+                Ok(errors) if errors[at] == 0.0 => (0.0, String::new()),
+                Ok(errors) => {
+                    let how = format!("error {:.2e}, the budget is {:.2e}", errors[at], budgets[at]);
+                    (errors[at] / budgets[at], how)
+                }
+                Err(error) => (f64::INFINITY, error.to_string()),
+            };
+            let kernel = format!("backward_{operand}{kernel}");
+            if ratio > 1.0 {
+                tally.fault(format!("{what}, {kernel}: {how}"));
+            }
+            tally.result(&[kernel], problem.attention.dtype, ratio);
         }
     }
     Ok(())

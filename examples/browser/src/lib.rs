@@ -125,7 +125,11 @@ impl Page {
         let oracle = reference::backward(&problem, &inputs, dout.as_ref()).map_err(wrong)?;
         let naive = reference::backward_naive(&problem, &inputs, dout.as_ref()).map_err(wrong)?;
         let budgets = reference::backward_tolerance(&problem, &oracle, &naive);
-        let got = self.attention.run_backward(&problem, &inputs, dout.as_ref()).await.map_err(wrong)?;
+        let family = if rng.chance(0.5) { Family::FusedTile } else { Family::FusedRow };
+        let got = match self.attention.run_backward_with(&problem, &inputs, dout.as_ref(), family).await {
+            Err(Error::KernelUnfit { .. }) => return Ok(None),
+            got => got.map_err(wrong)?,
+        };
         let mut worst = 0.0_f64;
         for (operand, tensor, want, budget) in [
             (Operand::Dq, &got.dq, &oracle.dq, budgets[0]),
