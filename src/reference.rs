@@ -132,17 +132,11 @@ fn compute(
         }
         let scores = scores(p, inputs, [b, h, i], place, &projected, round);
 
-        // The maximum over kept keys and the sink. f64::max would hide a NaN.
-        let sink = inputs.sinks.map(|sinks| f64::from(sinks[h]));
-        let kept = || scores.iter().flatten().copied();
-        let max = kept().chain(sink).fold(f64::NEG_INFINITY, |m, s| if s > m || s.is_nan() { s } else { m });
-        out.max_score = kept().filter(|s| s.is_finite()).fold(out.max_score, |m, s| m.max(s.abs()));
-
-        // Exponentials and their sum. A row of nothing but -inf (or nothing) has no maximum.
-        let exp = |s: f64| if s == f64::NEG_INFINITY { 0.0 } else { (s - max).exp() };
-        let sum: f64 = kept().chain(sink).map(exp).sum();
-        let weight = |s: Option<f64>| s.map_or(0.0, |s| if sum == 0.0 { 0.0 } else { round(exp(s) / sum) });
-        out.lse.push(if sum == 0.0 { f64::NEG_INFINITY } else { max + sum.ln() });
+        let kept = scores.iter().flatten().copied();
+        let of = Denominator::new(kept.clone(), inputs.sinks.map(|sinks| f64::from(sinks[h])));
+        out.max_score = kept.filter(|s| s.is_finite()).fold(out.max_score, |m, s| m.max(s.abs()));
+        let weight = |s: Option<f64>| s.map_or(0.0, |s| round(of.weight(s)));
+        out.lse.push(if of.sum == 0.0 { f64::NEG_INFINITY } else { of.max + of.sum.ln() });
 
         // The weighted sum, over kept keys alone: what lies at a dropped key is never read.
         let mut o = vec![0.0; p.head_dim_v];
@@ -161,6 +155,33 @@ fn compute(
         }
     }
     Ok(out)
+}
+
+/// What a row's exponentials are divided by.
+pub(crate) struct Denominator {
+    max: f64,
+    /// Of exponentials, the largest of which is 1; 0 of a row of nothing but -inf (or nothing).
+    pub(crate) sum: f64,
+}
+
+impl Denominator {
+    /// Of the scores of kept keys, and the sink.
+    pub(crate) fn new(kept: impl Iterator<Item = f64> + Clone, sink: Option<f64>) -> Self {
+        let all = kept.chain(sink);
+        // f64::max would hide a NaN.
+        let larger = |m: f64, s: f64| if s > m || s.is_nan() { s } else { m };
+        let of = Self { max: all.clone().fold(f64::NEG_INFINITY, larger), sum: 0.0 };
+        Self { sum: all.map(|s| of.exp(s)).sum(), ..of }
+    }
+
+    fn exp(&self, s: f64) -> f64 {
+        if s == f64::NEG_INFINITY { 0.0 } else { (s - self.max).exp() }
+    }
+
+    /// The weight of a kept score.
+    pub(crate) fn weight(&self, s: f64) -> f64 {
+        if self.sum == 0.0 { 0.0 } else { self.exp(s) / self.sum }
+    }
 }
 
 /// Scores of one query, which lies at `place` of q, against every valid key; `None` where a mask drops the key.

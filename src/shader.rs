@@ -112,16 +112,7 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         add(part!("kernel/mask_map"));
         return out;
     }
-    if b.keys == Keys::Ragged {
-        add(part!("io/keys_ragged"));
-    }
-    add(match (b.kv_lens || b.looked_after, b.keys) {
-        (true, _) => part!("io/kv_lens"),
-        (false, Keys::Ragged) => part!("io/kv_lens_ragged"),
-        (false, _) => part!("io/kv_lens_none"),
-    });
-    add(part!("io/status_bits"));
-    add(part!("io/key_length"));
+    key_lengths(&mut add, b.kv_lens || b.looked_after, b.keys == Keys::Ragged);
     if b.kernel == Kernel::Lengths {
         add(if matches!(b.keys, Keys::Paged(_)) { part!("io/blocks") } else { part!("io/blocks_none") });
         add(&if b.status {
@@ -157,19 +148,7 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         } else {
             add(part!("io/query_plain"));
         }
-        if let Some(io) = b.bias {
-            add(&load(io, Operand::Bias));
-            add(&named(part!("io/row"), Operand::Bias));
-            add(part!("io/bias"));
-        } else {
-            add(part!("io/bias_none"));
-        }
-        if b.mask {
-            mask(&mut add);
-        } else {
-            add(part!("io/mask_none"));
-        }
-        add(if b.alibi { part!("io/alibi") } else { part!("io/alibi_none") });
+        after_products(&mut add, b.bias, b.mask, b.alibi);
         let terms = Slot::KeyTerms.number().to_string();
         match b.key_terms {
             KeyTerms::None | KeyTerms::Projected => add(part!("io/compared_dot")),
@@ -409,8 +388,39 @@ fn keys(add: &mut impl FnMut(&str), operand: Operand, keys: Keys) {
     add(&named(part!("io/key_row"), operand));
 }
 
+/// How many keys an entry has: by a list, by where ragged ones begin, or as many as there are.
+pub(crate) fn key_lengths(add: &mut impl FnMut(&str), listed: bool, ragged: bool) {
+    if ragged {
+        add(part!("io/keys_ragged"));
+    }
+    add(match (listed, ragged) {
+        (true, _) => part!("io/kv_lens"),
+        (false, true) => part!("io/kv_lens_ragged"),
+        (false, false) => part!("io/kv_lens_none"),
+    });
+    add(part!("io/status_bits"));
+    add(part!("io/key_length"));
+}
+
+/// What a score gains or loses after the product: bias, boolean mask, ALiBi.
+pub(crate) fn after_products(add: &mut impl FnMut(&str), bias: Option<Io>, masked: bool, alibi: bool) {
+    if let Some(io) = bias {
+        add(&load(io, Operand::Bias));
+        add(&named(part!("io/row"), Operand::Bias));
+        add(part!("io/bias"));
+    } else {
+        add(part!("io/bias_none"));
+    }
+    if masked {
+        mask(add);
+    } else {
+        add(part!("io/mask_none"));
+    }
+    add(if alibi { part!("io/alibi") } else { part!("io/alibi_none") });
+}
+
 /// The boolean mask.
-pub(crate) fn mask(add: &mut impl FnMut(&str)) {
+fn mask(add: &mut impl FnMut(&str)) {
     add(&named(part!("io/row"), Operand::Mask));
     add(&named(part!("io/mask"), Operand::Mask));
 }
@@ -574,7 +584,7 @@ pub(crate) const fn load_part(io: Io) -> &'static str {
     }
 }
 
-pub(crate) fn load(io: Io, operand: Operand) -> String {
+fn load(io: Io, operand: Operand) -> String {
     named(load_part(io), operand).replace("DTYPE", &io.dtype.to_string())
 }
 

@@ -1,7 +1,7 @@
 //! From a backward pass and buffers to recorded dispatches.
 
-use super::BackwardProblem;
 use super::kernel::{Backward, Form, LANES, Makes, own_and_others, part_others, parts};
+use super::{BackwardProblem, GRADIENTS};
 use crate::attention::{Attention, Operands, Shared};
 use crate::caps::Caps;
 use crate::encode::{self, Bound, Prepared, Ready, check_window, dispatches, scratch_buffer, within};
@@ -126,7 +126,7 @@ impl BackwardProblem {
 
     /// No gradient has an element.
     fn is_nothing(&self) -> bool {
-        [Operand::Dq, Operand::Dk, Operand::Dv].iter().all(|&operand| self.extent(operand) == 0)
+        GRADIENTS.iter().all(|&operand| self.extent(operand) == 0)
     }
 
     /// Rows of lse.
@@ -208,7 +208,10 @@ pub(super) fn prepare(
     let rows = Backward::new(Makes::Rows, problem, None, caps);
     for kernel in kernels.iter().chain([&rows]) {
         kernel.check(caps)?;
-        check_clashes(kernel, problem, operands, caps)?;
+        // Natively `check` has seen to that.
+        if cfg!(target_arch = "wasm32") {
+            check_clashes(kernel, problem, operands, caps)?;
+        }
     }
     let gathered_bytes = problem.gathered_bytes(caps)?;
     let gathered = scratch_buffer(shared, Slot::Gathered, gathered_bytes, "of lse and delta")?;
@@ -356,26 +359,24 @@ fn bound(
 
 /// Every operand of a backward pass.
 fn all_operands() -> impl Iterator<Item = Operand> + Clone {
-    let own = [Operand::Dout, Operand::Dq, Operand::Dk, Operand::Dv];
-    Operand::ALL.iter().copied().chain(own)
+    Operand::ALL.iter().copied().chain([Operand::Dout]).chain(GRADIENTS)
 }
 
 /// Every rule about the caller's buffers.
 fn check(problem: &BackwardProblem, operands: &BackwardOperands<'_>, caps: &Caps) -> Result<()> {
-    let gradients = [Operand::Dq, Operand::Dk, Operand::Dv];
     for operand in all_operands() {
-        let optional = gradients.contains(&operand) && operands.get(operand).is_none();
+        let optional = GRADIENTS.contains(&operand) && operands.get(operand).is_none();
         let wanted = problem.layout(operand).is_some() && !optional;
         let Some(slice) = operand.brought(wanted, operands.get(operand))? else { continue };
         check_window(operand, slice, window(problem, operand, caps), caps)?;
     }
     // In whatever dispatches they are: a later one must not find an input overwritten by an earlier output.
-    for output in gradients {
+    for output in GRADIENTS {
         let place = |operand| Some((operands.get(operand)?, window(problem, operand, caps)));
         let Some(written) = place(output) else { continue };
         let others = all_operands().filter(|&other| other != output);
         for (with, other) in others.filter_map(|other| Some((other, place(other)?))) {
-            let packed = || gradients.contains(&with) && are_packed(problem, operands, [output, with]);
+            let packed = || GRADIENTS.contains(&with) && are_packed(problem, operands, [output, with]);
             if encode::meet(written, other) && !packed() {
                 return Err(Error::Aliased { operand: output, with });
             }
@@ -394,7 +395,7 @@ fn are_packed(problem: &BackwardProblem, operands: &BackwardOperands<'_>, [a, b]
         && !a_layout.meets(problem.shape(a), &b_layout, problem.shape(b))
 }
 
-/// What one dispatch cannot bind beside its output; natively that is nothing more.
+/// What one dispatch cannot bind beside its output.
 fn check_clashes(
     kernel: &Backward,
     problem: &BackwardProblem,

@@ -8,7 +8,7 @@ use crate::dtype::Dtype;
 use crate::error::{Error, Operand, Result};
 use crate::family::Family;
 use crate::fused::{self, FusedTile};
-use crate::shader::{self, load_part, mask, named, store_part};
+use crate::shader::{self, load_part, named, store_part};
 use crate::slot::Slot;
 use crate::unroll::unroll;
 
@@ -91,7 +91,7 @@ pub(crate) struct Backward {
 impl Backward {
     /// `family` is a choice of the caller's: [`Family::FusedRow`], or any other for tiles.
     pub(crate) fn new(makes: Makes, problem: &BackwardProblem, family: Option<Family>, caps: &Caps) -> Self {
-        let p = problem.forward();
+        let p = &problem.attention;
         let io = |operand: Operand| {
             let (dtype, layout) = (problem.dtype(operand), problem.layout(operand)?);
             // The bias is read element by element, whatever its layout.
@@ -289,31 +289,10 @@ impl Backward {
             add(&shader::list_bundled(operand));
         }
         add(if self.ragged_q { part!("io/queries_ragged") } else { part!("io/queries") });
-        if self.ragged_k {
-            add(part!("io/keys_ragged"));
-        }
-        add(match (self.kv_lens, self.ragged_k) {
-            (true, _) => part!("io/kv_lens"),
-            (false, true) => part!("io/kv_lens_ragged"),
-            (false, false) => part!("io/kv_lens_none"),
-        });
-        add(part!("io/status_bits"));
-        add(part!("io/key_length"));
+        shader::key_lengths(&mut add, self.kv_lens, self.ragged_k);
         add(part!("mask_tiles"));
         add(part!("mask"));
-        if let Some(io) = self.bias {
-            add(&shader::load(io, Operand::Bias));
-            add(&named(part!("io/row"), Operand::Bias));
-            add(part!("io/bias"));
-        } else {
-            add(part!("io/bias_none"));
-        }
-        if self.mask {
-            mask(&mut add);
-        } else {
-            add(part!("io/mask_none"));
-        }
-        add(if self.alibi { part!("io/alibi") } else { part!("io/alibi_none") });
+        shader::after_products(&mut add, self.bias, self.mask, self.alibi);
         add(part!("io/compared_dot"));
         add(part!("score"));
         if self.parts {
@@ -468,7 +447,7 @@ fn row(makes: Makes, problem: &BackwardProblem, caps: &Caps) -> Option<Form> {
     let most = MOST_ROW_WIDTH[usize::from(!vec4)];
     let quads = [p.head_dim, p.head_dim_v].map(|width| (width as u32).div_ceil(4));
     let others = if vec4 && widest <= 64 { 2 } else { 1 };
-    let threads = fused::row(&problem.forward(), caps).threads;
+    let threads = fused::row(p, caps).threads;
     (makes != Makes::Rows && widest <= most).then_some(Form::Row { threads, others, quads })
 }
 

@@ -145,14 +145,14 @@ impl BackwardProblem {
         if !forward.stored_kv().is_float() {
             return Err(Error::NoGradient { of: format!("keys of {}", forward.stored_kv()) });
         }
-        for operand in [Operand::Dout, Operand::Dq, Operand::Dk, Operand::Dv] {
+        for operand in [Operand::Dout].into_iter().chain(GRADIENTS) {
             let extent = self.extent(operand);
             if extent > u128::from(u32::MAX) {
                 let what = format!("{operand}'s last element index");
                 return Err(Error::TooLarge { what, got: extent, max: u32::MAX.into() });
             }
         }
-        for (operand, layout) in [(Operand::Dq, self.dq), (Operand::Dk, self.dk), (Operand::Dv, self.dv)] {
+        for (operand, layout) in GRADIENTS.into_iter().zip([self.dq, self.dk, self.dv]) {
             let shape = self.shape(operand);
             if !layout.is_injective(shape) {
                 return Err(Error::Overlaps { operand, shape, strides: layout.strides });
@@ -177,6 +177,9 @@ impl BackwardProblem {
         Ok(())
     }
 }
+
+/// The gradients.
+const GRADIENTS: [Operand; 3] = [Operand::Dq, Operand::Dk, Operand::Dv];
 
 /// The operand whose shape and type a gradient has.
 fn like(operand: Operand) -> Operand {

@@ -1,11 +1,11 @@
 //! The backward pass in f64, row by row: what the kernels are held to.
 
-use super::BackwardProblem;
+use super::{BackwardProblem, GRADIENTS};
 use crate::cache::{Cache, KvRows};
 use crate::dtype::{Dtype, TensorRef};
 use crate::error::{Operand, Result};
 use crate::host::Inputs;
-use crate::reference::{ProjectedKeys, scores};
+use crate::reference::{Denominator, ProjectedKeys, scores};
 
 /// What [`backward`] and [`backward_naive`] give, in logical order and f64.
 #[derive(Clone, Debug, PartialEq)]
@@ -65,7 +65,6 @@ pub fn backward_tolerance(problem: &BackwardProblem, oracle: &Gradients, naive: 
     let p = &problem.attention;
     let wide = [p.dtype, p.stored_kv(), p.out_dtype].iter().all(|&dtype| dtype == Dtype::F32);
     let relative = (8.0 * 2f64.powi(-24) * oracle.max_score.max(1.0)).min(1e-4);
-    let gradients = [Operand::Dq, Operand::Dk, Operand::Dv];
     std::array::from_fn(|at| {
         let sums = relative * oracle.max_terms[at];
         if wide {
@@ -74,7 +73,7 @@ pub fn backward_tolerance(problem: &BackwardProblem, oracle: &Gradients, naive: 
         let [of_naive, of_oracle] = [naive, oracle].map(|of| [&of.dq, &of.dk, &of.dv][at]);
         let error = crate::reference::max_error(of_naive.iter().copied(), of_oracle);
         let largest = of_oracle.iter().filter(|x| x.is_finite()).fold(0.0, |max: f64, x| max.max(x.abs()));
-        let rounding = match problem.dtype(gradients[at]) {
+        let rounding = match problem.dtype(GRADIENTS[at]) {
             Dtype::F16 => 2f64.powi(-11),
             Dtype::Bf16 => 2f64.powi(-8),
             _ => 0.0,
@@ -108,13 +107,10 @@ fn compute(
         let h = place[1];
         let [b, i] = inputs.query_of([place[0], place[2]]);
         let scores = scores(p, inputs, [b, h, i], place, &projected, &round);
-        let sink = inputs.sinks.map(|sinks| f64::from(sinks[h]));
-        let kept = || scores.iter().flatten().copied();
-        let max = kept().chain(sink).fold(f64::NEG_INFINITY, |m, s| if s > m || s.is_nan() { s } else { m });
-        max_score = kept().filter(|s| s.is_finite()).fold(max_score, |m, s| m.max(s.abs()));
-        let exp = |s: f64| if s == f64::NEG_INFINITY { 0.0 } else { (s - max).exp() };
-        let sum: f64 = kept().chain(sink).map(exp).sum();
-        if sum == 0.0 {
+        let kept = scores.iter().flatten().copied();
+        let of = Denominator::new(kept.clone(), inputs.sinks.map(|sinks| f64::from(sinks[h])));
+        max_score = kept.filter(|s| s.is_finite()).fold(max_score, |m, s| m.max(s.abs()));
+        if of.sum == 0.0 {
             continue;
         }
         let at = |layout: crate::Layout| {
@@ -128,7 +124,7 @@ fn compute(
             (0..dim).map(|d| f64::from(values.element(at, rows.step(), dim, d))).collect()
         };
         let weights: Vec<_> =
-            scores.iter().enumerate().filter_map(|(j, s)| Some((j, round(exp((*s)?) / sum)))).collect();
+            scores.iter().enumerate().filter_map(|(j, s)| Some((j, round(of.weight((*s)?))))).collect();
         let mut o = vec![0.0; dim_v];
         for &(j, weight) in &weights {
             let v = key_of(&v_rows, inputs.v, j, dim_v);

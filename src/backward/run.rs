@@ -1,7 +1,7 @@
 //! Gradients from slices to vectors.
 
 use super::encode::prepare;
-use super::{BackwardOperands, BackwardProblem};
+use super::{BackwardOperands, BackwardProblem, GRADIENTS};
 use crate::attention::Attention;
 use crate::dtype::{Tensor, TensorRef};
 use crate::error::{Operand, Result};
@@ -92,8 +92,7 @@ impl Attention {
         let buffers = Uploaded::new(self, &forward, inputs)?;
         let bytes = |operand| problem.extent(operand) as usize * problem.dtype(operand).bytes();
         let (dout, outputs) = scoped(self.device(), "operand memory", || {
-            let outputs = [Operand::Dq, Operand::Dk, Operand::Dv]
-                .map(|operand| self.target(operand, bytes(operand) as u64));
+            let outputs = GRADIENTS.map(|operand| self.target(operand, bytes(operand) as u64));
             (self.upload(Operand::Dout, dout.bytes()), outputs)
         })?;
         let [dq, dk, dv] = outputs.each_ref().map(|buffer| Some(buffer.slice(..)));
