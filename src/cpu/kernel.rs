@@ -145,15 +145,14 @@ pub(super) fn weighted_sum<S: Simd, const NV: usize>(
     p: &[[S::f32s; NV]],
     acc: &mut [[S::f32s; NV]],
 ) {
-    let mut at = 0;
-    let n = acc.len();
+    let dims = acc.len();
+    let mut rest = acc;
     macro_rules! blocks_of {
         ($rows:literal, $chains:literal, $turn:literal) => {
-            while n - at >= $rows {
-                let rows = &mut acc[at..at + $rows];
+            let (at, whole) = (dims - rest.len(), rest.len() / $rows * $rows);
+            if let Some(rows) = rest.split_off_mut(..whole).filter(|rows| !rows.is_empty()) {
                 const LEN: usize = $chains * CHAIN_VALUES;
                 value_rows::<S, $rows, $chains, $turn, LEN, NV>(simd, &values[at..], stride, p, rows);
-                at += $rows;
             }
         };
     }
@@ -168,7 +167,9 @@ pub(super) fn weighted_sum<S: Simd, const NV: usize>(
 }
 
 /// Chains of `LEN` keys each, and one of what is left. (A length that the compiler knows spares each chain forty
-/// instructions, and its products a few constants.)
+/// instructions, and its products a few constants.) All dims take a chain before the next one begins: rows of values are
+/// then read in order, and once. By dims first, strides of powers of two would put all keys' values into a few sets of
+/// the nearest cache, which then holds none of them until the next dims come.
 #[inline(always)]
 fn value_rows<
     S: Simd,
@@ -194,7 +195,8 @@ fn value_rows<
     }
 }
 
-/// `CHAINS` registers take turns for each sum; the bounds of `TURN` keys' values are checked at once.
+/// `MR` dims at a time. `CHAINS` registers take turns for each sum; the bounds of `TURN` keys' values are checked at
+/// once.
 #[inline(always)]
 fn value_chain<S: Simd, const MR: usize, const CHAINS: usize, const TURN: usize, const NV: usize>(
     simd: S,
@@ -203,19 +205,22 @@ fn value_chain<S: Simd, const MR: usize, const CHAINS: usize, const TURN: usize,
     p: &[[S::f32s; NV]],
     acc: &mut [[S::f32s; NV]],
 ) {
-    let mut sums = [[[simd.splat_f32s(0.0); NV]; MR]; CHAINS];
     let (turns, rest) = p.as_chunks::<TURN>();
-    for (at, p) in turns.iter().enumerate() {
-        let rows = &values[TURN * at * stride..][..(TURN - 1) * stride + MR];
-        for i in 0..TURN {
-            add_products(simd, &rows[i * stride..][..MR], &p[i], &mut sums[i % CHAINS]);
+    for (block, acc) in acc.chunks_exact_mut(MR).enumerate() {
+        let values = &values[block * MR..];
+        let mut sums = [[[simd.splat_f32s(0.0); NV]; MR]; CHAINS];
+        for (at, p) in turns.iter().enumerate() {
+            let rows = &values[TURN * at * stride..][..(TURN - 1) * stride + MR];
+            for i in 0..TURN {
+                add_products(simd, &rows[i * stride..][..MR], &p[i], &mut sums[i % CHAINS]);
+            }
         }
-    }
-    for (i, p) in rest.iter().enumerate() {
-        add_products(simd, &values[(TURN * turns.len() + i) * stride..][..MR], p, &mut sums[0]);
-    }
-    for sum in &sums {
-        add_rows(simd, acc, sum);
+        for (i, p) in rest.iter().enumerate() {
+            add_products(simd, &values[(TURN * turns.len() + i) * stride..][..MR], p, &mut sums[0]);
+        }
+        for sum in &sums {
+            add_rows(simd, acc, sum);
+        }
     }
 }
 
