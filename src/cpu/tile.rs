@@ -168,18 +168,19 @@ impl TileRun<'_> {
                 near = 0;
                 if reached == 0 {
                     reached = far.len();
-                    far.fill(zero);
+                    far.copy_from_slice(acc);
                     lost.fill(zero);
-                }
-                for ((far, lost), acc) in far.iter_mut().zip(lost.iter_mut()).zip(acc.iter_mut()) {
-                    for n in 0..NV {
-                        let more = simd.sub_f32s(acc[n], lost[n]);
-                        let sum = simd.add_f32s(far[n], more);
-                        lost[n] = simd.sub_f32s(simd.sub_f32s(sum, far[n]), more);
-                        far[n] = sum;
+                } else {
+                    for ((far, lost), acc) in far.iter_mut().zip(lost.iter_mut()).zip(acc.iter()) {
+                        for n in 0..NV {
+                            let more = simd.sub_f32s(acc[n], lost[n]);
+                            let sum = simd.add_f32s(far[n], more);
+                            lost[n] = simd.sub_f32s(simd.sub_f32s(sum, far[n]), more);
+                            far[n] = sum;
+                        }
                     }
-                    *acc = zero;
                 }
+                acc.fill(zero);
             }
             near += 1;
             let count = TILE_KV.min(self.keys.end - start);
