@@ -106,11 +106,10 @@ fn measure(
         ..Operands::new(q.slice(..), k.slice(..), v.slice(..), o.slice(..))
     };
     let backward = BackwardOperands {
-        forward,
-        dout: dout.slice(..),
         dq: Some(dq.slice(..)),
         dk: Some(dk.slice(..)),
         dv: Some(dv.slice(..)),
+        ..BackwardOperands::new(forward, dout.slice(..))
     };
     let calls =
         [attention.prepare(&attention.plan(p)?, &forward)?, attention.prepare_backward(problem, &backward)?];

@@ -75,6 +75,10 @@ pub enum Operand {
     Dk,
     /// Its gradient by v, as v.
     Dv,
+    /// Its gradient by bias, as bias.
+    Dbias,
+    /// Its gradient by the sinks, `[heads_q]`.
+    Dsinks,
 }
 
 impl Operand {
@@ -100,6 +104,9 @@ impl Operand {
         Self::Weights,
         Self::Status,
     ];
+
+    /// Every gradient of a backward pass.
+    pub const GRADIENTS: [Self; 5] = [Self::Dq, Self::Dk, Self::Dv, Self::Dbias, Self::Dsinks];
 
     /// What a call brings of an operand that its problem wants, or does not want.
     pub(crate) fn brought<T>(self, wanted: bool, got: Option<T>) -> Result<Option<T>> {
@@ -146,6 +153,8 @@ impl std::fmt::Display for Operand {
             Self::Dq => "dq",
             Self::Dk => "dk",
             Self::Dv => "dv",
+            Self::Dbias => "dbias",
+            Self::Dsinks => "dsinks",
         })
     }
 }

@@ -57,7 +57,7 @@ impl Slot {
                 Operand::ScoreV => 38,
                 Operand::Positions => 40,
                 Operand::Dout => 41,
-                Operand::Dq | Operand::Dk | Operand::Dv => 42,
+                Operand::Dq | Operand::Dk | Operand::Dv | Operand::Dbias | Operand::Dsinks => 42,
             },
             Self::Scores => 11,
             Self::InverseSums => 14,

@@ -3,13 +3,13 @@
 
 mod common;
 
-use common::backward::{GRADIENTS, Pass, of};
+use common::backward::Pass;
 use common::case::{Axes, Case, Lens, Sim, Spread, Storage, values};
 use common::gpu::{self, Gpu, Kind};
 use common::kept::{Kept, Move};
 use common::rng::{Rng, env_number, fresh_seed, slice};
 use wgpu_attention::{
-    Align, Attention, AttentionProblem, BackwardOperands, BackwardProblem, Cache, Dtype, Error, Family,
+    Align, Attention, AttentionProblem, BackwardOperands, BackwardProblem, Bias, Cache, Dtype, Error, Family,
     Layout, Operand, Operands, Similarity, Tensor, Window, reference,
 };
 
@@ -33,7 +33,7 @@ const FAMILIES: [Family; 2] = [Family::FusedTile, Family::FusedRow];
 /// one, which must give the same bits. The call that takes slices gives those of one of the families.
 fn hold(pass: &Pass, pooled: bool) {
     let expected = pass.expected();
-    let bits = |got: [Vec<f64>; 3]| got.map(|x| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>());
+    let bits = |got: [Vec<f64>; 5]| got.map(|x| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>());
     for [plain, checked] in gpus() {
         let mut all = Vec::new();
         for family in FAMILIES {
@@ -79,6 +79,8 @@ fn table() -> Vec<(Axes, Move)> {
         base,
         Axes { softcap: Some(0.5), ..base },
         Axes { bias: Some((Dtype::F16, Spread::PerHead, true)), ..base },
+        Axes { bias: Some((Dtype::Bf16, Spread::Shared, true)), batch: 3, seq_q: 33, seq_kv: 95, ..base },
+        Axes { bias: Some((Dtype::F32, Spread::Keys, false)), batch: 2, ..base },
         Axes { alibi: true, ..base },
         Axes { mask: Some(Spread::PerBatch), batch: 2, ..base },
         Axes { causal: Some(Align::TopLeft), ..base },
@@ -88,6 +90,8 @@ fn table() -> Vec<(Axes, Move)> {
         Axes { window: window(Some(40), Some(0)), seq_q: 200, seq_kv: 190, heads: (2, 1), ..base },
         Axes { lens: Lens::FirstEmpty, batch: 3, ..base },
         Axes { sinks: true, causal: Some(Align::TopLeft), ..base },
+        Axes { sinks: true, causal: Some(Align::BottomRight), seq_q: 129, seq_kv: 33, batch: 2, ..base },
+        Axes { sinks: true, seq_q: 600, seq_kv: 3, heads: (3, 1), ..base },
         Axes { scale: Some(-0.7), ..base },
         Axes { scale: Some(0.0), ..base },
         Axes { storage: Storage::Odd, head_dim: 33, head_dim_v: 20, ..base },
@@ -153,6 +157,20 @@ fn every_option() {
     }
 }
 
+/// An element of a bias that all entries and heads share adds up what they say, on a processor in several dispatches.
+#[test]
+fn a_bias_that_many_share() {
+    for (batch, heads, softcap) in [(17, (4, 2), None), (1, (70, 70), Some(0.5)), (70, (1, 1), None)] {
+        let bias = Some((Dtype::F32, Spread::Shared, true));
+        let causal = Some(Align::BottomRight);
+        let axes = Axes { batch, heads, softcap, bias, causal, seq_q: 9, seq_kv: 35, ..Axes::default() };
+        let mut pass = pass(axes, Move::default(), 5);
+        pass.problem.dbias = BackwardProblem::of(&pass.case.problem).dbias;
+        assert_eq!(pass.problem.dbias.unwrap().strides[..2], [0, 0]);
+        hold(&pass, true);
+    }
+}
+
 #[test]
 fn random_passes() {
     let seed = fresh_seed();
@@ -190,12 +208,12 @@ fn nan_stays_with_the_pairs_that_keep_it() {
         pass.dout.set(pass.problem.dout.index([0, 1, i, 1]), f32::NAN);
     }
     let expected = pass.expected();
-    let dq = of(&expected.oracle, Operand::Dq);
+    let dq = &expected.oracle.dq;
     let row = |h: usize, i: usize| &dq[(h * p.seq_q + i) * p.head_dim..][..p.head_dim];
     assert!(row(0, 49).iter().all(|x| x.is_finite()) && row(0, 50).iter().all(|x| x.is_nan()));
     assert!(row(1, 49).iter().all(|x| x.is_finite()) && row(1, 50).iter().all(|x| x.is_nan()));
     assert!(row(1, 3).iter().all(|&x| x == 0.0));
-    let dv = &of(&expected.oracle, Operand::Dv)[p.seq_kv * p.head_dim_v..];
+    let dv = &expected.oracle.dv[p.seq_kv * p.head_dim_v..];
     let row = |j: usize| &dv[j * p.head_dim_v..][..p.head_dim_v];
     assert!(row(40)[1].is_nan() && row(40)[0].is_finite() && row(41).iter().all(|x| x.is_finite()));
     for (gpu, family) in gpus().into_iter().flatten().flat_map(|gpu| FAMILIES.map(|family| (gpu, family))) {
@@ -220,7 +238,9 @@ fn oracle_is_the_slope_of_the_forward_pass() {
         },
     ];
     for (at, axes) in axes.into_iter().enumerate() {
-        let pass = pass(Axes { storage: Storage::Bhsd, ..axes }, Move::default(), 77 + at as u64);
+        let mut pass = pass(Axes { storage: Storage::Bhsd, ..axes }, Move::default(), 77 + at as u64);
+        // Where bias has one element for several, its gradient has, too.
+        pass.problem.dbias = BackwardProblem::of(&pass.case.problem).dbias;
         let (p, expected) = (&pass.case.problem, pass.expected());
         let dout: Vec<f64> = common::case::indices(p.shape(Operand::O))
             .map(|at| f64::from(pass.dout.as_ref().get(pass.problem.dout.index(at))))
@@ -229,26 +249,36 @@ fn oracle_is_the_slope_of_the_forward_pass() {
             let o = reference::oracle(p, &case.data.inputs()).unwrap().o;
             o.iter().zip(&dout).map(|(o, dout)| o * dout).sum()
         };
-        for operand in GRADIENTS {
-            let gradient = of(&expected.oracle, operand);
+        for operand in Operand::GRADIENTS {
+            let gradient = expected.oracle.get(operand);
+            let places: Vec<_> = common::case::indices(pass.problem.shape(operand)).collect();
             let n = gradient.len();
             for element in (0..n).step_by(n.div_ceil(40).max(1)) {
                 let moved = |by: f32| {
                     let mut case = pass.case.clone();
-                    let tensor = match operand {
-                        Operand::Dq => &mut case.data.q,
-                        Operand::Dk => &mut case.data.k,
-                        _ => &mut case.data.v,
+                    let data = &mut case.data;
+                    let (tensor, place) = match operand {
+                        Operand::Dq => (std::sync::Arc::make_mut(&mut data.q), element),
+                        Operand::Dk => (std::sync::Arc::make_mut(&mut data.k), element),
+                        Operand::Dv => (std::sync::Arc::make_mut(&mut data.v), element),
+                        Operand::Dbias => {
+                            (data.bias.as_mut().unwrap(), p.bias.unwrap().layout.index(places[element]))
+                        }
+                        _ => {
+                            let sink = &mut data.sinks.as_mut().unwrap()[element];
+                            *sink += by;
+                            let moved = f64::from(*sink);
+                            return (loss(&case), moved);
+                        }
                     };
-                    let tensor: &mut Tensor = std::sync::Arc::make_mut(tensor);
-                    let x = tensor.as_ref().get(element);
-                    tensor.set(element, x + by);
-                    let moved = f64::from(tensor.as_ref().get(element));
+                    let x = tensor.as_ref().get(place);
+                    tensor.set(place, x + by);
+                    let moved = f64::from(tensor.as_ref().get(place));
                     (loss(&case), moved)
                 };
                 let ((above, x1), (below, x0)) = (moved(1e-3), moved(-1e-3));
                 // A row that does not exist holds poison, and has no gradient.
-                let slope = if x1.is_nan() { 0.0 } else { (above - below) / (x1 - x0) };
+                let slope = if !x1.is_finite() { 0.0 } else { (above - below) / (x1 - x0) };
                 let error = (slope - gradient[element]).abs();
                 assert!(
                     error <= 1e-5 * slope.abs().max(1.0),
@@ -285,7 +315,12 @@ fn packed_gradients() {
                 let forward =
                     Operands { lse: Some(lse.slice(..)), ..Operands::new(all, all, all, o.slice(..)) };
                 let to = Some(dqkv.slice(..));
-                let operands = BackwardOperands { forward, dout: dout.slice(..), dq: to, dk: to, dv: to };
+                let operands = BackwardOperands {
+                    dq: to,
+                    dk: to,
+                    dv: to,
+                    ..BackwardOperands::new(forward, dout.slice(..))
+                };
                 let plan = gpu.attention.plan(&p.attention).unwrap();
                 let work = gpu.attention.prepare(&plan, &forward).unwrap();
                 let work = work.then(gpu.attention.prepare_backward(&p, &operands).unwrap());
@@ -294,11 +329,11 @@ fn packed_gradients() {
                 queue.submit([encoder.finish()]);
                 let got = Tensor::from_bytes(dtype, &gpu::download(device, queue, &dqkv));
                 let logical = |operand| {
-                    let layout = p.layout(operand).expect("every pass has it");
+                    let Some(layout) = p.layout(operand) else { return Vec::new() };
                     let all = common::case::indices(p.shape(operand));
                     all.map(|at| f64::from(got.as_ref().get(layout.index(at)))).collect()
                 };
-                pass.check(&GRADIENTS.map(logical), &expected).unwrap();
+                pass.check(&Operand::GRADIENTS.map(logical), &expected).unwrap();
                 // One element further, and two gradients have places in common.
                 let moved = BackwardProblem { dk: p.dk.at(p.dk.offset - 1), ..p.clone() };
                 let error = gpu.attention.prepare_backward(&moved, &operands).unwrap_err();
@@ -343,6 +378,27 @@ fn what_has_no_gradient_is_said() {
     assert_eq!((backward.dk, backward.validate()), (Layout::bhsd(2, 5, 8), Ok(())));
     let overlaps = BackwardProblem { dk: shared.k, ..backward.clone() }.validate();
     assert!(matches!(overlaps, Err(Error::Overlaps { operand: Operand::Dk, .. })), "{overlaps:?}");
+    // A bias that repeats over keys, or queries, has none by itself; one that repeats over entries or heads has.
+    let biased = |strides| {
+        let bias = Some(Bias { dtype: Dtype::F32, layout: Layout { offset: 0, strides } });
+        BackwardProblem::of(&AttentionProblem { bias, ..plain() })
+    };
+    assert_eq!(biased([0, 15, 5, 1]).extent(Operand::Dbias), 60);
+    for (strides, over) in [([20, 5, 0, 1], "queries"), ([12, 3, 1, 0], "keys")] {
+        let backward = biased(strides);
+        assert_eq!((backward.dbias, backward.validate()), (None, Ok(())));
+        let asked = BackwardProblem { dbias: Some(Layout { offset: 0, strides }), ..backward.clone() };
+        let of = format!("a bias that repeats over {over}");
+        assert_eq!(asked.validate(), Err(Error::NoGradient { of }));
+        let all = BackwardProblem { dbias: Some(Layout::bhsd(4, 3, 5)), ..backward };
+        assert_eq!((all.extent(Operand::Dbias), all.validate()), (2 * 60, Ok(())));
+    }
+    let tangled = BackwardProblem {
+        dbias: Some(Layout { offset: 0, strides: [0, 14, 5, 1] }),
+        ..biased([0, 15, 5, 1])
+    };
+    let error = tangled.validate();
+    assert!(matches!(error, Err(Error::Overlaps { operand: Operand::Dbias, .. })), "{error:?}");
     let far = BackwardProblem { dout: Layout::bhsd(4, 3, 8).at(usize::MAX), ..backward }.validate();
     assert!(matches!(far, Err(Error::TooLarge { .. })), "{far:?}");
 }
@@ -359,7 +415,8 @@ impl Buffers {
     fn operands(&self) -> BackwardOperands<'_> {
         let of = |at: usize| self.0[at].slice(..);
         let forward = Operands { lse: Some(of(4)), ..Operands::new(of(0), of(1), of(2), of(3)) };
-        BackwardOperands { forward, dout: of(5), dq: Some(of(6)), dk: Some(of(7)), dv: Some(of(8)) }
+        let gradients = BackwardOperands::new(forward, of(5));
+        BackwardOperands { dq: Some(of(6)), dk: Some(of(7)), dv: Some(of(8)), ..gradients }
     }
 }
 
@@ -399,6 +456,12 @@ fn what_is_wrong_with_buffers_is_said_and_nothing_recorded() {
         said(BackwardOperands { dout: of(5).slice(4..), ..good }),
         Error::Misaligned { operand: Operand::Dout, need: align.max(4), got: 4 }
     );
+    for (operands, operand) in [
+        (BackwardOperands { dbias: good.dq, ..good }, Operand::Dbias),
+        (BackwardOperands { dsinks: good.dq, ..good }, Operand::Dsinks),
+    ] {
+        assert_eq!(said(operands), Error::UnexpectedOperand { operand });
+    }
     let error = said(BackwardOperands { dv: Some(unusable.slice(..)), ..good });
     assert!(matches!(error, Error::BufferUsage { operand: Operand::Dv, .. }), "{error}");
     for (operands, operand, with) in [

@@ -1,7 +1,7 @@
 //! From a backward pass and buffers to recorded dispatches.
 
-use super::kernel::{Backward, Form, LANES, Makes, own_and_others, part_others, parts};
-use super::{BackwardProblem, GRADIENTS};
+use super::BackwardProblem;
+use super::kernel::{Backward, Form, LANES, Makes, SINK_QUERIES, own_and_others, part_others, parts};
 use crate::attention::{Attention, Operands, Shared};
 use crate::caps::Caps;
 use crate::encode::{self, Bound, Prepared, Ready, check_window, dispatches, scratch_buffer, within};
@@ -28,15 +28,38 @@ pub struct BackwardOperands<'a> {
     pub dk: Option<wgpu::BufferSlice<'a>>,
     /// Receives the gradient by v.
     pub dv: Option<wgpu::BufferSlice<'a>>,
+    /// Receives the gradient by bias.
+    pub dbias: Option<wgpu::BufferSlice<'a>>,
+    /// Receives the gradient by the sinks, f32.
+    pub dsinks: Option<wgpu::BufferSlice<'a>>,
 }
 
 impl<'a> BackwardOperands<'a> {
+    /// What every backward pass reads, and no gradient yet.
+    pub fn new(forward: Operands<'a>, dout: wgpu::BufferSlice<'a>) -> Self {
+        Self { forward, dout, dq: None, dk: None, dv: None, dbias: None, dsinks: None }
+    }
+
+    /// Where a gradient goes.
+    pub(super) fn set(&mut self, gradient: Operand, to: Option<wgpu::BufferSlice<'a>>) {
+        match gradient {
+            Operand::Dq => self.dq = to,
+            Operand::Dk => self.dk = to,
+            Operand::Dv => self.dv = to,
+            Operand::Dbias => self.dbias = to,
+            Operand::Dsinks => self.dsinks = to,
+            _ => {}
+        }
+    }
+
     fn get(&self, operand: Operand) -> Option<wgpu::BufferSlice<'a>> {
         match operand {
             Operand::Dout => Some(self.dout),
             Operand::Dq => self.dq,
             Operand::Dk => self.dk,
             Operand::Dv => self.dv,
+            Operand::Dbias => self.dbias,
+            Operand::Dsinks => self.dsinks,
             _ => self.forward.get(operand),
         }
     }
@@ -58,7 +81,8 @@ impl Attention {
     /// let forward = Operands { lse: Some(lse), ..Operands::new(q, k, v, o) };
     /// attention.encode(encoder, &attention.plan(&problem)?, &forward)?;
     /// // ... the loss, which writes dout ...
-    /// let gradients = BackwardOperands { forward, dout, dq: Some(dq), dk: Some(dk), dv: Some(dv) };
+    /// let gradients =
+    ///     BackwardOperands { dq: Some(dq), dk: Some(dk), dv: Some(dv), ..BackwardOperands::new(forward, dout) };
     /// attention.encode_backward(encoder, &BackwardProblem::of(&problem), &gradients)?;
     /// # Ok(())
     /// # }
@@ -117,16 +141,21 @@ impl BackwardProblem {
         if self.is_nothing() {
             return Ok(0);
         }
-        let carried = [Makes::Dq, Makes::Dk, Makes::Dv].map(|makes| {
+        let carried = self.gradients().map(|makes| {
             let kernel = Backward::new(makes, self, None, caps);
             chunks(&kernel, self, caps).carried
         });
-        Ok(self.gathered_bytes(caps)? + carried.into_iter().max().unwrap_or(0))
+        Ok(self.gathered_bytes(caps)? + carried.max().unwrap_or(0))
+    }
+
+    /// The gradients that have elements.
+    fn gradients(&self) -> impl Iterator<Item = Makes> {
+        Makes::GRADIENTS.into_iter().filter(|makes| makes.gradient().is_some_and(|of| self.extent(of) > 0))
     }
 
     /// No gradient has an element.
     fn is_nothing(&self) -> bool {
-        GRADIENTS.iter().all(|&operand| self.extent(operand) == 0)
+        self.gradients().next().is_none()
     }
 
     /// Rows of lse.
@@ -166,14 +195,20 @@ struct Chunks {
 fn chunks(kernel: &Backward, problem: &BackwardProblem, caps: &Caps) -> Chunks {
     let p = &problem.attention;
     let [rows, others] = own_and_others(kernel.makes, problem);
-    let heads = if kernel.makes == Makes::Dq { p.heads_q } else { p.heads_kv };
-    let owners = p.batch as u64 * heads as u64;
+    let owners = match kernel.makes {
+        Makes::Dq | Makes::Rows => [p.batch, p.heads_q],
+        Makes::Dk | Makes::Dv => [p.batch, p.heads_kv],
+        Makes::Dbias => problem.owners_of_bias(),
+        Makes::Dsinks => [1, p.heads_q],
+    };
+    let owners = owners.map(|n| n as u64).into_iter().product();
     let form = kernel.form;
     let tile = u64::from(form.own_rows());
-    let a_row =
-        2 * others.min(part_others(form, problem, caps)).max(1) * (2 * p.head_dim + p.head_dim_v) as u64;
+    let tiles = key_tiles(kernel, problem);
+    let met = others.min(part_others(form, problem, caps)).max(1) * tiles * key_tile(kernel);
+    let a_row = 2 * met * (2 * p.head_dim + p.head_dim_v) as u64;
     // The sums of a tile's row, if they are carried.
-    let row_bytes = 16 * u64::from(kernel.sum_quads());
+    let row_bytes = 16 * u64::from(kernel.sum_quads()) * tiles;
     let room = DEFAULT_BUDGET.min(caps.max_storage_binding) / row_bytes.max(1);
     let flop = if caps.on_cpu() { DISPATCH_FLOP / 1000 } else { DISPATCH_FLOP };
     let most = (flop / a_row).min(if kernel.parts { room } else { u64::MAX }).max(tile);
@@ -184,6 +219,20 @@ fn chunks(kernel: &Backward, problem: &BackwardProblem, caps: &Caps) -> Chunks {
     };
     let carried = if kernel.parts { of_owners * of_rows.next_multiple_of(tile) * row_bytes } else { 0 };
     Chunks { owners, of_owners, rows, of_rows, carried }
+}
+
+/// Keys of a workgroup that owns pairs; 1 of others.
+fn key_tile(kernel: &Backward) -> u64 {
+    if kernel.makes == Makes::Dbias { kernel.form.own_rows().into() } else { 1 }
+}
+
+/// Workgroups beside each other for the keys of the same queries.
+fn key_tiles(kernel: &Backward, problem: &BackwardProblem) -> u64 {
+    if kernel.makes == Makes::Dbias {
+        (problem.attention.seq_kv as u64).div_ceil(key_tile(kernel))
+    } else {
+        1
+    }
 }
 
 pub(super) fn prepare(
@@ -198,12 +247,15 @@ pub(super) fn prepare(
         fits(problem, family, caps)?;
     }
     check(problem, operands, caps)?;
-    let wanted = [Makes::Dq, Makes::Dk, Makes::Dv].into_iter().filter(|makes| {
-        makes.gradient().is_some_and(|of| operands.get(of).is_some() && problem.extent(of) > 0)
-    });
+    let asked = |makes: &Makes| makes.gradient().is_some_and(|of| operands.get(of).is_some());
+    let wanted = problem.gradients().filter(asked);
     let kernels: Vec<_> = wanted.map(|makes| Backward::new(makes, problem, family, caps)).collect();
     if kernels.is_empty() {
         return Ok(Prepared::default());
+    }
+    if caps.on_cpu() && operands.dsinks.is_some() {
+        let need = problem.rows() / problem.attention.heads_q.max(1) as u64;
+        within(|| "queries of a head for its sink's gradient, on a processor".into(), need, SINK_QUERIES)?;
     }
     let rows = Backward::new(Makes::Rows, problem, None, caps);
     for kernel in kernels.iter().chain([&rows]) {
@@ -285,7 +337,8 @@ fn gradient(
                     key_end: if last { u32::MAX } else { ((part + 1) * step) as u32 },
                     ..base
                 };
-                blocks.push((params, heads * rows.div_ceil(u64::from(kernel.form.own_rows()))));
+                let tiles = rows.div_ceil(u64::from(kernel.form.own_rows())) * key_tiles(kernel, problem);
+                blocks.push((params, heads * tiles));
             }
         }
     }
@@ -319,7 +372,8 @@ fn params(problem: &BackwardProblem, gradient: Option<Operand>, caps: &Caps) -> 
 /// Bytes of an element.
 fn bytes(problem: &BackwardProblem, operand: Operand) -> usize {
     match operand {
-        Operand::Dout | Operand::Dq | Operand::Dk | Operand::Dv => problem.dtype(operand).bytes(),
+        Operand::Dout => problem.dtype(operand).bytes(),
+        _ if Operand::GRADIENTS.contains(&operand) => problem.dtype(operand).bytes(),
         _ => problem.attention.element_bytes(operand),
     }
 }
@@ -359,24 +413,25 @@ fn bound(
 
 /// Every operand of a backward pass.
 fn all_operands() -> impl Iterator<Item = Operand> + Clone {
-    Operand::ALL.iter().copied().chain([Operand::Dout]).chain(GRADIENTS)
+    Operand::ALL.iter().copied().chain([Operand::Dout]).chain(Operand::GRADIENTS)
 }
 
 /// Every rule about the caller's buffers.
 fn check(problem: &BackwardProblem, operands: &BackwardOperands<'_>, caps: &Caps) -> Result<()> {
     for operand in all_operands() {
-        let optional = GRADIENTS.contains(&operand) && operands.get(operand).is_none();
+        let optional = Operand::GRADIENTS.contains(&operand) && operands.get(operand).is_none();
         let wanted = problem.layout(operand).is_some() && !optional;
         let Some(slice) = operand.brought(wanted, operands.get(operand))? else { continue };
         check_window(operand, slice, window(problem, operand, caps), caps)?;
     }
     // In whatever dispatches they are: a later one must not find an input overwritten by an earlier output.
-    for output in GRADIENTS {
+    for output in Operand::GRADIENTS {
         let place = |operand| Some((operands.get(operand)?, window(problem, operand, caps)));
         let Some(written) = place(output) else { continue };
         let others = all_operands().filter(|&other| other != output);
         for (with, other) in others.filter_map(|other| Some((other, place(other)?))) {
-            let packed = || GRADIENTS.contains(&with) && are_packed(problem, operands, [output, with]);
+            let packed =
+                || Operand::GRADIENTS.contains(&with) && are_packed(problem, operands, [output, with]);
             if encode::meet(written, other) && !packed() {
                 return Err(Error::Aliased { operand: output, with });
             }
@@ -414,13 +469,14 @@ fn check_clashes(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::problem::AttentionProblem;
+    use crate::dtype::Dtype;
+    use crate::layout::Layout;
+    use crate::problem::{AttentionProblem, Bias};
 
     /// Owners and rows of every chunk.
     fn cover(problem: &BackwardProblem, caps: &Caps) {
         let families = [Some(Family::FusedTile), Some(Family::FusedRow)];
-        let makes = [Makes::Dq, Makes::Dk, Makes::Dv];
-        for (makes, family) in makes.into_iter().flat_map(|makes| families.map(|family| (makes, family))) {
+        for (makes, family) in problem.gradients().flat_map(|makes| families.map(|family| (makes, family))) {
             let kernel = Backward::new(makes, problem, family, caps);
             let chunks = chunks(&kernel, problem, caps);
             assert!(chunks.of_owners > 0 && chunks.of_rows > 0);
@@ -441,12 +497,16 @@ mod tests {
             for (batch, heads, seq_q, seq_kv, dim) in [
                 (1, 1, 1, 1, 1),
                 (3, 8, 500, 700, 64),
+                (100, 64, 50, 70, 64),
                 (1, 32, 8192, 8192, 128),
                 (1, 1, 1 << 18, 1 << 18, 64),
                 (2, 2, 3, 1 << 20, 512),
                 (2, 2, 1 << 20, 3, 512),
             ] {
                 let attention = AttentionProblem::new(batch, heads, heads, seq_q, seq_kv, dim, dim);
+                let bias = (seq_q * seq_kv < 1 << 24)
+                    .then(|| Bias { dtype: Dtype::F32, layout: Layout::broadcast([1, 1, seq_q, seq_kv]) });
+                let attention = AttentionProblem { bias, sinks: true, ..attention };
                 cover(&BackwardProblem::of(&attention), &caps);
             }
         }

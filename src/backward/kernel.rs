@@ -21,6 +21,17 @@ macro_rules! part {
 /// Threads of the kernel that looks at each query.
 pub(crate) const LANES: u32 = 64;
 
+/// Threads of the kernel that sums up what queries say of a sink.
+const SINK_THREADS: u32 = 256;
+
+/// Most queries of a head that it sums up on a processor: see [`part_others`].
+pub(crate) const SINK_QUERIES: u64 = 32768 * SINK_THREADS as u64;
+
+/// The kernel of the bias's gradient: threads along a side of its workgroup, which owns four times as many queries and
+/// keys, and quads of a row that lie in workgroup memory. 9 KiB, and some fifty registers.
+const BIAS_SIDE: u32 = 8;
+const BIAS_SLICE: u32 = 8;
+
 /// What a kernel of the backward pass makes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Makes {
@@ -29,9 +40,14 @@ pub(crate) enum Makes {
     Dq,
     Dk,
     Dv,
+    Dbias,
+    Dsinks,
 }
 
 impl Makes {
+    /// The gradients.
+    pub(crate) const GRADIENTS: [Self; 5] = [Self::Dq, Self::Dk, Self::Dv, Self::Dbias, Self::Dsinks];
+
     /// The gradient that it makes.
     pub(crate) fn gradient(self) -> Option<Operand> {
         match self {
@@ -39,6 +55,8 @@ impl Makes {
             Self::Dq => Some(Operand::Dq),
             Self::Dk => Some(Operand::Dk),
             Self::Dv => Some(Operand::Dv),
+            Self::Dbias => Some(Operand::Dbias),
+            Self::Dsinks => Some(Operand::Dsinks),
         }
     }
 }
@@ -53,6 +71,10 @@ pub(crate) enum Form {
     Tile { tile: FusedTile, held: Option<[u32; 2]> },
     /// A thread owns a row, whose quads (of both kinds) have names.
     Row { threads: u32, others: u32, quads: [u32; 2] },
+    /// A workgroup owns a tile of pairs, and sums over `[entries, heads]`, for [`Makes::Dbias`].
+    Pairs { sums: [bool; 2] },
+    /// A workgroup owns a head, for [`Makes::Dsinks`].
+    Head,
 }
 
 impl Form {
@@ -62,6 +84,8 @@ impl Form {
             Self::Gather => LANES,
             Self::Tile { tile, .. } => tile.tile_q(),
             Self::Row { threads, .. } => threads,
+            Self::Pairs { .. } => 4 * BIAS_SIDE,
+            Self::Head => 1,
         }
     }
 }
@@ -75,7 +99,7 @@ pub(crate) struct Backward {
     k: Option<Io>,
     v: Option<Io>,
     o: Option<Io>,
-    dout: Io,
+    dout: Option<Io>,
     grad: Option<Io>,
     bias: Option<Io>,
     softcap: bool,
@@ -94,31 +118,35 @@ impl Backward {
         let p = &problem.attention;
         let io = |operand: Operand| {
             let (dtype, layout) = (problem.dtype(operand), problem.layout(operand)?);
-            // The bias is read element by element, whatever its layout.
-            let vec4 = operand != Operand::Bias && layout.is_vec4(problem.shape(operand)[3]);
+            // The bias and its gradient are read and written element by element, whatever their layouts.
+            let by_element = matches!(operand, Operand::Bias | Operand::Dbias);
+            let vec4 = !by_element && layout.is_vec4(problem.shape(operand)[3]);
             Some(Io { dtype, vec4, native: dtype == Dtype::F16 && caps.shader_f16 })
         };
         let rows = makes == Makes::Rows;
+        // Of pairs: scores are computed again.
+        let pairs = !rows && makes != Makes::Dsinks;
         let by_rows = family.map_or(caps.on_cpu(), |family| family == Family::FusedRow);
-        let form = match row(makes, problem, caps).filter(|_| by_rows) {
-            _ if rows => Form::Gather,
-            Some(row) => row,
-            None => tile(makes, problem, caps),
+        let form = match makes {
+            Makes::Rows => Form::Gather,
+            Makes::Dbias => Form::Pairs { sums: problem.owners_of_bias().map(|owners| owners == 1) },
+            Makes::Dsinks => Form::Head,
+            _ => row(makes, problem, caps).filter(|_| by_rows).unwrap_or_else(|| tile(makes, problem, caps)),
         };
         let when = |wanted: bool, operand| if wanted { io(operand) } else { None };
         Self {
             makes,
             form,
-            q: when(!rows, Operand::Q),
-            k: when(!rows, Operand::K),
-            v: when(matches!(makes, Makes::Dq | Makes::Dk), Operand::V),
+            q: when(pairs, Operand::Q),
+            k: when(pairs, Operand::K),
+            v: when(pairs && makes != Makes::Dv, Operand::V),
             o: when(rows, Operand::O),
-            dout: io(Operand::Dout).unwrap_or(Io { dtype: p.out_dtype, vec4: false, native: false }),
+            dout: when(makes != Makes::Dsinks, Operand::Dout),
             grad: makes.gradient().and_then(io),
-            bias: when(!rows, Operand::Bias),
-            softcap: !rows && p.softcap.is_some(),
+            bias: when(pairs, Operand::Bias),
+            softcap: pairs && p.softcap.is_some(),
             alibi: p.alibi,
-            mask: !rows && p.mask.is_some(),
+            mask: pairs && p.mask.is_some(),
             kv_lens: p.kv_lens,
             ragged_q: p.total_q.is_some(),
             ragged_k: matches!(p.cache, Cache::Ragged { .. }),
@@ -135,24 +163,38 @@ impl Backward {
             (Makes::Dq, _) => "backward_dq",
             (Makes::Dk, _) => "backward_dk",
             (Makes::Dv, _) => "backward_dv",
+            (Makes::Dbias, _) => "backward_dbias",
+            (Makes::Dsinks, _) => "backward_dsinks",
         }
     }
 
     /// Threads of a workgroup.
     fn threads(&self) -> u32 {
-        if let Form::Tile { tile, .. } = self.form { tile.threads() } else { self.form.own_rows() }
+        match self.form {
+            Form::Tile { tile, .. } => tile.threads(),
+            Form::Pairs { .. } => BIAS_SIDE * BIAS_SIDE,
+            Form::Head => SINK_THREADS,
+            Form::Gather | Form::Row { .. } => self.form.own_rows(),
+        }
     }
 
     /// Workgroup memory: of the others' lse and delta where keys are owned, and of the rest.
     pub(crate) fn workgroup_bytes(&self) -> u32 {
-        let Form::Tile { tile, held } = self.form else { return 0 };
-        tile_bytes(tile, held) + if self.owns_keys() { 8 * tile.tile_kv() } else { 0 }
+        match self.form {
+            Form::Tile { tile, held } => {
+                tile_bytes(tile, held) + if self.owns_keys() { 8 * tile.tile_kv() } else { 0 }
+            }
+            Form::Pairs { .. } => 2 * 16 * 4 * BIAS_SIDE * (BIAS_SLICE + 1),
+            Form::Head => 4 * SINK_THREADS,
+            Form::Gather | Form::Row { .. } => 0,
+        }
     }
 
-    /// Quads that a row of sums has.
+    /// Quads that a row of sums has; of pairs, for each tile of keys.
     pub(crate) fn sum_quads(&self) -> u32 {
         match self.form {
-            Form::Gather => 0,
+            Form::Gather | Form::Head => 0,
+            Form::Pairs { .. } => BIAS_SIDE,
             Form::Tile { tile, .. } => tile.lanes * tile.quads,
             Form::Row { quads, .. } => quads[usize::from(self.makes == Makes::Dv)],
         }
@@ -198,8 +240,11 @@ impl Backward {
     /// The bindings but the uniform block.
     pub(crate) fn storage(&self) -> Vec<(Slot, bool)> {
         let operand = |operand| (Slot::Operand(operand), false);
-        let mut all = vec![operand(Operand::Dout)];
-        if let Some(gradient) = self.makes.gradient() {
+        let mut all = Vec::from_iter(self.dout.map(|_| operand(Operand::Dout)));
+        if self.makes == Makes::Dsinks {
+            let gradient = (Slot::Operand(Operand::Dsinks), true);
+            all.extend([operand(Operand::Sinks), (Slot::Gathered, false), gradient]);
+        } else if let Some(gradient) = self.makes.gradient() {
             all.extend([Operand::Q, Operand::K].map(operand));
             all.extend(self.v.map(|_| operand(Operand::V)));
             all.extend(self.bias.map(|_| operand(Operand::Bias)));
@@ -215,7 +260,7 @@ impl Backward {
 
     pub(crate) fn wgsl(&self) -> String {
         let mut out = String::new();
-        let ios = [self.q, self.k, self.v, self.o, Some(self.dout), self.grad, self.bias];
+        let ios = [self.q, self.k, self.v, self.o, self.dout, self.grad, self.bias];
         if ios.iter().flatten().any(|io| io.native) {
             out.push_str("enable f16;\n");
         }
@@ -242,7 +287,9 @@ impl Backward {
                 .replace("DTYPE", &io.dtype.to_string())
                 .replace("WIDTH", width)
         };
-        add(&load(self.dout, Operand::Dout, "head_dim_v"));
+        if let Some(dout) = self.dout {
+            add(&load(dout, Operand::Dout, "head_dim_v"));
+        }
         let gathered = Slot::Gathered.number().to_string();
         if let Some(o) = self.o {
             add(&load(o, Operand::O, "head_dim_v"));
@@ -255,6 +302,16 @@ impl Backward {
                 add(&named(if there { part!("io/list") } else { part!("io/list_none") }, operand));
             }
             add(&part!("kernel/backward_rows").replace("BINDING", &gathered));
+            return out;
+        }
+        let queries = if self.ragged_q { part!("io/queries_ragged") } else { part!("io/queries") };
+        let number = |operand| Slot::Operand(operand).number().to_string();
+        if self.makes == Makes::Dsinks {
+            add(&part!("backward/gathered").replace("BINDING", &gathered));
+            self.lists().for_each(|operand| add(&shader::list_bundled(operand)));
+            add(queries);
+            let text = part!("kernel/backward_sinks").replace("SINKS", &number(Operand::Sinks));
+            add(&text.replace("GRAD", &number(Operand::Dsinks)));
             return out;
         }
         let row_of_queries = if self.ragged_q { part!("io/row_ragged") } else { part!("io/row") };
@@ -272,38 +329,39 @@ impl Backward {
         }
         add(&named(row_of_queries, Operand::Dout));
         if let (Some(io), Some(operand)) = (self.grad, self.makes.gradient()) {
-            let number = Slot::Operand(operand).number().to_string();
-            let text = format!(
-                "{}\n{}",
-                store_part(io),
-                if self.owns_keys() { &row_of_keys } else { row_of_queries }
-            );
-            add(&text
+            let row = match self.makes {
+                Makes::Dbias => part!("io/row"),
+                _ if self.owns_keys() => &row_of_keys,
+                _ => row_of_queries,
+            };
+            add(&format!("{}\n{row}", store_part(io))
                 .replace("OPERAND", "grad")
-                .replace("BINDING", &number)
+                .replace("BINDING", &number(operand))
                 .replace("DTYPE", &io.dtype.to_string())
                 .replace("WIDTH", self.width()));
         }
         add(&part!("backward/gathered").replace("BINDING", &gathered));
-        for operand in self.lists() {
-            add(&shader::list_bundled(operand));
-        }
-        add(if self.ragged_q { part!("io/queries_ragged") } else { part!("io/queries") });
+        self.lists().for_each(|operand| add(&shader::list_bundled(operand)));
+        add(queries);
         shader::key_lengths(&mut add, self.kv_lens, self.ragged_k);
         add(part!("mask_tiles"));
         add(part!("mask"));
         shader::after_products(&mut add, self.bias, self.mask, self.alibi);
         add(part!("io/compared_dot"));
         add(part!("score"));
-        if self.parts {
-            add(&part!("backward/part").replace("BINDING", &Slot::Carried.number().to_string()));
-        } else {
-            add(part!("backward/whole"));
+        let carried = Slot::Carried.number().to_string();
+        match (self.form, self.parts) {
+            (Form::Pairs { .. }, true) => add(&part!("backward/carried").replace("BINDING", &carried)),
+            (Form::Pairs { .. }, false) => {}
+            (_, true) => add(&part!("backward/part").replace("BINDING", &carried)),
+            (_, false) => add(part!("backward/whole")),
         }
-        add(part!("backward/slope"));
         let sizes = self.sizes();
         let mut unrolled = |text: &str| add(&unroll(text, &sizes));
         let keys = self.owns_keys();
+        if !matches!(self.form, Form::Pairs { .. }) {
+            unrolled(part!("backward/slope"));
+        }
         unrolled(if keys { part!("backward/own_keys") } else { part!("backward/own_queries") });
         match self.form {
             Form::Row { .. } => {
@@ -318,14 +376,19 @@ impl Backward {
                 let width = format!("params.{}", self.width());
                 unrolled(&part!("kernel/backward_tile").replace("OUT_WIDTH", &width));
             }
-            Form::Gather => {}
+            Form::Pairs { .. } => unrolled(part!("kernel/backward_bias")),
+            Form::Gather | Form::Head => {}
         }
         out
     }
 
     /// The gradient's width.
     fn width(&self) -> &'static str {
-        if self.makes == Makes::Dv { "head_dim_v" } else { "head_dim" }
+        match self.makes {
+            Makes::Dv => "head_dim_v",
+            Makes::Dbias => "seq_kv",
+            _ => "head_dim",
+        }
     }
 
     /// Sizes that are compiled in.
@@ -337,6 +400,10 @@ impl Backward {
         ];
         match self.form {
             Form::Gather => return vec![("LANES", LANES)],
+            Form::Head => return vec![("THREADS", SINK_THREADS)],
+            Form::Pairs { .. } => {
+                sizes.extend([("SIDE", BIAS_SIDE), ("SLICE", BIAS_SLICE), ("PARTS", self.parts.into())]);
+            }
             Form::Row { threads, others, quads: [a, b] } => {
                 sizes.extend([("LANES", threads), ("OTHERS", others), ("A_QUADS", a), ("B_QUADS", b)]);
             }
@@ -366,6 +433,9 @@ impl Backward {
             let staged = self.makes != Makes::Dv && tile.whole[0];
             switches.extend([("PLAIN", plain), ("STAGED", staged)]);
         }
+        if let Form::Pairs { sums: [entries, heads] } = self.form {
+            switches.extend([("SUMS_ENTRIES", entries), ("SUMS_HEADS", heads)]);
+        }
         switches
     }
 }
@@ -378,6 +448,13 @@ pub(crate) fn own_and_others(makes: Makes, problem: &BackwardProblem) -> [u64; 2
         Makes::Rows => [p.total_q.unwrap_or(p.seq_q) as u64, 0],
         Makes::Dq => [queries, keys],
         Makes::Dk | Makes::Dv => [keys, queries * p.group_size() as u64],
+        // An element of the bias meets the entries and heads that it is the same of.
+        Makes::Dbias => {
+            let owners = problem.owners_of_bias();
+            let met = [p.batch / owners[0].max(1), p.heads_q / owners[1].max(1)];
+            [queries, met[0] as u64 * met[1] as u64]
+        }
+        Makes::Dsinks => [1, 0],
     }
 }
 
@@ -390,7 +467,8 @@ pub(crate) fn part_others(form: Form, problem: &BackwardProblem, caps: &Caps) ->
     let p = &problem.attention;
     let widest = p.head_dim.max(p.head_dim_v).next_power_of_two();
     match form {
-        Form::Gather => u64::MAX,
+        Form::Gather | Form::Head => u64::MAX,
+        Form::Pairs { .. } => (2048 / (p.head_dim + p.head_dim_v).div_ceil(4).max(32) as u64).max(1),
         Form::Row { .. } => 32768,
         Form::Tile { .. } => 2048 * 64 / widest.clamp(64, 512) as u64,
     }
@@ -511,8 +589,9 @@ mod tests {
                     let problem = BackwardProblem::of(&attention);
                     problem.validate().unwrap();
                     let families = [None, Some(Family::FusedTile), Some(Family::FusedRow)];
-                    let makes = [Makes::Rows, Makes::Dq, Makes::Dk, Makes::Dv];
-                    for (makes, family) in makes.into_iter().flat_map(|m| families.map(|f| (m, f))) {
+                    let makes = [Makes::Rows].into_iter().chain(Makes::GRADIENTS);
+                    let makes = makes.filter(|m| m.gradient().is_none_or(|of| problem.layout(of).is_some()));
+                    for (makes, family) in makes.flat_map(|m| families.map(|f| (m, f))) {
                         let kernel = Backward::new(makes, &problem, family, &caps);
                         // Sums that come in parts want a ninth buffer beside a bias and a mask.
                         let most = if kernel.parts {

@@ -1,4 +1,4 @@
-//! Gradients: what attention hands back to q, k and v of a loss's gradient by o. Here is what a backward pass
+//! Gradients: what attention hands back to q, k, v, bias and sinks of a loss's gradient by o. Here is what a backward pass
 //! is; `kernel` has the shaders, `encode` the way to them, and `oracle` what they are held to.
 
 mod encode;
@@ -16,13 +16,14 @@ use crate::host::Inputs;
 use crate::layout::Layout;
 use crate::problem::{AttentionProblem, Similarity};
 
-/// The backward pass of one attention call: from the gradient of a loss by o, `dout`, those by q, k and v.
+/// The backward pass of one attention call: from the gradient of a loss by o, `dout`, those by q, k, v, bias and sinks.
 ///
 /// With the weights `p = exp(s - lse)` of the forward call and its `delta = sum of dout o`:
 ///
 /// ```text
 /// ds = p (dout . v - delta) ds/d(q . k)      dq = sum over keys of ds k
 /// dk = sum over queries of ds q              dv = sum over queries of p dout
+/// dbias = p (dout . v - delta)               dsinks = -sum over queries of exp(sink - lse) delta
 /// ```
 ///
 /// (FlashAttention 2, Dao 2023, algorithm 2.) Heads of queries that share a head of k and v add up there. Weights are
@@ -33,7 +34,8 @@ use crate::problem::{AttentionProblem, Similarity};
 /// are those of the forward call. A query or key that no pair keeps has a gradient of zeros; rows of k and v behind an
 /// entry's length have, too, but where keys are ragged, of which rows that belong to no entry are left alone, as they
 /// are of ragged queries. A NaN in what a pair keeps spreads to the gradients that the pair adds to, unless its weight
-/// there is zero. Bias, slopes and sinks are constants: they get no gradient.
+/// there is zero. Gradients by bias are zeros where no pair is kept, and add up where a dimension of the bias repeats.
+/// ALiBi's slopes are constants: they get no gradient.
 ///
 /// ```
 /// use wgpu_attention::{Align, AttentionProblem, BackwardProblem, Operand};
@@ -44,6 +46,12 @@ use crate::problem::{AttentionProblem, Similarity};
 /// let backward = BackwardProblem::of(&attention);
 /// assert!(backward.validate().is_ok());
 /// assert_eq!(backward.extent(Operand::Dk), 2 * 8 * 512 * 64);
+///
+/// // A bias for relative positions, one for all entries: so is its gradient.
+/// use wgpu_attention::{Bias, Dtype, Layout};
+/// let bias = Bias { dtype: Dtype::F32, layout: Layout::broadcast([1, 32, 512, 512]) };
+/// let backward = BackwardProblem::of(&AttentionProblem { bias: Some(bias), ..attention });
+/// assert_eq!(backward.extent(Operand::Dbias), 32 * 512 * 512);
 /// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct BackwardProblem {
@@ -57,11 +65,15 @@ pub struct BackwardProblem {
     pub dk: Layout,
     /// Where the gradient by v goes, in v's shape and type. No stride of 0.
     pub dv: Layout,
+    /// Where the gradient by bias goes, in its shape `[batch, heads_q, seq_q, seq_kv]` and type. Entries, or heads, whose
+    /// stride is 0 add up. `None` where nobody asks for it; a problem without a bias has none.
+    pub dbias: Option<Layout>,
 }
 
 impl BackwardProblem {
-    /// The backward pass of `attention`, with gradients that lie as o, q, k and v do; contiguous, in the order of
-    /// `[batch, heads, seq, dim]`, those of an operand which repeats elements.
+    /// The backward pass of `attention`, with gradients that lie as o, q, k, v and bias do; contiguous, in the order of
+    /// `[batch, heads, seq, dim]`, those of an operand which repeats elements. A bias that repeats over queries or keys
+    /// has no gradient here: that of a bias which does not can be asked for, and added up.
     pub fn of(attention: &AttentionProblem) -> Self {
         let p = attention;
         let as_is = |operand, layout: Layout| {
@@ -75,6 +87,10 @@ impl BackwardProblem {
             dq: as_is(Operand::Q, p.q),
             dk: as_is(Operand::K, p.k),
             dv: as_is(Operand::V, p.v),
+            dbias: p.bias.map(|bias| bias.layout).filter(|layout| {
+                let shape = p.shape(Operand::Bias);
+                repeats(layout, shape).is_none() && layout.is_injective(distinct(layout, shape))
+            }),
         }
     }
 
@@ -95,6 +111,8 @@ impl BackwardProblem {
             Operand::Dq => Some(self.dq),
             Operand::Dk => Some(self.dk),
             Operand::Dv => Some(self.dv),
+            Operand::Dbias => self.attention.bias.and(self.dbias),
+            Operand::Dsinks => self.attention.layout(Operand::Sinks),
             _ => self.forward().layout(operand),
         }
     }
@@ -106,6 +124,7 @@ impl BackwardProblem {
             Operand::Q => p.dtype,
             Operand::K | Operand::V => p.stored_kv(),
             Operand::Bias => p.bias.map_or(Dtype::F32, |bias| bias.dtype),
+            Operand::Sinks => Dtype::F32,
             _ => p.out_dtype,
         }
     }
@@ -145,20 +164,35 @@ impl BackwardProblem {
         if !forward.stored_kv().is_float() {
             return Err(Error::NoGradient { of: format!("keys of {}", forward.stored_kv()) });
         }
-        for operand in [Operand::Dout].into_iter().chain(GRADIENTS) {
+        for operand in [Operand::Dout].into_iter().chain(Operand::GRADIENTS) {
             let extent = self.extent(operand);
             if extent > u128::from(u32::MAX) {
                 let what = format!("{operand}'s last element index");
                 return Err(Error::TooLarge { what, got: extent, max: u32::MAX.into() });
             }
         }
-        for (operand, layout) in GRADIENTS.into_iter().zip([self.dq, self.dk, self.dv]) {
-            let shape = self.shape(operand);
+        for operand in Operand::GRADIENTS {
+            let Some(layout) = self.layout(operand) else { continue };
+            let mut shape = self.shape(operand);
+            if operand == Operand::Dbias {
+                if let Some(what) = repeats(&layout, shape) {
+                    return none(&format!("a bias that repeats over {what}"));
+                }
+                shape = distinct(&layout, shape);
+            }
             if !layout.is_injective(shape) {
                 return Err(Error::Overlaps { operand, shape, strides: layout.strides });
             }
         }
         Ok(())
+    }
+
+    /// Entries and heads that have an element of the gradient by bias each: 1 of those that add up.
+    pub(crate) fn owners_of_bias(&self) -> [usize; 2] {
+        self.layout(Operand::Dbias).map_or([0; 2], |layout| {
+            let [entries, heads, ..] = distinct(&layout, self.shape(Operand::Dbias));
+            [entries, heads]
+        })
     }
 
     /// The problem, and slices against it.
@@ -178,8 +212,17 @@ impl BackwardProblem {
     }
 }
 
-/// The gradients.
-const GRADIENTS: [Operand; 3] = [Operand::Dq, Operand::Dk, Operand::Dv];
+/// The part of a bias's shape that does not repeat over entries or heads.
+fn distinct(layout: &Layout, shape: [usize; 4]) -> [usize; 4] {
+    let of = |dim: usize| if layout.strides[dim] == 0 { shape[dim].min(1) } else { shape[dim] };
+    [of(0), of(1), shape[2], shape[3]]
+}
+
+/// What a bias repeats over that no gradient adds up.
+fn repeats(layout: &Layout, shape: [usize; 4]) -> Option<&'static str> {
+    let is = |dim: usize| layout.strides[dim] == 0 && shape[dim] > 1;
+    if is(2) { Some("queries") } else { is(3).then_some("keys") }
+}
 
 /// The operand whose shape and type a gradient has.
 fn like(operand: Operand) -> Operand {
@@ -188,6 +231,8 @@ fn like(operand: Operand) -> Operand {
         Operand::Dq => Operand::Q,
         Operand::Dk => Operand::K,
         Operand::Dv => Operand::V,
+        Operand::Dbias => Operand::Bias,
+        Operand::Dsinks => Operand::Sinks,
         other => other,
     }
 }

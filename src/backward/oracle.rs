@@ -1,6 +1,6 @@
 //! The backward pass in f64, row by row: what the kernels are held to.
 
-use super::{BackwardProblem, GRADIENTS};
+use super::BackwardProblem;
 use crate::cache::{Cache, KvRows};
 use crate::dtype::{Dtype, TensorRef};
 use crate::error::{Operand, Result};
@@ -17,13 +17,32 @@ pub struct Gradients {
     pub dk: Vec<f64>,
     /// The same of width `head_dim_v`.
     pub dv: Vec<f64>,
+    /// `[batch, heads_q, seq_q, seq_kv]`, the same sum wherever the gradient has one element for several; empty without
+    /// such a gradient.
+    pub dbias: Vec<f64>,
+    /// `[heads_q]`; empty without sinks.
+    pub dsinks: Vec<f64>,
     /// Largest finite magnitude of a kept score, also of one before its soft cap.
     pub max_score: f64,
-    /// Of each gradient, dq, dk and dv: the largest sum of magnitudes that an element is the sum of.
-    pub max_terms: [f64; 3],
+    /// Of each of [`Operand::GRADIENTS`]: the largest sum of magnitudes that an element is the sum of.
+    pub max_terms: [f64; 5],
 }
 
-/// The gradients of a loss by q, k and v, from its gradient by o: the weights of each row, whole, and the sums of
+impl Gradients {
+    /// A gradient by its name; nothing of any other operand.
+    pub fn get(&self, gradient: Operand) -> &[f64] {
+        match gradient {
+            Operand::Dq => &self.dq,
+            Operand::Dk => &self.dk,
+            Operand::Dv => &self.dv,
+            Operand::Dbias => &self.dbias,
+            Operand::Dsinks => &self.dsinks,
+            _ => &[],
+        }
+    }
+}
+
+/// The gradients of a loss by all that has one, from its gradient by o: the weights of each row, whole, and the sums of
 /// [`BackwardProblem`] over them.
 ///
 /// ```
@@ -44,7 +63,7 @@ pub fn backward(problem: &BackwardProblem, inputs: &Inputs<'_>, dout: TensorRef<
 }
 
 /// What a plain framework computes when every tensor has the storage precision: scores and weights of the forward
-/// pass, `dout . v` and ds that of q; o, dq, dk and dv each their own.
+/// pass, `dout . v` and ds that of q; o and the gradients each their own.
 ///
 /// # Errors
 /// Those of [`backward`].
@@ -56,24 +75,26 @@ pub fn backward_naive(
     compute(problem, inputs, dout, true)
 }
 
-/// The largest error that each of dq, dk and dv may have. `naive` is what [`backward_naive`] gives, used where anything
+/// The largest error that each of [`Operand::GRADIENTS`] may have. `naive` is what [`backward_naive`] gives, used where anything
 /// is stored narrower than f32.
 ///
 /// f32: `8 * 2^-24 * max(1, max|s|)` times the largest sum of magnitudes behind an element, never above `1e-4` times
 /// that. f16 and bf16: twice the naive error and the rounding of the largest element, plus 1e-5, beside it.
-pub fn backward_tolerance(problem: &BackwardProblem, oracle: &Gradients, naive: &Gradients) -> [f64; 3] {
+pub fn backward_tolerance(problem: &BackwardProblem, oracle: &Gradients, naive: &Gradients) -> [f64; 5] {
     let p = &problem.attention;
     let wide = [p.dtype, p.stored_kv(), p.out_dtype].iter().all(|&dtype| dtype == Dtype::F32);
     let relative = (8.0 * 2f64.powi(-24) * oracle.max_score.max(1.0)).min(1e-4);
     std::array::from_fn(|at| {
+        let gradient = Operand::GRADIENTS[at];
         let sums = relative * oracle.max_terms[at];
-        if wide {
+        let dtype = problem.dtype(gradient);
+        if wide && dtype == Dtype::F32 {
             return sums;
         }
-        let [of_naive, of_oracle] = [naive, oracle].map(|of| [&of.dq, &of.dk, &of.dv][at]);
+        let [of_naive, of_oracle] = [naive, oracle].map(|of| of.get(gradient));
         let error = crate::reference::max_error(of_naive.iter().copied(), of_oracle);
         let largest = of_oracle.iter().filter(|x| x.is_finite()).fold(0.0, |max: f64, x| max.max(x.abs()));
-        let rounding = match problem.dtype(GRADIENTS[at]) {
+        let rounding = match dtype {
             Dtype::F16 => 2f64.powi(-11),
             Dtype::Bf16 => 2f64.powi(-8),
             _ => 0.0,
@@ -98,7 +119,9 @@ fn compute(
     let all = if p.rows() == 0 { 0 } else { p.shape(Operand::O)[..3].iter().product() };
     let [entries_k, heads_kv, rows_k] = p.cache.dims(p);
     let keys = entries_k * heads_kv * rows_k;
-    let mut sums = [all * dim, keys * dim, keys * dim_v].map(|n| vec![(0.0, 0.0); n]);
+    let places = problem.extent(Operand::Dbias) as usize;
+    let heads_sunk = if p.sinks { heads } else { 0 };
+    let mut sums = [all * dim, keys * dim, keys * dim_v, places, heads_sunk].map(|n| vec![(0.0, 0.0); n]);
     let mut max_score = 0.0_f64;
     let [k_rows, v_rows] = [Operand::K, Operand::V].map(|operand| KvRows::new(p, inputs, operand));
     let projected = ProjectedKeys::default();
@@ -135,6 +158,12 @@ fn compute(
         let of_o = terms(&o.iter().map(|&o| stored(p.out_dtype, o)).collect::<Vec<_>>());
         let delta: f64 = of_o.iter().sum();
         let scale = p.effective_scale();
+        let [dq, dk, dv, dbias, dsinks] = &mut sums;
+        let add_one = |to: &mut (f64, f64), x: f64, size: f64| *to = (to.0 + x, to.1 + size);
+        if let Some(sinks) = inputs.sinks {
+            let weight = round(of.weight(f64::from(sinks[h])));
+            add_one(&mut dsinks[h], -weight * delta, weight.abs() * size(&of_o));
+        }
         for (j, weight) in weights {
             let (k, v) = (key_of(&k_rows, inputs.k, j, dim), key_of(&v_rows, inputs.v, j, dim_v));
             let dot: f64 = q.iter().zip(&k).map(|(q, k)| q * k).sum();
@@ -142,12 +171,16 @@ fn compute(
             max_score = if uncapped.is_finite() { max_score.max(uncapped) } else { max_score };
             let slope = p.softcap.map_or(1.0, |cap| 1.0 - (dot * scale / f64::from(cap)).tanh().powi(2));
             let of_v = terms(&v);
-            let ds = round(weight * (round(of_v.iter().sum()) - delta) * slope);
-            let ds_size = (weight * slope).abs() * (size(&of_v) + size(&of_o)) * scale.abs();
+            let by_score = weight * (round(of_v.iter().sum()) - delta);
+            let score_size = weight.abs() * (size(&of_v) + size(&of_o));
+            if let Some(layout) = problem.layout(Operand::Dbias) {
+                add_one(&mut dbias[layout.index([b, h, i, j])], round(by_score), score_size);
+            }
+            let ds = round(by_score * slope);
+            let ds_size = score_size * slope.abs() * scale.abs();
             let first = inputs.cu_seqlens_k.map_or(0, |list| list[b] as usize);
             let entry = if let Cache::Ragged { .. } = p.cache { 0 } else { b };
             let key = (entry * heads_kv + p.kv_head(h)) * rows_k + first + j;
-            let [dq, dk, dv] = &mut sums;
             let add = |to: &mut [(f64, f64)], x: &[f64], by: f64, size: f64| {
                 for (to, x) in to.iter_mut().zip(x) {
                     *to = (to.0 + by * x, to.1 + size * x.abs());
@@ -162,10 +195,19 @@ fn compute(
         sums.iter().map(|sum| sum.1).filter(|size| size.is_finite()).fold(0.0, f64::max)
     };
     let max_terms = sums.each_ref().map(largest);
-    let [dq, dk, dv] = sums;
-    let finish = |operand, sums: Vec<(f64, f64)>| -> Vec<f64> {
+    let mut sums = sums.into_iter();
+    let [dq, dk, dv, dbias, dsinks] = Operand::GRADIENTS.map(|operand| -> Vec<f64> {
+        let sums = sums.next().unwrap_or_default();
         sums.into_iter().map(|sum| stored(problem.dtype(operand), sum.0)).collect()
-    };
-    let (dq, dk, dv) = (finish(Operand::Dq, dq), finish(Operand::Dk, dk), finish(Operand::Dv, dv));
-    Ok(Gradients { dq, dk, dv, max_score, max_terms })
+    });
+    // From the places of the layout to every element.
+    let dbias = problem.layout(Operand::Dbias).map_or(Vec::new(), |layout| {
+        let [entries, heads, queries, keys] = problem.shape(Operand::Dbias);
+        let at = |n: usize| {
+            let (row, key) = (n / keys, n % keys);
+            [row / queries / heads, row / queries % heads, row % queries, key]
+        };
+        (0..entries * heads * queries * keys).map(|n| dbias[layout.index(at(n))]).collect()
+    });
+    Ok(Gradients { dq, dk, dv, dbias, dsinks, max_score, max_terms })
 }

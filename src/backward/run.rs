@@ -1,7 +1,7 @@
 //! Gradients from slices to vectors.
 
 use super::encode::prepare;
-use super::{BackwardOperands, BackwardProblem, GRADIENTS};
+use super::{BackwardOperands, BackwardProblem};
 use crate::attention::Attention;
 use crate::dtype::{Tensor, TensorRef};
 use crate::error::{Operand, Result};
@@ -21,6 +21,24 @@ pub struct BackwardOutputs {
     pub dk: Tensor,
     /// The gradient by v.
     pub dv: Tensor,
+    /// The gradient by bias; `None` where the problem has none.
+    pub dbias: Option<Tensor>,
+    /// The gradient by the sinks; `None` where there are none.
+    pub dsinks: Option<Tensor>,
+}
+
+impl BackwardOutputs {
+    /// A gradient by its name.
+    pub fn get(&self, gradient: Operand) -> Option<&Tensor> {
+        match gradient {
+            Operand::Dq => Some(&self.dq),
+            Operand::Dk => Some(&self.dk),
+            Operand::Dv => Some(&self.dv),
+            Operand::Dbias => self.dbias.as_ref(),
+            Operand::Dsinks => self.dsinks.as_ref(),
+            _ => None,
+        }
+    }
 }
 
 impl Attention {
@@ -92,21 +110,25 @@ impl Attention {
         let buffers = Uploaded::new(self, &forward, inputs)?;
         let bytes = |operand| problem.extent(operand) as usize * problem.dtype(operand).bytes();
         let (dout, outputs) = scoped(self.device(), "operand memory", || {
-            let outputs = GRADIENTS.map(|operand| self.target(operand, bytes(operand) as u64));
+            let outputs = Operand::GRADIENTS.map(|operand| self.target(operand, bytes(operand) as u64));
             (self.upload(Operand::Dout, dout.bytes()), outputs)
         })?;
-        let [dq, dk, dv] = outputs.each_ref().map(|buffer| Some(buffer.slice(..)));
         let operands = buffers.operands();
-        let backward = BackwardOperands { forward: operands, dout: dout.slice(..), dq, dk, dv };
+        let mut backward = BackwardOperands::new(operands, dout.slice(..));
+        for (operand, buffer) in Operand::GRADIENTS.into_iter().zip(&outputs) {
+            backward.set(operand, problem.layout(operand).map(|_| buffer.slice(..)));
+        }
         let gradients = prepare(&self.shared, problem, &backward, family)?;
         let prepared = self.prepare(&plan, &operands)?.then(gradients);
         let ranges = outputs.each_ref().map(|buffer| (buffer, 0..buffer.size()));
         let read = read_buffers(self.device(), self.queue(), &ranges, self.commands(prepared), wait).await?;
         let mut read = read.into_iter();
-        let mut tensor = |operand| {
+        let [dq, dk, dv, dbias, dsinks] = Operand::GRADIENTS.map(|operand| {
             let all = read.next().unwrap_or_default();
             Tensor::from_bytes(problem.dtype(operand), &all[..bytes(operand)])
-        };
-        Ok(BackwardOutputs { dq: tensor(Operand::Dq), dk: tensor(Operand::Dk), dv: tensor(Operand::Dv) })
+        });
+        let there = |operand, tensor| problem.layout(operand).map(|_| tensor);
+        let (dbias, dsinks) = (there(Operand::Dbias, dbias), there(Operand::Dsinks, dsinks));
+        Ok(BackwardOutputs { dq, dk, dv, dbias, dsinks })
     }
 }

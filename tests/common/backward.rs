@@ -15,8 +15,6 @@ use super::rng::Rng;
 /// Elements of poison before and after dout and each gradient.
 const GUARD: usize = 64;
 
-pub const GRADIENTS: [Operand; 3] = [Operand::Dq, Operand::Dk, Operand::Dv];
-
 /// A backward pass and its data.
 #[derive(Clone, Debug)]
 pub struct Pass {
@@ -28,15 +26,18 @@ pub struct Pass {
 /// What a pass must give, and how far it may be off.
 pub struct Expected {
     pub oracle: Gradients,
-    pub budget: [f64; 3],
+    pub budget: [f64; 5],
 }
 
-/// A gradient of those that [`Gradients`] has.
-pub fn of(gradients: &Gradients, operand: Operand) -> &[f64] {
+/// Storage of dout and of each gradient.
+fn dtype(problem: &BackwardProblem, operand: Operand) -> Dtype {
+    let p = &problem.attention;
     match operand {
-        Operand::Dq => &gradients.dq,
-        Operand::Dk => &gradients.dk,
-        _ => &gradients.dv,
+        Operand::Dq => p.dtype,
+        Operand::Dk | Operand::Dv => p.stored_kv(),
+        Operand::Dbias => p.bias.map_or(Dtype::F32, |bias| bias.dtype),
+        Operand::Dsinks => Dtype::F32,
+        _ => p.out_dtype,
     }
 }
 
@@ -56,6 +57,15 @@ fn lay_out([_, heads, seq, dim]: [usize; 4], rng: &mut Rng) -> Layout {
     }
 }
 
+/// The same of a bias's gradient: entries and heads have one element each, or one for all. Or nobody asks for it.
+fn lay_out_bias(shape @ [_, heads, seq_q, seq_kv]: [usize; 4], rng: &mut Rng) -> Option<Layout> {
+    let of = [if rng.chance(0.5) { 1 } else { shape[0] }, if rng.chance(0.5) { 1 } else { heads }];
+    let row = seq_kv + rng.below(3);
+    let mut strides = [of[1] * seq_q * row + rng.below(3), seq_q * row, row, 1];
+    (0..2).filter(|&dim| of[dim] == 1).for_each(|dim| strides[dim] = 0);
+    rng.chance(0.9).then(|| Layout { offset: rng.below(7), strides })
+}
+
 impl Pass {
     /// A pass over a case, which gives up what no backward pass has.
     pub fn draw(case: Case, rng: &mut Rng) -> Self {
@@ -65,6 +75,7 @@ impl Pass {
             problem.dq = lay_out(problem.shape(Operand::Dq), rng);
             problem.dk = lay_out(problem.shape(Operand::Dk), rng);
             problem.dv = lay_out(problem.shape(Operand::Dv), rng);
+            problem.dbias = case.problem.bias.and_then(|_| lay_out_bias(problem.shape(Operand::Dbias), rng));
         }
         let (dtype, shape) = (case.problem.out_dtype, problem.shape(Operand::Dout));
         let dout = fill(dtype, problem.dout, shape, 2, |_| Some(rng.normal()));
@@ -83,11 +94,12 @@ impl Pass {
     }
 
     /// Forward and backward, as two submissions: the second on buffers of their own or on pieces of one, by kernels of
-    /// that family. Gives dq, dk and dv in logical order; [`Error::KernelUnfit`] where the family has none.
+    /// that family. Gives the gradients in logical order, nothing of those that the pass does not have;
+    /// [`Error::KernelUnfit`] where the family has none.
     ///
     /// # Panics
     /// When anything but the gradients' elements was written to, or one of those was not.
-    pub fn run(&self, gpu: &Gpu, family: Family, pooled: bool) -> Result<[Vec<f64>; 3], Error> {
+    pub fn run(&self, gpu: &Gpu, family: Family, pooled: bool) -> Result<[Vec<f64>; 5], Error> {
         let (device, queue) = (gpu.attention.device(), gpu.attention.queue());
         let guarded = Guarded::new(device, &self.case);
         let plan = gpu.attention.plan_with(&guarded.problem, &PlanOptions::default())?;
@@ -96,20 +108,17 @@ impl Pass {
         queue.submit([encoder.finish()]);
 
         let mut problem = BackwardProblem { attention: guarded.problem.clone(), ..self.problem.clone() };
-        for layout in [&mut problem.dout, &mut problem.dq, &mut problem.dk, &mut problem.dv] {
+        let layouts = [&mut problem.dout, &mut problem.dq, &mut problem.dk, &mut problem.dv];
+        for layout in layouts.into_iter().chain(&mut problem.dbias) {
             layout.offset += GUARD;
         }
-        let dtype = |operand| match operand {
-            Operand::Dq => problem.attention.dtype,
-            Operand::Dk | Operand::Dv => problem.attention.stored_kv(),
-            _ => problem.attention.out_dtype,
-        };
+        let dtype = |operand| dtype(&problem, operand);
         let dout = {
             let element = dtype(Operand::Dout).bytes();
             let guard = vec![0xff; GUARD * element];
             upload(device, "dout", &[&guard, self.dout.as_ref().bytes(), &guard].concat(), USAGE)
         };
-        let outputs = GRADIENTS.map(|operand| {
+        let outputs = Operand::GRADIENTS.map(|operand| {
             let elements = problem.extent(operand).max(GUARD as u128) as usize + GUARD;
             upload(device, "gradient", &poison(dtype(operand)).repeat(elements.next_multiple_of(2)), USAGE)
         });
@@ -139,18 +148,19 @@ impl Pass {
             dq: Some(pieces.slice(at + 1)),
             dk: Some(pieces.slice(at + 2)),
             dv: Some(pieces.slice(at + 3)),
+            dbias: problem.layout(Operand::Dbias).map(|_| pieces.slice(at + 4)),
+            dsinks: problem.layout(Operand::Dsinks).map(|_| pieces.slice(at + 5)),
         };
         let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         gpu.attention.prepare_backward_with(&problem, &operands, family)?.encode(&mut encoder);
         queue.submit([encoder.finish()]);
-        pieces.give_back(&[at + 1, at + 2, at + 3]);
+        pieces.give_back(&[at + 1, at + 2, at + 3, at + 4, at + 5]);
 
-        let mut at = 0;
-        Ok(GRADIENTS.map(|operand| {
-            let (buffer, dtype) = (&outputs[at], dtype(operand));
-            at += 1;
+        let mut outputs = outputs.iter();
+        Ok(Operand::GRADIENTS.map(|operand| {
+            let (buffer, dtype) = (outputs.next().expect("one for each"), dtype(operand));
+            let Some(layout) = problem.layout(operand) else { return Vec::new() };
             let bytes = download(device, queue, buffer);
-            let layout = problem.layout(operand).expect("every pass has it");
             let mut written = vec![false; bytes.len() / dtype.bytes()];
             let all: Vec<_> = indices(problem.shape(operand)).map(|at| layout.index(at)).collect();
             all.iter().for_each(|&index| written[index] = true);
@@ -171,17 +181,13 @@ impl Pass {
     ///
     /// # Panics
     /// When it fails.
-    pub fn run_from_slices(&self, gpu: &Gpu) -> [Vec<f64>; 3] {
+    pub fn run_from_slices(&self, gpu: &Gpu) -> [Vec<f64>; 5] {
         let inputs = self.case.data.inputs();
         let outputs = gpu.attention.run_backward_blocking(&self.problem, &inputs, self.dout.as_ref());
         let outputs = outputs.unwrap_or_else(|e| panic!("{e}\n  {}", self.case.name));
-        GRADIENTS.map(|operand| {
-            let tensor = match operand {
-                Operand::Dq => &outputs.dq,
-                Operand::Dk => &outputs.dk,
-                _ => &outputs.dv,
-            };
-            let layout = self.problem.layout(operand).expect("every pass has it");
+        Operand::GRADIENTS.map(|operand| {
+            let Some(layout) = self.problem.layout(operand) else { return Vec::new() };
+            let tensor = outputs.get(operand).expect("the pass has it");
             let all = indices(self.problem.shape(operand));
             all.map(|at| f64::from(tensor.as_ref().get(layout.index(at)))).collect()
         })
@@ -196,9 +202,9 @@ impl Pass {
     ///
     /// # Errors
     /// Says what is off, and by how much.
-    pub fn check(&self, got: &[Vec<f64>; 3], expected: &Expected) -> Result<(), String> {
-        for (at, operand) in GRADIENTS.into_iter().enumerate() {
-            let error = reference::max_error(got[at].iter().copied(), of(&expected.oracle, operand));
+    pub fn check(&self, got: &[Vec<f64>; 5], expected: &Expected) -> Result<(), String> {
+        for (at, operand) in Operand::GRADIENTS.into_iter().enumerate() {
+            let error = reference::max_error(got[at].iter().copied(), expected.oracle.get(operand));
             if error > expected.budget[at] {
                 let (budget, name) = (expected.budget[at], &self.case.name);
                 return Err(format!("{operand}: off by {error:e}, the budget is {budget:e}\n  {name}"));

@@ -35,7 +35,10 @@ pub(crate) fn check(
             Err(Error::KernelUnfit { .. }) => continue,
             got => got.as_ref().map(|got| errors(problem, got, &oracle)),
         };
-        for (at, operand) in GRADIENTS.into_iter().enumerate() {
+        for (at, operand) in Operand::GRADIENTS.into_iter().enumerate() {
+            if problem.layout(operand).is_none() {
+                continue;
+            }
             let (ratio, how) = match &errors {
                 Ok(errors) if errors[at] == 0.0 => (0.0, String::new()),
                 Ok(errors) => {
@@ -44,6 +47,8 @@ pub(crate) fn check(
                 }
                 Err(error) => (f64::INFINITY, error.to_string()),
             };
+            // Bias and sinks have one kernel each.
+            let kernel = if at < 3 { kernel } else { "" };
             let kernel = format!("backward_{operand}{kernel}");
             if ratio > 1.0 {
                 tally.fault(format!("{what}, {kernel}: {how}"));
@@ -54,13 +59,13 @@ pub(crate) fn check(
     Ok(())
 }
 
-const GRADIENTS: [Operand; 3] = [Operand::Dq, Operand::Dk, Operand::Dv];
-
 /// The largest error of each gradient; infinite where something was written between its elements.
-fn errors(problem: &BackwardProblem, got: &BackwardOutputs, oracle: &Gradients) -> [f64; 3] {
-    let [dq, dk, dv] = [(&got.dq, &oracle.dq), (&got.dk, &oracle.dk), (&got.dv, &oracle.dv)];
-    let of = |operand, (tensor, want): (&Tensor, &Vec<f64>)| {
-        let (Some(layout), x) = (problem.layout(operand), tensor.as_ref()) else { return f64::INFINITY };
+fn errors(problem: &BackwardProblem, got: &BackwardOutputs, oracle: &Gradients) -> [f64; 5] {
+    let of = |operand| {
+        let (Some(layout), Some(tensor)) = (problem.layout(operand), got.get(operand)) else {
+            return f64::INFINITY;
+        };
+        let (x, want) = (tensor.as_ref(), oracle.get(operand));
         let (mut gap, mut values) = (vec![true; x.len()], Vec::with_capacity(want.len()));
         each_index(&layout, problem.shape(operand), |at| {
             gap[at] = false;
@@ -69,7 +74,7 @@ fn errors(problem: &BackwardProblem, got: &BackwardOutputs, oracle: &Gradients) 
         let touched = gap.iter().enumerate().any(|(at, &gap)| gap && x.get(at).to_bits() != 0);
         if touched { f64::INFINITY } else { reference::max_error(values, want) }
     };
-    [of(Operand::Dq, dq), of(Operand::Dk, dk), of(Operand::Dv, dv)]
+    Operand::GRADIENTS.map(of)
 }
 
 /// The backward pass of a problem, if there is one.
