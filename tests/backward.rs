@@ -171,6 +171,20 @@ fn a_bias_that_many_share() {
     }
 }
 
+/// A sink of -inf is none, also where a query keeps no key and its lse is -inf, too.
+#[test]
+fn a_sink_of_minus_infinity() {
+    let causal = Some(Align::BottomRight);
+    let mut pass =
+        pass(Axes { seq_q: 40, seq_kv: 33, causal, sinks: true, ..Axes::default() }, Move::default(), 9);
+    let sinks = pass.case.data.sinks.as_mut().unwrap();
+    sinks[0] = f32::NEG_INFINITY;
+    assert!(sinks.len() > 1);
+    let dsinks = pass.expected().oracle.dsinks;
+    assert!(dsinks[0] == 0.0 && dsinks[1] != 0.0 && dsinks.iter().all(|x| x.is_finite()), "{dsinks:?}");
+    hold(&pass, false);
+}
+
 #[test]
 fn random_passes() {
     let seed = fresh_seed();
