@@ -18,7 +18,7 @@ use rng::Rng;
 use wasm_bindgen::prelude::*;
 use wgpu_attention::{
     Align, Attention, BackwardProblem, DeviceRequest, Error, Family, Operand, Path, Plan, PlanOptions,
-    Tensor, reference,
+    reference,
 };
 
 /// Multiplications that the oracle may spend on a random problem.
