@@ -75,8 +75,8 @@ pub fn backward_naive(
     compute(problem, inputs, dout, true)
 }
 
-/// The largest error that each of [`Operand::GRADIENTS`] may have. `naive` is what [`backward_naive`] gives, used where anything
-/// is stored narrower than f32.
+/// The largest error that each of [`Operand::GRADIENTS`] may have. `naive` is what [`backward_naive`] gives, used where
+/// anything is stored narrower than f32.
 ///
 /// f32: `8 * 2^-24 * max(1, max|s|)` times the largest sum of magnitudes behind an element, never above `1e-4` times
 /// that. f16 and bf16: twice the naive error and the rounding of the largest element, plus 1e-5, beside it.
