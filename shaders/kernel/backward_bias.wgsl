@@ -42,15 +42,30 @@ fn stage(thread: u32, b: u32, head: u32, row: u32, last: u32, key: u32, end: u32
     }
 }
 
-// What quad `e` of the slice adds to the products of the thread's query `r` with its four keys.
-fn products(x: u32, y: u32, r: u32, e: u32) -> vec4<f32> {
-    let own = wg_own[(y + SIDE * r) * SKEW + e];
-    return vec4<f32>(
-        dot(own, wg_other[x * SKEW + e]),
-        dot(own, wg_other[(x + SIDE) * SKEW + e]),
-        dot(own, wg_other[(x + 2u * SIDE) * SKEW + e]),
-        dot(own, wg_other[(x + 3u * SIDE) * SKEW + e]),
-    );
+// The products, over one width, of the thread's queries with its keys: a vector a query. Whole workgroups come here.
+fn products(
+    thread: u32, b: u32, head: u32, row: u32, last: u32, key: u32, end: u32, is_a: bool,
+) -> array<vec4<f32>, 4> {
+    let width = select(params.head_dim_v, params.head_dim, is_a);
+    let x = thread % SIDE;
+    let y = thread / SIDE;
+    var sums = array<vec4<f32>, 4>();
+    for (var begin = 0u; 4u * begin < width; begin += SLICE) {
+        workgroupBarrier();
+        stage(thread, b, head, row, last, key, end, begin, is_a);
+        workgroupBarrier();
+        for (var e = 0u; e < SLICE; e += 1u) {
+            let k0 = wg_other[x * SKEW + e];
+            let k1 = wg_other[(x + SIDE) * SKEW + e];
+            let k2 = wg_other[(x + 2u * SIDE) * SKEW + e];
+            let k3 = wg_other[(x + 3u * SIDE) * SKEW + e];
+            for (var r = 0u; r < 4u; r += 1u) {
+                let own = wg_own[(y + SIDE * r) * SKEW + e];
+                sums[r] += vec4<f32>(dot(own, k0), dot(own, k1), dot(own, k2), dot(own, k3));
+            }
+        }
+    }
+    return sums;
 }
 
 @compute @workgroup_size(THREADS)
@@ -94,28 +109,8 @@ fn main(
             continue;
         }
         let last = own_that_exists(b, row_end - 1u, len_k);
-        var dps = array<vec4<f32>, 4>();
-        for (var begin = 0u; 4u * begin < params.head_dim_v; begin += SLICE) {
-            workgroupBarrier();
-            stage(thread, b, head, row, last, key, len_k, begin, false);
-            workgroupBarrier();
-            for (var e = 0u; e < SLICE; e += 1u) {
-                for (var r = 0u; r < 4u; r += 1u) {
-                    dps[r] += products(x, y, r, e);
-                }
-            }
-        }
-        var dots = array<vec4<f32>, 4>();
-        for (var begin = 0u; 4u * begin < params.head_dim; begin += SLICE) {
-            workgroupBarrier();
-            stage(thread, b, head, row, last, key, len_k, begin, true);
-            workgroupBarrier();
-            for (var e = 0u; e < SLICE; e += 1u) {
-                for (var r = 0u; r < 4u; r += 1u) {
-                    dots[r] += products(x, y, r, e);
-                }
-            }
-        }
+        var dps = products(thread, b, head, row, last, key, len_k, false);
+        var dots = products(thread, b, head, row, last, key, len_k, true);
         for (var r = 0u; r < 4u; r += 1u) {
             let i = row + y + SIDE * r;
             if i >= row_end || !is_query(b, i) {
