@@ -2,7 +2,7 @@
 //! beside them:
 //!
 //! ```text
-//! cargo bench --bench backward -- --shapes 1x8x1024x64,1x32/8x1024x64 --options plain,causal --dtype f16 --repeat 10
+//! cargo bench --bench gradients -- --shapes 1x8x1024x64,1x32/8x1024x64 --options plain,causal --dtype f16 --repeat 10
 //! ```
 //!
 //! A shape is BxHq[/Hkv]xSxD. A time is from the first encoded command to the end of the work (operands stay where they
