@@ -16,6 +16,7 @@ def arguments():
     p = argparse.ArgumentParser(prog="torch_cuda", description=__doc__)
     p.add_argument("--shapes", default="1x16x16384x128", help="comma list of BxHq[/Hkv]xSq[/Sk]xD[/Dv]")
     p.add_argument("--options", default="plain,causal", help="comma list of plain, causal")
+    p.add_argument("--backward", action="store_true", help="the gradients of q, k and v alone")
     p.add_argument("--dtype", default="f16", choices=["f32", "f16", "bf16"])
     p.add_argument("--backends", default=",".join(BACKENDS), help="comma list of " + ", ".join(BACKENDS))
     p.add_argument("--repeat", type=int, default=10, help="timed calls per case; the median counts")
@@ -32,14 +33,20 @@ def arguments():
     return a
 
 
+def attend(torch, q, k, v, causal):
+    return torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+
+
 def measure(a, torch, q, k, v, causal, backend):
-    """Median milliseconds of a call, and its output."""
+    """Median milliseconds of a call, and its output: o, or with --backward the gradients of q, k and v."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.functional import scaled_dot_product_attention
     synchronize = torch.cuda.synchronize if a.device == "cuda" else lambda: None
     times = []
-    with torch.inference_mode(), sdpa_kernel([getattr(SDPBackend, BACKENDS[backend])]):
-        call = lambda: scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+    with torch.inference_mode(not a.backward), sdpa_kernel([getattr(SDPBackend, BACKENDS[backend])]):
+        call = lambda: attend(torch, q, k, v, causal)
+        if a.backward:
+            call = backward_of(torch, q, k, v, causal)
         o = call()
         synchronize()
         started = time.perf_counter()
@@ -54,6 +61,23 @@ def measure(a, torch, q, k, v, causal, backend):
             if end - started > a.seconds:
                 break
     return statistics.median(times) * 1e3, o
+
+
+def backward_of(torch, q, k, v, causal):
+    """A call that gives the gradients of one forward call again and again, where o's gradient is q (in v's width)."""
+    of = [x.detach().requires_grad_() for x in (q, k, v)]
+    o = attend(torch, *of, causal)
+    dout = q[..., :v.shape[-1]].to(o.dtype)
+    return lambda: torch.autograd.grad(o, of, dout, retain_graph=True)
+
+
+def error_of_gradients(torch, q, k, v, causal, got):
+    """max|x - x64| over the gradients of the first entry's first group of heads, x64 computed in float64."""
+    group = q.shape[1] // k.shape[1]
+    heads = (group, 1, 1)
+    first = [x[:1, :n].double() for x, n in zip((q, k, v), heads)]
+    golden = backward_of(torch, *first, causal)()
+    return max((x[:1, :n].double() - y).abs().max().item() for x, n, y in zip(got, heads, golden))
 
 
 def main():
@@ -81,20 +105,27 @@ def main():
             if causal and sq != sk:
                 print(f"torch_cuda: {text} causal skipped: peers align Sq != Sk differently", file=sys.stderr)
                 continue
+            if a.backward and dv > d:
+                print(f"torch_cuda: {text} skipped: no gradient of o wider than q here", file=sys.stderr)
+                continue
             for backend in a.backends:
                 try:
-                    ms, o = measure(a, torch, q, k, v, causal, backend)
+                    ms, got = measure(a, torch, q, k, v, causal, backend)
                 except RuntimeError as e:  # out of memory, too
                     why = str(e).strip().splitlines()[0]
                     print(f"torch_cuda: {text} {a.dtype} {option} {backend}: {why}", file=sys.stderr)
                     continue
-                flop = 2 * b * hq * sq * sk * (d + dv) / (2 if causal else 1)
+                flop = 2 * b * hq * sq * sk * (d + dv) / (2 if causal else 1) * (2.5 if a.backward else 1)
+                if a.backward:
+                    error = error_of_gradients(torch, q, k, v, causal, got)
+                else:
+                    error = max_error(torch, *host, got.cpu(), causal)
                 out.writerow({
                     "peer": f"pytorch-{backend}", "version": version, "adapter": adapter, "dtype": a.dtype,
                     "shape": text, "options": option, "ms": f"{ms:.4f}", "gflops": f"{flop / ms / 1e6:.2f}",
-                    "max_error": f"{max_error(torch, *host, o.cpu(), causal):.3e}"})
+                    "max_error": f"{error:.3e}"})
                 sys.stdout.flush()
-                del o
+                del got
 
 
 if __name__ == "__main__":
