@@ -90,44 +90,46 @@ def max_error(torch, q, k, v, o, causal):
     return worst
 
 
+def attend(torch, q, k, v, causal):
+    return torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+
+
 def attention(torch, shape, dtype, causal):
     """The call, the error of its result, and its operations; None for what peers see differently."""
-    from torch.nn.functional import scaled_dot_product_attention
     b, hq, hkv, sq, sk, d, dv = shape
     if causal and sq != sk:
         return None
     q = torch.randn(b, hq, sq, d).to(dtype)
     k = torch.randn(b, hkv, sk, d).to(dtype)
     v = torch.randn(b, hkv, sk, dv).to(dtype)
-    call = lambda: scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=hq != hkv)
+    call = lambda: attend(torch, q, k, v, causal)
     return call, lambda o: max_error(torch, q, k, v, o, causal), 2 * b * hq * sq * sk * (d + dv) / (1 + causal)
 
 
+def gradients_of(torch, q, k, v, dout, causal):
+    """A call that gives autograd's gradients of q, k and v, again and again after one forward call."""
+    of = [x.detach().requires_grad_() for x in (q, k, v)]
+    o = attend(torch, *of, causal)
+    return lambda: torch.autograd.grad(o, of, dout, retain_graph=True)
+
+
+def gradients_error(torch, q, k, v, dout, causal, got):
+    """max|x - x64| over the gradients of the first entry's first group of heads, x64 computed in float64."""
+    group = q.shape[1] // k.shape[1]
+    heads = (group, 1, 1, group)
+    golden = gradients_of(torch, *(x[:1, :n].double() for x, n in zip((q, k, v, dout), heads)), causal)()
+    return max((x[:1, :n].double() - y).abs().max().item() for x, n, y in zip(got, heads, golden))
+
+
 def backward(torch, shape, dtype, causal):
-    """The same of the gradients, which PyTorch's autograd computes again and again after one forward call."""
+    """The same of the gradients."""
     b, hq, hkv, s, _, d, _ = shape
     if shape != (b, hq, hkv, s, s, d, d):
         return None
     q, k, v, dout = (torch.randn(b, h, s, d).to(dtype) for h in (hq, hkv, hkv, hq))
-
-    def forward(q, k, v):
-        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-        o = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=hq != hkv)
-        return (q, k, v), o
-
-    def gradients(of, o, dout):
-        return torch.autograd.grad(o, of, dout, retain_graph=True)
-
-    of, o = forward(q, k, v)
-
-    def error(got):
-        group = hq // hkv
-        golden = gradients(*forward(q[:1, :group].double(), k[:1, :1].double(), v[:1, :1].double()),
-                           dout[:1, :group].double())
-        pairs = zip((got[0][:1, :group], got[1][:1, :1], got[2][:1, :1]), golden)
-        return max((x.double() - y).abs().max().item() for x, y in pairs)
-
-    return (lambda: gradients(of, o, dout)), error, 10 * b * hq * s * s * d / (1 + causal)
+    error = lambda got: gradients_error(torch, q, k, v, dout, causal, got)
+    return gradients_of(torch, q, k, v, dout, causal), error, 10 * b * hq * s * s * d / (1 + causal)
 
 
 def layer(torch, shape, dtype, causal):

@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 
-from torch_cpu import COLUMNS, max_error, parse_shape
+from torch_cpu import COLUMNS, attend, gradients_error, gradients_of, max_error, parse_shape
 
 BACKENDS = {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "math": "MATH"}
 
@@ -33,12 +33,7 @@ def arguments():
     return a
 
 
-def attend(torch, q, k, v, causal):
-    return torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
-
-
-def measure(a, torch, q, k, v, causal, backend):
+def measure(a, torch, q, k, v, dout, causal, backend):
     """Median milliseconds of a call, and its output: o, or with --backward the gradients of q, k and v."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     synchronize = torch.cuda.synchronize if a.device == "cuda" else lambda: None
@@ -46,7 +41,7 @@ def measure(a, torch, q, k, v, causal, backend):
     with torch.inference_mode(not a.backward), sdpa_kernel([getattr(SDPBackend, BACKENDS[backend])]):
         call = lambda: attend(torch, q, k, v, causal)
         if a.backward:
-            call = backward_of(torch, q, k, v, causal)
+            call = gradients_of(torch, q, k, v, dout, causal)
         o = call()
         synchronize()
         started = time.perf_counter()
@@ -61,23 +56,6 @@ def measure(a, torch, q, k, v, causal, backend):
             if end - started > a.seconds:
                 break
     return statistics.median(times) * 1e3, o
-
-
-def backward_of(torch, q, k, v, causal):
-    """A call that gives the gradients of one forward call again and again, where o's gradient is q (in v's width)."""
-    of = [x.detach().requires_grad_() for x in (q, k, v)]
-    o = attend(torch, *of, causal)
-    dout = q[..., :v.shape[-1]].to(o.dtype)
-    return lambda: torch.autograd.grad(o, of, dout, retain_graph=True)
-
-
-def error_of_gradients(torch, q, k, v, causal, got):
-    """max|x - x64| over the gradients of the first entry's first group of heads, x64 computed in float64."""
-    group = q.shape[1] // k.shape[1]
-    heads = (group, 1, 1)
-    first = [x[:1, :n].double() for x, n in zip((q, k, v), heads)]
-    golden = backward_of(torch, *first, causal)()
-    return max((x[:1, :n].double() - y).abs().max().item() for x, n, y in zip(got, heads, golden))
 
 
 def main():
@@ -99,25 +77,23 @@ def main():
         q = torch.randn(b, hq, sq, d, device=a.device).to(dtype)
         k = torch.randn(b, hkv, sk, d, device=a.device).to(dtype)
         v = torch.randn(b, hkv, sk, dv, device=a.device).to(dtype)
+        dout = torch.randn(b, hq, sq, dv, device=a.device).to(dtype) if a.backward else None
         host = [x.cpu() for x in (q, k, v)]
         for option in a.options:
             causal = option == "causal"
             if causal and sq != sk:
                 print(f"torch_cuda: {text} causal skipped: peers align Sq != Sk differently", file=sys.stderr)
                 continue
-            if a.backward and dv > d:
-                print(f"torch_cuda: {text} skipped: no gradient of o wider than q here", file=sys.stderr)
-                continue
             for backend in a.backends:
                 try:
-                    ms, got = measure(a, torch, q, k, v, causal, backend)
+                    ms, got = measure(a, torch, q, k, v, dout, causal, backend)
                 except RuntimeError as e:  # out of memory, too
                     why = str(e).strip().splitlines()[0]
                     print(f"torch_cuda: {text} {a.dtype} {option} {backend}: {why}", file=sys.stderr)
                     continue
                 flop = 2 * b * hq * sq * sk * (d + dv) / (2 if causal else 1) * (2.5 if a.backward else 1)
                 if a.backward:
-                    error = error_of_gradients(torch, q, k, v, causal, got)
+                    error = gradients_error(torch, q, k, v, dout, causal, got)
                 else:
                     error = max_error(torch, *host, got.cpu(), causal)
                 out.writerow({
