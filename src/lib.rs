@@ -23,7 +23,8 @@
 //! - [`Attention`] holds a device's pipelines and scratch. [`Attention::encode`] records into your
 //!   encoder and never submits; [`Attention::run`] goes from slices to vectors.
 //! - [`Attention::merge_states`] makes one result of partial results over disjoint keys.
-//! - [`BackwardProblem`] and [`Attention::encode_backward`]: from the gradient of a loss by o to those by q, k, v, bias and sinks.
+//! - [`BackwardProblem`] and [`Attention::encode_backward`]: from the gradient of a loss by o to those by q, k,
+//!   v, bias and sinks.
 //! - [`Layer`] is a whole attention layer, from a sequence to its attended output, and
 //!   [`Attention::encode_layer`] records it; [`Attention::encode_linear`] is one of its linear maps by itself.
 //! - [`Append`] writes new keys and values into a [`Cache`] on the GPU; [`Prepared`] work is encoded again

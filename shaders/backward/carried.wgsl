@@ -1,2 +1,2 @@
-// Sums between two parts of those that a tile of pairs meets.
+// Sums that are carried from the dispatch of a part of the others to the next part's.
 @group(0) @binding(BINDING) var<storage, read_write> carried: array<vec4<f32>>;

@@ -1,6 +1,4 @@
-// A part of the others, [key_first, key_end) of those of all heads that are met, one head's after another's; the sums
-// are carried to the next part's dispatch.
-@group(0) @binding(BINDING) var<storage, read_write> carried: array<vec4<f32>>;
+// A part of the others, [key_first, key_end) of those of all heads that are met, one head's after another's.
 
 fn part_of(meeting: u32, met: vec2<u32>) -> vec2<u32> {
     let before = meeting * params.seq_q;

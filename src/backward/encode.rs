@@ -1,7 +1,7 @@
 //! From a backward pass and buffers to recorded dispatches.
 
-use super::BackwardProblem;
 use super::kernel::{Backward, Form, LANES, Makes, SINK_QUERIES, own_and_others, part_others, parts};
+use super::{BackwardProblem, like};
 use crate::attention::{Attention, Operands, Shared};
 use crate::caps::Caps;
 use crate::encode::{self, Bound, Prepared, Ready, check_window, dispatches, scratch_buffer, within};
@@ -204,8 +204,8 @@ fn chunks(kernel: &Backward, problem: &BackwardProblem, caps: &Caps) -> Chunks {
     let owners = owners.map(|n| n as u64).into_iter().product();
     let form = kernel.form;
     let tile = u64::from(form.own_rows());
-    let tiles = key_tiles(kernel, problem);
-    let met = others.min(part_others(form, problem, caps)).max(1) * tiles * key_tile(kernel);
+    let [tiles, keys] = key_tiles(kernel, problem);
+    let met = others.min(part_others(form, problem, caps)).max(1) * tiles * keys;
     let a_row = 2 * met * (2 * p.head_dim + p.head_dim_v) as u64;
     // The sums of a tile's row, if they are carried.
     let row_bytes = 16 * u64::from(kernel.sum_quads()) * tiles;
@@ -221,18 +221,11 @@ fn chunks(kernel: &Backward, problem: &BackwardProblem, caps: &Caps) -> Chunks {
     Chunks { owners, of_owners, rows, of_rows, carried }
 }
 
-/// Keys of a workgroup that owns pairs; 1 of others.
-fn key_tile(kernel: &Backward) -> u64 {
-    if kernel.makes == Makes::Dbias { kernel.form.own_rows().into() } else { 1 }
-}
-
-/// Workgroups beside each other for the keys of the same queries.
-fn key_tiles(kernel: &Backward, problem: &BackwardProblem) -> u64 {
-    if kernel.makes == Makes::Dbias {
-        (problem.attention.seq_kv as u64).div_ceil(key_tile(kernel))
-    } else {
-        1
-    }
+/// Workgroups beside each other for the same own rows, and keys of each: more than one where they own pairs.
+fn key_tiles(kernel: &Backward, problem: &BackwardProblem) -> [u64; 2] {
+    let Form::Pairs { .. } = kernel.form else { return [1; 2] };
+    let keys = u64::from(kernel.form.own_rows());
+    [(problem.attention.seq_kv as u64).div_ceil(keys), keys]
 }
 
 pub(super) fn prepare(
@@ -319,6 +312,7 @@ fn gradient(
         bytes => scratch_buffer(shared, Slot::Carried, bytes, "of sums between parts")?,
     };
     let base = params(problem, kernel.makes.gradient(), caps);
+    let [key_tiles, _] = key_tiles(kernel, problem);
     let parts = parts(kernel.makes, kernel.form, problem, caps);
     let step = part_others(kernel.form, problem, caps);
     let mut blocks = Vec::new();
@@ -337,7 +331,7 @@ fn gradient(
                     key_end: if last { u32::MAX } else { ((part + 1) * step) as u32 },
                     ..base
                 };
-                let tiles = rows.div_ceil(u64::from(kernel.form.own_rows())) * key_tiles(kernel, problem);
+                let tiles = rows.div_ceil(u64::from(kernel.form.own_rows())) * key_tiles;
                 blocks.push((params, heads * tiles));
             }
         }
@@ -371,11 +365,7 @@ fn params(problem: &BackwardProblem, gradient: Option<Operand>, caps: &Caps) -> 
 
 /// Bytes of an element.
 fn bytes(problem: &BackwardProblem, operand: Operand) -> usize {
-    match operand {
-        Operand::Dout => problem.dtype(operand).bytes(),
-        _ if Operand::GRADIENTS.contains(&operand) => problem.dtype(operand).bytes(),
-        _ => problem.attention.element_bytes(operand),
-    }
+    problem.attention.element_bytes(like(operand))
 }
 
 /// The part of an operand's slice that is bound.

@@ -306,10 +306,10 @@ impl Backward {
         }
         let queries = if self.ragged_q { part!("io/queries_ragged") } else { part!("io/queries") };
         let number = |operand| Slot::Operand(operand).number().to_string();
+        add(&part!("backward/gathered").replace("BINDING", &gathered));
+        self.lists().for_each(|operand| add(&shader::list_bundled(operand)));
+        add(queries);
         if self.makes == Makes::Dsinks {
-            add(&part!("backward/gathered").replace("BINDING", &gathered));
-            self.lists().for_each(|operand| add(&shader::list_bundled(operand)));
-            add(queries);
             let text = part!("kernel/backward_sinks").replace("SINKS", &number(Operand::Sinks));
             add(&text.replace("GRAD", &number(Operand::Dsinks)));
             return out;
@@ -340,28 +340,22 @@ impl Backward {
                 .replace("DTYPE", &io.dtype.to_string())
                 .replace("WIDTH", self.width()));
         }
-        add(&part!("backward/gathered").replace("BINDING", &gathered));
-        self.lists().for_each(|operand| add(&shader::list_bundled(operand)));
-        add(queries);
         shader::key_lengths(&mut add, self.kv_lens, self.ragged_k);
         add(part!("mask_tiles"));
         add(part!("mask"));
         shader::after_products(&mut add, self.bias, self.mask, self.alibi);
         add(part!("io/compared_dot"));
         add(part!("score"));
-        let carried = Slot::Carried.number().to_string();
-        match (self.form, self.parts) {
-            (Form::Pairs { .. }, true) => add(&part!("backward/carried").replace("BINDING", &carried)),
-            (Form::Pairs { .. }, false) => {}
-            (_, true) => add(&part!("backward/part").replace("BINDING", &carried)),
-            (_, false) => add(part!("backward/whole")),
+        if self.parts {
+            add(&part!("backward/carried").replace("BINDING", &Slot::Carried.number().to_string()));
+        }
+        if !matches!(self.form, Form::Pairs { .. }) {
+            add(if self.parts { part!("backward/part") } else { part!("backward/whole") });
+            add(part!("backward/slope"));
         }
         let sizes = self.sizes();
         let mut unrolled = |text: &str| add(&unroll(text, &sizes));
         let keys = self.owns_keys();
-        if !matches!(self.form, Form::Pairs { .. }) {
-            unrolled(part!("backward/slope"));
-        }
         unrolled(if keys { part!("backward/own_keys") } else { part!("backward/own_queries") });
         match self.form {
             Form::Row { .. } => {

@@ -1,5 +1,5 @@
-//! Gradients: what attention hands back to q, k, v, bias and sinks of a loss's gradient by o. Here is what a backward pass
-//! is; `kernel` has the shaders, `encode` the way to them, and `oracle` what they are held to.
+//! Gradients: what attention hands back to q, k, v, bias and sinks of a loss's gradient by o. Here is what a backward
+//! pass is; `kernel` has the shaders, `encode` the way to them, and `oracle` what they are held to.
 
 mod encode;
 pub(crate) mod kernel;

@@ -48,7 +48,7 @@ pub(crate) fn check(
                 Err(error) => (f64::INFINITY, error.to_string()),
             };
             // Bias and sinks have one kernel each.
-            let kernel = if at < 3 { kernel } else { "" };
+            let kernel = if matches!(operand, Operand::Dbias | Operand::Dsinks) { "" } else { kernel };
             let kernel = format!("backward_{operand}{kernel}");
             if ratio > 1.0 {
                 tally.fault(format!("{what}, {kernel}: {how}"));
