@@ -9,40 +9,26 @@
 //! are), the median of `--repeat`. GFLOP/s count 4 B Hq S S D forward and two and a half times that backward, half of
 //! either where causal. `max_error` is that of the first entry's first group of heads, which the oracle computes.
 
+mod common;
+
 use std::time::Instant;
 
+use common::{Flags, Result, causal};
 use wgpu_attention::{
     Align, Attention, AttentionProblem, BackwardOperands, BackwardProblem, DeviceRequest, Dtype, Inputs,
     Operand, Operands, Tensor, read_buffer, reference,
 };
 
-type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
-
 fn main() -> Result<()> {
-    // Cargo adds a flag of its own.
-    let args: Vec<String> = std::env::args().skip(1).filter(|arg| arg != "--bench").collect();
-    let flag = |name: &str, default: &str| {
-        let at = args.iter().position(|arg| arg == name);
-        at.and_then(|at| args.get(at + 1)).map_or(default, String::as_str).to_string()
-    };
-    let repeat = flag("--repeat", "10").parse::<usize>()?.max(1);
-    let dtype = match flag("--dtype", "f32").as_str() {
-        "f32" => Dtype::F32,
-        "f16" => Dtype::F16,
-        "bf16" => Dtype::Bf16,
-        other => return Err(format!("--dtype {other}: want f32, f16 or bf16").into()),
-    };
+    let flags = Flags::new();
+    let (repeat, dtype) = (flags.repeat()?, flags.dtype()?);
     let adapter = std::env::var("WGPU_ATTENTION_ADAPTER").ok();
     let attention = pollster::block_on(Attention::request(&DeviceRequest { adapter, ..Default::default() }))?;
     let (version, adapter) = (env!("CARGO_PKG_VERSION"), &attention.caps().adapter);
     println!("peer,version,adapter,dtype,shape,options,ms,gflops,max_error");
-    for shape in flag("--shapes", "1x8x512x64,1x8x1024x64").split(',') {
-        for option in flag("--options", "plain,causal").split(',') {
-            let causal = match option {
-                "plain" => None,
-                "causal" => Some(Align::TopLeft),
-                other => return Err(format!("--options {other}: want plain or causal").into()),
-            };
+    for shape in flags.get("--shapes", "1x8x512x64,1x8x1024x64").split(',') {
+        for option in flags.get("--options", "plain,causal").split(',') {
+            let causal = causal(option)?;
             let problem = BackwardProblem::of(&problem(shape, causal, dtype)?);
             for (name, ms, flop, error) in measure(&attention, &problem, repeat)? {
                 let gflops = flop / ms / 1e6;

@@ -8,29 +8,19 @@
 //! `torch.nn.MultiheadAttention`: packed weights of q, k and v, biases everywhere. A time is from the first
 //! encoded command to the end of the work (x, weights and y stay where they are), the median of `--repeat`.
 
+mod common;
+
 use std::time::Instant;
 
+use common::{Flags, Result, causal};
 use wgpu_attention::{
     Align, Attention, AttentionProblem, DeviceRequest, Dtype, HostWeights, Layer, LayerInputs, LayerOperands,
     Tensor, cpu, reference,
 };
 
-type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
-
 fn main() -> Result<()> {
-    // Cargo adds a flag of its own.
-    let args: Vec<String> = std::env::args().skip(1).filter(|arg| arg != "--bench").collect();
-    let flag = |name: &str, default: &str| {
-        let at = args.iter().position(|arg| arg == name);
-        at.and_then(|at| args.get(at + 1)).map_or(default, String::as_str).to_string()
-    };
-    let (path, repeat) = (flag("--path", "cpu"), flag("--repeat", "10").parse::<usize>()?.max(1));
-    let dtype = match flag("--dtype", "f32").as_str() {
-        "f32" => Dtype::F32,
-        "f16" => Dtype::F16,
-        "bf16" => Dtype::Bf16,
-        other => return Err(format!("--dtype {other}: want f32, f16 or bf16").into()),
-    };
+    let flags = Flags::new();
+    let (path, repeat, dtype) = (flags.get("--path", "cpu"), flags.repeat()?, flags.dtype()?);
     let attention = match path.as_str() {
         "cpu" => None,
         "gpu" => {
@@ -41,13 +31,9 @@ fn main() -> Result<()> {
         other => return Err(format!("--path {other}: want cpu or gpu").into()),
     };
     println!("peer,version,adapter,dtype,shape,options,ms,gflops,max_error");
-    for shape in flag("--shapes", "1x512x768x12").split(',') {
-        for option in flag("--options", "plain,causal").split(',') {
-            let causal = match option {
-                "plain" => None,
-                "causal" => Some(Align::TopLeft),
-                other => return Err(format!("--options {other}: want plain or causal").into()),
-            };
+    for shape in flags.get("--shapes", "1x512x768x12").split(',') {
+        for option in flags.get("--options", "plain,causal").split(',') {
+            let causal = causal(option)?;
             let layer = layer(shape, causal, dtype)?;
             let (ms, error) = measure(&layer, attention.as_ref(), repeat)?;
             let gpu = attention.as_ref().map(|attention| attention.caps().adapter.as_str());
