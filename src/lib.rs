@@ -70,6 +70,8 @@ mod fused;
 mod fused_matrix;
 mod host;
 mod kernel;
+#[cfg(test)]
+mod languages;
 mod layer;
 mod layout;
 mod linear;

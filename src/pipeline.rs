@@ -379,8 +379,9 @@ pub(crate) mod reflection {
     use naga::valid::{Capabilities, ValidationFlags, Validator};
 
     use super::{Opened, Recipe};
+    use crate::languages::translate;
 
-    /// Checks that a recipe's text is valid WGSL that declares the storage bindings that it says, uses all of
+    /// Checks that a recipe's text is valid WGSL, which goes into wgpu's other languages, that declares the storage bindings that it says, uses all of
     /// them, and has no more than every device binds; gives the bytes of its workgroup memory.
     pub(crate) fn check(recipe: Recipe, shader_f16: bool) -> u32 {
         declares(recipe, Opened::default(), shader_f16);
@@ -401,6 +402,7 @@ pub(crate) mod reflection {
         let info = Validator::new(ValidationFlags::all(), capabilities)
             .validate(&module)
             .unwrap_or_else(|e| panic!("{recipe:?}: {}", e.emit_to_string(&wgsl)));
+        translate(&module, &info, &format!("{recipe:?}"), matrices);
         let (mut found, mut bytes) = (Vec::new(), 0);
         for (handle, variable) in module.global_variables.iter() {
             match variable.space {

@@ -245,7 +245,7 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
             // alignment.
             let held = b.tiles.fused.held > 0;
             add(if held { part!("exchange/queries_held") } else { part!("exchange/queries_cached") });
-            add(part!("kernel/fused_tile"));
+            add(&placed(part!("kernel/fused_tile"), subgroup));
             add(if subgroup {
                 part!("exchange/staged_subgroup")
             } else {
@@ -263,7 +263,7 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
                     add(&cells(scalars, name, of));
                 }
             }
-            let text = unroll(part!("kernel/fused_matrix"), &constants(b));
+            let text = unroll(&placed(part!("kernel/fused_matrix"), true), &constants(b));
             add(&text.replace("FRAGMENT", &format!("coop_mat{edge}x{edge}")));
             let eights = b.tiles.matrix.eights;
             add(if eights { part!("exchange/stage_eights") } else { part!("exchange/stage_quads") });
@@ -275,6 +275,18 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         }
     });
     out
+}
+
+/// A kernel whose threads go by their place, which it is told by arguments of its own. (As a struct of built-in values
+/// it is nothing that DirectX takes: naga 30 looks for those of subgroups among the arguments alone.)
+pub(crate) fn placed(kernel: &str, subgroup: bool) -> String {
+    let names: &[&str] = if subgroup {
+        &["subgroup_id", "num_subgroups", "subgroup_invocation_id"]
+    } else {
+        &["local_invocation_index"]
+    };
+    let arguments: Vec<_> = names.iter().map(|name| format!("@builtin({name}) {name}: u32")).collect();
+    kernel.replace("PLACE_ARGUMENTS", &arguments.join(",\n    ")).replace("PLACE_VALUES", &names.join(", "))
 }
 
 /// The WGSL of a step of an append.

@@ -2,12 +2,15 @@
 //! what they dispatch and allocate stays inside every limit.
 
 mod common;
+#[path = "../src/languages.rs"]
+mod languages;
 
 use std::collections::HashSet;
 
 use common::case::values;
 use common::kept::Move;
 use common::rng::Rng;
+use languages::translate;
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 use wgpu_attention::{
     Align, AttentionProblem, Cache, Caps, Dispatch, Dtype, Error, Family, Layout, MatrixUnits, Operand, Path,
@@ -123,6 +126,7 @@ fn reflect(shader: &Shader, caps: &Caps) -> Reflection {
     let info = Validator::new(ValidationFlags::all(), capabilities)
         .validate(&module)
         .unwrap_or_else(|e| panic!("{context}: {}", e.emit_to_string(&shader.wgsl)));
+    translate(&module, &info, &context, shader.wgsl.contains("enable wgpu_cooperative_matrix;"));
 
     assert_eq!(module.entry_points.len(), 1, "{context}");
     let entry = &module.entry_points[0];

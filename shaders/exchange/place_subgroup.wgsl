@@ -1,8 +1,8 @@
 // A thread by its place in a subgroup: WGSL does not say how the indices in a workgroup are dealt out to those.
 struct Place {
-    @builtin(subgroup_id) subgroup: u32,
-    @builtin(num_subgroups) subgroups: u32,
-    @builtin(subgroup_invocation_id) lane: u32,
+    subgroup: u32,
+    subgroups: u32,
+    lane: u32,
 }
 
 // THREADS is a multiple of every subgroup size of the device, so that all subgroups are whole. Their size

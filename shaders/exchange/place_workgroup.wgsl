@@ -1,6 +1,6 @@
 // A thread by its index in the workgroup.
 struct Place {
-    @builtin(local_invocation_index) index: u32,
+    index: u32,
 }
 
 fn thread_of(place: Place) -> u32 {

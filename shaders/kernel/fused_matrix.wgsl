@@ -56,8 +56,9 @@ var<workgroup> wg_careful: atomic<u32>;
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
-    place: Place,
+    PLACE_ARGUMENTS,
 ) {
+    let place = Place(PLACE_VALUES);
     let thread = thread_of(place);
     let x = thread % LANES;
     let own_row = thread / LANES;

@@ -63,8 +63,9 @@ fn stage_v(thread: u32, b: u32, kv_head: u32, first: u32, begin: u32, len_k: u32
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
-    place: Place,
+    PLACE_ARGUMENTS,
 ) {
+    let place = Place(PLACE_VALUES);
     let thread = thread_of(place);
     let x = thread % LANES;
     let tiles_q = div_ceil(owned_rows(), TILE_Q);

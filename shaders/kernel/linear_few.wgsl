@@ -13,8 +13,9 @@ var<workgroup> wg_sums: array<vec4<f32>, ROWS * QUADS * PARTS>;
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
-    place: Place,
+    PLACE_ARGUMENTS,
 ) {
+    let place = Place(PLACE_VALUES);
     let thread = thread_of(place);
     let tiles_n = div_ceil(params.outputs, 4u * QUADS);
     let tile = linear_group(group, groups);

@@ -21,8 +21,9 @@ var<workgroup> wg_y: array<f32, DOWN * ACROSS * EDGE * Y_STRIDE>;
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
-    place: Place,
+    PLACE_ARGUMENTS,
 ) {
+    let place = Place(PLACE_VALUES);
     let thread = thread_of(place);
     let tiles_n = div_ceil(params.outputs, TILE_OUTPUTS);
     // The surplus of a folded dispatch computes the last tile again and stores nothing (naga wants all to

@@ -8,7 +8,7 @@ use crate::error::Operand;
 use crate::fused::LEAST_SUBGROUP;
 use crate::layout::Layout;
 use crate::params::ParamLayout;
-use crate::shader::{cells, load_part, store_part};
+use crate::shader::{cells, load_part, placed, store_part};
 use crate::unroll::unroll;
 
 macro_rules! part {
@@ -423,13 +423,14 @@ impl Linear {
                     add(&cells(matrix.scalars, name, "f16"));
                 }
                 let fragment = format!("coop_mat{0}x{0}", matrix.edge);
-                let text = part!("kernel/linear_matrix").replace("FRAGMENT", &fragment);
+                let text = placed(part!("kernel/linear_matrix"), true).replace("FRAGMENT", &fragment);
                 add(&unroll(&text.replace("LOAD_W", load), &self.constants()));
                 return out;
             }
             Sizes::Direct { .. } => part!("kernel/linear_direct"),
         };
-        add(&unroll(text, &self.constants()));
+        let subgroup = matches!(self.sizes, Sizes::Few { share: Some(_), .. });
+        add(&unroll(&placed(text, subgroup), &self.constants()));
         out
     }
 
