@@ -10,6 +10,9 @@ use crate::tile::{Tile, check};
 /// products wants some of them.
 const MOST_REGISTERS: u32 = 176;
 
+/// The same where subgroups may have 64 threads. (RADV copies what it reads: with 144 it spills nothing, with 168 it does.)
+const MOST_REGISTERS_OF_64: u32 = 152;
+
 /// Widest rows that are priced: none that is wider fits.
 const MOST_WIDTH: usize = 1 << 14;
 
@@ -158,11 +161,18 @@ impl FusedMatrix {
     }
 
     /// Registers of a thread for the fragments that live through a step: Q (two f16 in one) if it is kept, O, and
-    /// those of S that lie side by side with one of K or V.
+    /// those of S that lie side by side, each with one of K.
     pub(crate) fn registers(self) -> u32 {
         let of_a_fragment = (self.edge * self.edge).div_ceil(self.subgroup.max(1));
-        let q = if self.kept_q { (self.parts * self.frags).div_ceil(2) } else { 0 };
-        of_a_fragment * self.bands * (q + self.own_frags() + self.side() + 1)
+        // Of an f16 factor: two elements in one. Those whose subgroups may have 64 threads give a lane a whole row of
+        // it (RDNA 3; and RADV loads it so for RDNA 4).
+        let of_a_factor = if self.subgroup > 32 { self.edge / 2 } else { of_a_fragment.div_ceil(2) };
+        let q = if self.kept_q { self.parts * self.frags * of_a_factor } else { 0 };
+        self.bands * (q + of_a_fragment * (self.own_frags() + self.side())) + self.side() * of_a_factor
+    }
+
+    fn most_registers(self) -> u32 {
+        if self.subgroup > 32 { MOST_REGISTERS_OF_64 } else { MOST_REGISTERS }
     }
 
     /// Why a problem or a device does not suit; `None` when both do.
@@ -194,9 +204,9 @@ impl FusedMatrix {
                 self.lanes()
             ));
         }
-        if self.registers() > MOST_REGISTERS {
-            let need = self.registers();
-            return Some(format!("it needs {need} registers a thread, {MOST_REGISTERS} is the most"));
+        let (need, most) = (self.registers(), self.most_registers());
+        if need > most {
+            return Some(format!("it needs {need} registers a thread, {most} is the most"));
         }
         None
     }
@@ -279,7 +289,7 @@ pub(crate) fn sizes(problem: &AttentionProblem, caps: &Caps) -> FusedMatrix {
     all.find(|tile| {
         tile.workgroup_bytes() <= caps.max_workgroup_bytes
             && tile.threads() <= caps.max_invocations.min(caps.max_workgroup_size[0])
-            && tile.registers() <= MOST_REGISTERS
+            && tile.registers() <= tile.most_registers()
             && tile.tile_kv >= edge * tile.columns.max(2)
             // A row's lanes are neighbours in a subgroup.
             && (1..=least).contains(&tile.lanes())
@@ -327,6 +337,12 @@ mod tests {
         let tile = sizes(&problem(4096, 128, 128), &caps);
         assert_eq!((tile.tile_q(), tile.threads(), tile.lanes()), (64, 256, 4), "{tile:?}");
         assert_eq!(tile.unfit(&problem(4096, 128, 128), &caps), None);
+        // Wider rows of q are more than registers there hold.
+        assert!(sizes(&problem(4096, 160, 160), &caps).kept_q);
+        for width in [192, 256] {
+            let tile = sizes(&problem(4096, width, width), &caps);
+            assert!(!tile.kept_q && tile.registers() <= MOST_REGISTERS_OF_64, "{width}: {tile:?}");
+        }
     }
 
     /// Units made by hand that are none, or of smaller subgroups than there are.
