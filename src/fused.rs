@@ -84,6 +84,16 @@ impl FusedTile {
         (self.slice / self.lanes.max(1)).min(self.quads).clamp(1, MOST_SHARED)
     }
 
+    /// Slices of a row of v, the last of them perhaps narrower.
+    pub(crate) fn slices_v(self) -> u32 {
+        self.quads.div_ceil((self.slice / self.lanes.max(1)).max(1))
+    }
+
+    /// Exchanges of weights for a slice.
+    pub(crate) fn shares(self) -> u32 {
+        (self.slice / self.lanes.max(1)).min(self.quads).div_ceil(self.share())
+    }
+
     /// Registers of a thread that live through a step: o, scores (then weights), partial sums, maxima
     /// and sums, and the operands of one product: weights of each row and some values.
     pub(crate) fn registers(self) -> u32 {

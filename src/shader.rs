@@ -245,7 +245,7 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
             // alignment.
             let held = b.tiles.fused.held > 0;
             add(if held { part!("exchange/queries_held") } else { part!("exchange/queries_cached") });
-            add(&placed(part!("kernel/fused_tile"), subgroup));
+            add(&unroll(&placed(part!("kernel/fused_tile"), subgroup), &constants(b)));
             add(if subgroup {
                 part!("exchange/staged_subgroup")
             } else {
@@ -505,7 +505,9 @@ fn constants(b: &Blueprint) -> Vec<(&'static str, u32)> {
             ("ROWS", t.fused.rows),
             ("SLICE", t.fused.slice),
             ("QUADS", t.fused.quads),
+            ("SLICES", t.fused.slices_v()),
             ("SHARE", t.fused.share()),
+            ("SHARES", t.fused.shares()),
             ("Q_QUADS", t.fused.held),
             ("WHOLE_D", t.fused.whole[0].into()),
             ("WHOLE_V", t.fused.whole[1].into()),

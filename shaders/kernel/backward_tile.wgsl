@@ -188,16 +188,21 @@ fn main(
                 wg_weights[(own_row + r) * P_SKEW + x] = weight;
             }
 
-            for (var begin = 0u; begin < QUADS; begin += SLICE_QUADS) {
+            // Text, as in the forward kernel.
+            //$ for slice in 0..SLICES
+            {
+                const begin = $sliceu * SLICE_QUADS;
                 if !STAGED || begin > 0u {
                     workgroupBarrier();
                     stage(thread, b, head, first, end, begin * LANES, turn, OF_SCORES == 1u);
                 }
                 workgroupBarrier();
                 let careful = atomicLoad(&wg_careful[turn]) != 0u;
-                let count = min(SLICE_QUADS, QUADS - begin);
-                for (var n = 0u; n < count; n += SHARE) {
-                    let sharing = min(SHARE, count - n);
+                const count = min(SLICE_QUADS, QUADS - begin);
+                //$ for share in 0..SHARES
+                {
+                    const n = $shareu * SHARE;
+                    const sharing = min(count, n + SHARE) - min(count, n);
                     // Each step's sum by itself, so that the rounding error of many does not grow with them.
                     var part = array<vec4<f32>, ROWS * SHARE>();
                     for (var giver = 0u; giver < LANES; giver += 1u) {
@@ -228,7 +233,9 @@ fn main(
                         }
                     }
                 }
+                //$ end
             }
+            //$ end
             turn = 1u - turn;
         }
     }

@@ -94,7 +94,7 @@ fn main(
     var peaks: array<f32, ROWS>;
     var m: array<f32, ROWS>;
     var l: array<f32, ROWS>;
-    var acc: array<vec4<f32>, ROWS * QUADS>;
+    var acc = array<vec4<f32>, ROWS * QUADS>();
     for (var r = 0u; r < ROWS; r += 1u) {
         let own = min(row + own_row + r, owned_rows() - 1u);
         let head = head_of(owner, own);
@@ -102,9 +102,6 @@ fn main(
         start[r] = start_of(head * params.row_count + row_of(own));
         m[r] = start[r].x;
         l[r] = 0.0;
-    }
-    for (var n = 0u; n < ROWS * QUADS; n += 1u) {
-        acc[n] = vec4<f32>();
     }
 
     stage_q(thread, owner, row);
@@ -201,7 +198,11 @@ fn main(
             give_weights(own_row + r, x, dots[r]);
         }
 
-        for (var begin = 0u; begin < QUADS; begin += SLICE_QUADS) {
+        // Slices, and exchanges of weights, are text: in loops some compilers did not see which quads of O are meant, and
+        // kept O in memory.
+        //$ for slice in 0..SLICES
+        {
+            const begin = $sliceu * SLICE_QUADS;
             if !BOTH {
                 if begin > 0u {
                     workgroupBarrier();
@@ -209,9 +210,11 @@ fn main(
                 stage_v(thread, bh.x, kv_head, first, begin * LANES, len_k, turn);
                 careful = staged(turn);
             }
-            let count = min(SLICE_QUADS, QUADS - begin);
-            for (var n = 0u; n < count; n += SHARE) {
-                let sharing = min(SHARE, count - n);
+            const count = min(SLICE_QUADS, QUADS - begin);
+            //$ for share in 0..SHARES
+            {
+                const n = $shareu * SHARE;
+                const sharing = min(count, n + SHARE) - min(count, n);
                 var part = array<vec4<f32>, ROWS * SHARE>();
                 for (var giver = 0u; giver < LANES; giver += 1u) {
                     var weights: array<vec4<f32>, ROWS>;
@@ -241,25 +244,30 @@ fn main(
                     }
                 }
             }
+            //$ end
             if careful {
-                for (var n = 0u; n < count; n += 1u) {
-                    let d = 4u * (x + (begin + n) * LANES);
-                    for (var key = 0u; key < TILE_KV && first + key < len_k; key += 1u) {
+                for (var key = 0u; key < TILE_KV && first + key < len_k; key += 1u) {
+                    // All lanes take part in the exchange, whatever they load.
+                    var weights: array<f32, ROWS>;
+                    for (var r = 0u; r < ROWS; r += 1u) {
+                        weights[r] = weights_of(own_row + r, key % LANES, dots[r], place)[key / LANES];
+                    }
+                    for (var n = 0u; n < count; n += 1u) {
+                        let d = 4u * (x + (begin + n) * LANES);
                         var v = vec4<f32>();
                         if d < params.head_dim_v {
                             v = load4_v(row_v(bh.x, kv_head, first + key), d);
                         }
-                        // All lanes take part in the exchange, whatever they have loaded.
                         for (var r = 0u; r < ROWS; r += 1u) {
-                            let p = weights_of(own_row + r, key % LANES, dots[r], place)[key / LANES];
-                            if !is_finite4(v) && !is_dropped_weight(p) {
-                                acc[r * QUADS + begin + n] += p * v;
+                            if !is_finite4(v) && !is_dropped_weight(weights[r]) {
+                                acc[r * QUADS + begin + n] += weights[r] * v;
                             }
                         }
                     }
                 }
             }
         }
+        //$ end
         turn = 1u - turn;
     }
 

@@ -412,7 +412,9 @@ impl Backward {
                     ("ROWS", tile.rows),
                     ("SLICE", tile.slice),
                     ("QUADS", tile.quads),
+                    ("SLICES", tile.slices_v()),
                     ("SHARE", tile.share()),
+                    ("SHARES", tile.shares()),
                 ]);
             }
         }
