@@ -381,8 +381,9 @@ pub(crate) mod reflection {
     use super::{Opened, Recipe};
     use crate::languages::translate;
 
-    /// Checks that a recipe's text is valid WGSL, which goes into wgpu's other languages, that declares the storage bindings that it says, uses all of
-    /// them, and has no more than every device binds; gives the bytes of its workgroup memory.
+    /// Checks that a recipe's text is valid WGSL that declares the storage bindings that it says, uses all of
+    /// them, and has no more than every device binds, and that it goes into wgpu's other languages; gives the bytes
+    /// of its workgroup memory.
     pub(crate) fn check(recipe: Recipe, shader_f16: bool) -> u32 {
         declares(recipe, Opened::default(), shader_f16);
         // Each of its inputs in an output's buffer.

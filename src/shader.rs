@@ -52,11 +52,11 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         [(b.q, Operand::Q, "query_dim"), (b.k, Operand::K, "head_dim"), (b.v, Operand::V, "head_dim_v")]
     {
         if let Some(io) = io {
-            let eights = b.kernel == Kernel::FusedMatrix && b.tiles.matrix.eights && operand != Operand::Q;
-            add(&if eights {
-                named(part!("io/load_f16_vec8"), operand)
-            } else {
-                load(io, operand).replace("WIDTH", width)
+            let eights = b.kernel == Kernel::FusedMatrix && b.tiles.matrix.eights;
+            add(&match operand {
+                Operand::K if eights => named(part!("io/load_f16_eight"), operand),
+                Operand::V if eights => named(part!("io/load_f16_vec8"), operand),
+                _ => load(io, operand).replace("WIDTH", width),
             });
             if operand == Operand::Q {
                 add(&row(operand, b.ragged_q));

@@ -1,5 +1,6 @@
-// How K and V get into workgroup memory where they are f16 already: eight numbers, 16 bytes, at a time. The text has
-// no other way from words to f16 than by f32: some compilers leave that out.
+// How K and V get into workgroup memory where they are f16 already: eight numbers, 16 bytes, at a time. V comes as words,
+// for its numbers to be paired anew and looked at; naga has no other way from words to f16 than by f32, which some compilers
+// leave out.
 
 const D_EIGHTS = D_QUADS / 2u;
 const V_EIGHTS = V_QUADS / 2u;
@@ -13,12 +14,12 @@ fn stage_k(thread: u32, nought: u32, b: u32, kv_head: u32, first: u32, len_k: u3
     for (var at = thread; at < TILE_KV * D_EIGHTS + nought; at += THREADS) {
         let r = at / D_EIGHTS;
         let e = at % D_EIGHTS;
-        var k = vec4<u32>();
+        var k = Eight_k();
         if WHOLE_D == 1u || 8u * e < params.head_dim {
             k = load8_k(row_k(b, kv_head, min(first + r, len_k - 1u)), 8u * e);
         }
-        put_kv(r * K_STRIDE + 2u * e, halves(k.xy));
-        put_kv(r * K_STRIDE + 2u * e + 1u, halves(k.zw));
+        put_kv(r * K_STRIDE + 2u * e, k.low);
+        put_kv(r * K_STRIDE + 2u * e + 1u, k.high);
     }
 }
 
