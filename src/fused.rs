@@ -277,7 +277,7 @@ impl FusedRow {
         let keys = tile.keys.unwrap_or(self.keys);
         check("keys", keys, [1, 2, 4].contains(&keys), "1, 2 or 4")?;
         // Each pair of a row and a key is text of its own.
-        check("rows", rows, rows > 0 && rows * keys <= 12, "from 1 to 12 / keys")?;
+        check("rows", rows, rows > 0 && rows * keys <= 16, "from 1 to 16 / keys")?;
         let threads = tile.threads.unwrap_or(self.threads);
         let fits = threads.is_power_of_two() && (4..=64).contains(&threads);
         check("threads", threads, fits, "a power of two from 4 to 64")?;
@@ -299,7 +299,7 @@ impl FusedRow {
     }
 }
 
-/// The row kernel's sizes for a problem. More rows and keys use each load (and with two keys each store of o) more
+/// The row kernel's sizes for a problem. More rows and keys use each load (and with more keys each store of o) more
 /// often; but the loop has to stay inside a processor's instruction cache, the variables inside its data cache, and
 /// each score's own finish and each conversion are text, which drivers take seconds to compile. Found by trial on
 /// lavapipe 26.1. To 22.3.6 no address is uniform that comes from a loop's counter: it reads K and V lane by lane, half
@@ -329,6 +329,7 @@ pub(crate) fn row(problem: &AttentionProblem, caps: &Caps) -> FusedRow {
         match widths {
             0..=96 if !finish => (6, 2),
             97..=136 if converts && !finish => (6, 2),
+            97..=136 if !finish => (4, 4),
             0..=200 => (4, 2),
             _ if converts => (2, 2),
             _ => (3, 2),
@@ -404,9 +405,9 @@ mod tests {
         let problem = AttentionProblem::new(1, 8, 8, 1024, 1024, 64, 64);
         for (driver, sizes) in [
             ("llvmpipe Mesa 22.3.6 (LLVM 15.0.6)", (8, 1)),
-            ("llvmpipe Mesa 26.1.6-1~bpo13+1 (LLVM 19.1.7)", (4, 2)),
-            ("llvmpipe Mesa", (4, 2)),
-            ("", (4, 2)),
+            ("llvmpipe Mesa 26.1.6-1~bpo13+1 (LLVM 19.1.7)", (4, 4)),
+            ("llvmpipe Mesa", (4, 4)),
+            ("", (4, 4)),
         ] {
             let tile = row(&problem, &caps(driver));
             assert_eq!((tile.rows, tile.keys), sizes, "{driver}");
