@@ -81,17 +81,22 @@ impl FusedTile {
     /// Quads of o of each row that share an exchange of weights. (By count, a quad's own loads and shuffles take a
     /// GPU twice as long as its products.)
     pub(crate) fn share(self) -> u32 {
-        (self.slice / self.lanes.max(1)).min(self.quads).clamp(1, MOST_SHARED)
+        self.slice_quads().min(self.quads).clamp(1, MOST_SHARED)
+    }
+
+    /// Quads of a thread in a slice.
+    fn slice_quads(self) -> u32 {
+        self.slice / self.lanes.max(1)
     }
 
     /// Slices of a row of v, the last of them perhaps narrower.
     pub(crate) fn slices_v(self) -> u32 {
-        self.quads.div_ceil((self.slice / self.lanes.max(1)).max(1))
+        self.quads.div_ceil(self.slice_quads().max(1))
     }
 
     /// Exchanges of weights for a slice.
     pub(crate) fn shares(self) -> u32 {
-        (self.slice / self.lanes.max(1)).min(self.quads).div_ceil(self.share())
+        self.slice_quads().min(self.quads).div_ceil(self.share())
     }
 
     /// Registers of a thread that live through a step: o, scores (then weights), partial sums, maxima

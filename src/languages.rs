@@ -5,12 +5,9 @@ use naga::back::{hlsl, msl};
 use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};
 
 /// Writes a valid module in both languages as wgpu does, with its checks and without; none of it may fail.
-pub(crate) fn translate(
-    module: &naga::Module,
-    info: &naga::valid::ModuleInfo,
-    context: &str,
-    matrices: bool,
-) {
+pub(crate) fn translate(module: &naga::Module, info: &naga::valid::ModuleInfo, context: &str) {
+    let is_matrix = |ty: &naga::Type| matches!(ty.inner, naga::TypeInner::CooperativeMatrix { .. });
+    let matrices = module.types.iter().any(|(_, ty)| is_matrix(ty));
     for checked in [false, true] {
         let policy = if checked { BoundsCheckPolicy::Restrict } else { BoundsCheckPolicy::Unchecked };
         let options = msl::Options {

@@ -403,7 +403,7 @@ pub(crate) mod reflection {
         let info = Validator::new(ValidationFlags::all(), capabilities)
             .validate(&module)
             .unwrap_or_else(|e| panic!("{recipe:?}: {}", e.emit_to_string(&wgsl)));
-        translate(&module, &info, &format!("{recipe:?}"), matrices);
+        translate(&module, &info, &format!("{recipe:?}"));
         let (mut found, mut bytes) = (Vec::new(), 0);
         for (handle, variable) in module.global_variables.iter() {
             match variable.space {

@@ -539,7 +539,7 @@ fn constants(b: &Blueprint) -> Vec<(&'static str, u32)> {
             ("ROWS", t.row.rows),
             ("KEYS", t.row.keys),
             ("AT_ONCE", t.row.keys.min(2)),
-            ("PARTS", t.row.keys.div_ceil(2)),
+            ("PAIRS", t.row.keys.div_ceil(2)),
             ("QUADS", t.row.width.div_ceil(4)),
             ("QUADS_V", t.row.width_v.div_ceil(4)),
             ("MAPPED", b.mapped.into()),

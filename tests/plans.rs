@@ -126,7 +126,7 @@ fn reflect(shader: &Shader, caps: &Caps) -> Reflection {
     let info = Validator::new(ValidationFlags::all(), capabilities)
         .validate(&module)
         .unwrap_or_else(|e| panic!("{context}: {}", e.emit_to_string(&shader.wgsl)));
-    translate(&module, &info, &context, shader.wgsl.contains("enable wgpu_cooperative_matrix;"));
+    translate(&module, &info, &context);
 
     assert_eq!(module.entry_points.len(), 1, "{context}");
     let entry = &module.entry_points[0];

@@ -401,15 +401,15 @@ impl Linear {
                 });
                 part!("kernel/linear_tile")
             }
-            Sizes::Few { share: None, .. } => {
-                add(part!("exchange/place_workgroup"));
-                add(part!("io/linear_share_none"));
-                part!("kernel/linear_few")
-            }
-            Sizes::Few { share: Some(_), .. } => {
-                add(part!("exchange/place_subgroup"));
-                add(part!("io/linear_share_subgroup"));
-                part!("kernel/linear_few")
+            Sizes::Few { share, .. } => {
+                let (place, exchange) = match share {
+                    None => (part!("exchange/place_workgroup"), part!("io/linear_share_none")),
+                    Some(_) => (part!("exchange/place_subgroup"), part!("io/linear_share_subgroup")),
+                };
+                add(place);
+                add(exchange);
+                add(&unroll(&placed(part!("kernel/linear_few"), share.is_some()), &self.constants()));
+                return out;
             }
             Sizes::Matrix(matrix) => {
                 add(part!("exchange/place_subgroup"));
@@ -429,8 +429,7 @@ impl Linear {
             }
             Sizes::Direct { .. } => part!("kernel/linear_direct"),
         };
-        let subgroup = matches!(self.sizes, Sizes::Few { share: Some(_), .. });
-        add(&unroll(&placed(text, subgroup), &self.constants()));
+        add(&unroll(text, &self.constants()));
         out
     }
 
