@@ -28,6 +28,11 @@ fn linear_group(id: vec3<u32>, count: vec3<u32>) -> u32 {
     return id.x + count.x * (id.y + count.y * id.z);
 }
 
+// sum + a . b in four operations where a processor has fused ones: `dot` and an addition are five.
+fn add_dot(sum: f32, a: vec4<f32>, b: vec4<f32>) -> f32 {
+    return fma(a.w, b.w, fma(a.z, b.z, fma(a.y, b.y, fma(a.x, b.x, sum))));
+}
+
 fn div_ceil(a: u32, b: u32) -> u32 {
     return (a + b - 1u) / b;
 }

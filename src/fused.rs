@@ -73,9 +73,13 @@ impl FusedTile {
     pub(crate) fn workgroup_bytes(self) -> u32 {
         let staged = self.tile_kv() * (self.slice + 1) * if self.both { 2 } else { 1 };
         let exchanged = self.tile_q() * (16 * (self.lanes + 1) + 4 * self.lanes);
-        let skew = if self.lanes < 8 { 1 } else { 0 };
-        let queries = if self.held > 0 { self.tile_q() * (self.held + skew) } else { 0 };
+        let queries = if self.held > 0 { self.held_quads(self.held) } else { 0 };
         16 * (staged + queries) + if self.subgroup { 0 } else { exchanged } + 8
+    }
+
+    /// Quads of workgroup memory that hold rows of `quads`, skewed by one from thread to thread along the rows.
+    pub(crate) fn held_quads(self, quads: u32) -> u32 {
+        self.row_lanes * (self.rows * quads + 1)
     }
 
     /// Quads of o of each row that share an exchange of weights. (By count, a quad's own loads and shuffles take a

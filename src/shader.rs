@@ -219,6 +219,7 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         let subgroup = b.tiles.fused.subgroup;
         add(if subgroup { part!("exchange/place_subgroup") } else { part!("exchange/place_workgroup") });
         add(if subgroup { part!("exchange/subgroup") } else { part!("exchange/workgroup") });
+        add(if subgroup { part!("exchange/neighbours") } else { part!("exchange/pairs") });
     }
     add(match b.kernel {
         Kernel::Project

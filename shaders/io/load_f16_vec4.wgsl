@@ -6,5 +6,5 @@ fn load_quad_OPERAND(quad: u32) -> vec4<f32> {
 }
 
 fn load4_OPERAND(at: u32, d: u32) -> vec4<f32> {
-    return load_quad_OPERAND((at + d) / 4u);
+    return load_quad_OPERAND(at / 4u + d / 4u);
 }

@@ -48,13 +48,13 @@ fn stage(thread: u32, b: u32, head: u32, first: u32, end: u32, begin: u32, turn:
     }
 }
 
-// What the thread's four others of quad `e` of the slice make of an own quad.
-fn products(x: u32, e: u32, own: vec4<f32>) -> vec4<f32> {
+// Adds what the thread's four others of quad `e` of the slice make of an own quad.
+fn add_products(sums: vec4<f32>, x: u32, e: u32, own: vec4<f32>) -> vec4<f32> {
     return vec4<f32>(
-        dot(own, wg_other[x * SKEW + e]),
-        dot(own, wg_other[(x + LANES) * SKEW + e]),
-        dot(own, wg_other[(x + 2u * LANES) * SKEW + e]),
-        dot(own, wg_other[(x + 3u * LANES) * SKEW + e]),
+        add_dot(sums.x, own, wg_other[x * SKEW + e]),
+        add_dot(sums.y, own, wg_other[(x + LANES) * SKEW + e]),
+        add_dot(sums.z, own, wg_other[(x + 2u * LANES) * SKEW + e]),
+        add_dot(sums.w, own, wg_other[(x + 3u * LANES) * SKEW + e]),
     );
 }
 
@@ -69,7 +69,7 @@ fn main(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) thread: u32,
 ) {
-    let x = thread % LANES;
+    let x = lane_of(thread);
     let tiles = div_ceil(params.row_count, TILE);
     let tile = linear_group(group, groups);
     if tile >= tiles * params.head_count {
@@ -82,7 +82,8 @@ fn main(
     let row_end = min(row + TILE, params.row_first + params.row_count);
     let end = others(b, len_k);
     let met = met_by(b, row, row_end, len_k);
-    let own_row = thread / LANES * ROWS;
+    let row_lane = row_lane_of(thread);
+    let own_row = row_lane * ROWS;
 
     // Rows past the end repeat the last one, and are not stored.
     var own: array<u32, ROWS>;
@@ -129,7 +130,7 @@ fn main(
                 workgroupBarrier();
                 for (var e = 0u; e < SLICE && 4u * (begin + e) < params.head_dim_v; e += 1u) {
                     for (var r = 0u; r < ROWS; r += 1u) {
-                        dps[r] += products(x, e, own_quad_b(own_row + r, at_b[r], begin + e));
+                        dps[r] = add_products(dps[r], x, e, own_quad_b(row_lane, r, at_b[r], begin + e));
                     }
                 }
             }
@@ -145,7 +146,7 @@ fn main(
                 workgroupBarrier();
                 for (var e = 0u; e < SLICE && 4u * (begin + e) < params.head_dim; e += 1u) {
                     for (var r = 0u; r < ROWS; r += 1u) {
-                        dots[r] += products(x, e, own_quad_a(own_row + r, at_a[r], begin + e));
+                        dots[r] = add_products(dots[r], x, e, own_quad_a(row_lane, r, at_a[r], begin + e));
                     }
                 }
             }

@@ -67,7 +67,7 @@ fn main(
 ) {
     let place = Place(PLACE_VALUES);
     let thread = thread_of(place);
-    let x = thread % LANES;
+    let x = lane_of(thread);
     let tiles_q = div_ceil(owned_rows(), TILE_Q);
     let tile_split = tile_of(linear_group(group, groups), tiles_q * owners());
     let tile = tile_split.x;
@@ -86,7 +86,8 @@ fn main(
     let seen = own_part(seen_by_any, part);
     let seen_by_all = tile_full_range(bh.x, queries.x, queries.y, len_k);
     let quads = div_ceil(params.head_dim, 4u);
-    let own_row = thread / LANES * ROWS;
+    let row_lane = row_lane_of(thread);
+    let own_row = row_lane * ROWS;
 
     // Rows past the end repeat the last one, and are not stored.
     var query: array<u32, ROWS>;
@@ -132,26 +133,37 @@ fn main(
             } else {
                 workgroupBarrier();
             }
-            for (var e = 0u; e < select(min(SLICE, quads - begin), SLICE, WHOLE_D == 1u); e += 1u) {
+            for (var e = 0u; e < min(SLICE, quads - begin); e += 1u) {
                 let k0 = wg_kv[x * KV_SKEW + e];
                 let k1 = wg_kv[(x + LANES) * KV_SKEW + e];
                 let k2 = wg_kv[(x + 2u * LANES) * KV_SKEW + e];
                 let k3 = wg_kv[(x + 3u * LANES) * KV_SKEW + e];
                 for (var r = 0u; r < ROWS; r += 1u) {
-                    let q = quad_of_q(own_row + r, query[r], begin + e);
-                    dots[r] += vec4<f32>(dot(q, k0), dot(q, k1), dot(q, k2), dot(q, k3));
+                    let q = quad_of_q(row_lane, r, query[r], begin + e);
+                    let sums = dots[r];
+                    dots[r] = vec4<f32>(
+                        add_dot(sums.x, q, k0),
+                        add_dot(sums.y, q, k1),
+                        add_dot(sums.z, q, k2),
+                        add_dot(sums.w, q, k3),
+                    );
                 }
             }
         }
 
         let inside = first >= seen_by_all.x && first + TILE_KV <= seen_by_all.y;
-        // Whose scores are products by scale alone, as most are.
-        var plain = array<bool, ROWS>();
+        // Whether scores are products by scale alone, as most are.
+        var plain = PLAIN == 1u && inside;
+        if plain {
+            var sizes = vec4<f32>();
+            for (var r = 0u; r < ROWS; r += 1u) {
+                sizes += abs(dots[r] * params.scale);
+            }
+            plain = are_ordinary(sizes);
+        }
         for (var r = 0u; r < ROWS; r += 1u) {
-            let scaled = dots[r] * params.scale;
-            plain[r] = PLAIN == 1u && inside && are_ordinary(scaled);
-            if plain[r] {
-                dots[r] = scaled;
+            if plain {
+                dots[r] *= params.scale;
             } else {
                 let own = min(row + own_row + r, owned_rows() - 1u);
                 let h = batch_head(head_of(owner, own)).y;
@@ -184,7 +196,7 @@ fn main(
                 }
             }
             var kept: vec4<f32>;
-            if plain[r] {
+            if plain {
                 kept = exp_of_ordinary(dots[r], m[r]);
                 dots[r] = kept;
             } else {

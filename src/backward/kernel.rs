@@ -366,6 +366,7 @@ impl Backward {
             Form::Tile { held, .. } => {
                 unrolled(if keys { part!("backward/tile_keys") } else { part!("backward/tile_queries") });
                 let cached = held.is_none();
+                unrolled(part!("exchange/pairs"));
                 unrolled(if cached { part!("backward/own_cached") } else { part!("backward/own_held") });
                 let width = format!("params.{}", self.width());
                 unrolled(&part!("kernel/backward_tile").replace("OUT_WIDTH", &width));
@@ -479,9 +480,8 @@ pub(crate) fn parts(makes: Makes, form: Form, problem: &BackwardProblem, caps: &
 /// A slice of the others' tile (skewed by a vec4, so that rows begin in different banks), the weights (skewed, too), two
 /// flags, and the own rows if they are held.
 fn tile_bytes(of: FusedTile, held: Option<[u32; 2]>) -> u32 {
-    let skew = if of.lanes < 8 { 1 } else { 0 };
     let quads = held.unwrap_or_default().into_iter().filter(|&quads| quads > 0);
-    let own = of.tile_q() * quads.map(|quads| quads + skew).sum::<u32>();
+    let own = quads.map(|quads| of.held_quads(quads)).sum::<u32>();
     16 * (of.tile_kv() * (of.slice + 1) + of.tile_q() * (of.lanes + 1) + own) + 8
 }
 
