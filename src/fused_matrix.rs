@@ -148,7 +148,7 @@ impl FusedMatrix {
     }
 
     /// Workgroup memory: K or V turned over (and, at first or for good, Q), the scores and the weights, rows skewed by
-    /// 16 bytes; and two flags.
+    /// 16 bytes, of the scores by 32; and two flags.
     pub(crate) fn workgroup_bytes(self) -> u32 {
         let of_k = 2 * self.frags * self.edge + 16;
         let of_p = 2 * self.tile_kv + 16;
@@ -157,7 +157,7 @@ impl FusedMatrix {
             true => (self.tile_q().max(self.tile_kv) * of_k).max(v),
             false => (self.tile_kv * of_k).max(v) + self.parts * self.tile_q() * of_k,
         };
-        staged + self.tile_q() * (4 * self.tile_kv + 16 + of_p) + 8
+        staged + self.tile_q() * (4 * self.tile_kv + 32 + of_p) + 8
     }
 
     /// Registers of a thread for the fragments that live through a step: Q (two f16 in one) if it is kept, O, and

@@ -54,8 +54,7 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         if let Some(io) = io {
             let eights = b.kernel == Kernel::FusedMatrix && b.tiles.matrix.eights;
             add(&match operand {
-                Operand::K if eights => named(part!("io/load_f16_eight"), operand),
-                Operand::V if eights => named(part!("io/load_f16_vec8"), operand),
+                Operand::K | Operand::V if eights => named(part!("io/load_f16_eight"), operand),
                 _ => load(io, operand).replace("WIDTH", width),
             });
             if operand == Operand::Q {
@@ -267,7 +266,10 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
             let text = unroll(&placed(part!("kernel/fused_matrix"), true), &constants(b));
             add(&text.replace("FRAGMENT", &format!("coop_mat{edge}x{edge}")));
             let eights = b.tiles.matrix.eights;
-            add(if eights { part!("exchange/stage_eights") } else { part!("exchange/stage_quads") });
+            add(&unroll(
+                if eights { part!("exchange/stage_eights") } else { part!("exchange/stage_quads") },
+                &constants(b),
+            ));
             return out;
         }
         Kernel::FusedRow => {

@@ -34,10 +34,10 @@ const OWN_QUADS = TILE_KV / 4u / LANES;
 const D_QUADS = D_FRAGS * EDGE / 4u;
 const V_QUADS = COLUMNS * OWN_FRAGS * EDGE / 4u;
 const KEY_QUADS = TILE_KV / 4u;
-// Rows of workgroup memory, skewed by 16 bytes so that they begin in different banks, in quads. V has a row for each
-// column, like P for each query.
+// Rows of workgroup memory, skewed so that they begin in different banks, in quads: by 16 bytes, and S by 32, as its
+// rows are read by two threads and stored by four, eight bytes each. V has a row for each column, like P for each query.
 const K_STRIDE = D_QUADS + 2u;
-const S_STRIDE = KEY_QUADS + 1u;
+const S_STRIDE = KEY_QUADS + 2u;
 const P_STRIDE = KEY_QUADS + 2u;
 const V_STRIDE = P_STRIDE;
 
@@ -230,10 +230,12 @@ fn main(
         var plain = PLAIN == 1u && inside;
         var scores: array<vec4<f32>, OWN_QUADS>;
         if plain {
+            var sizes = vec4<f32>();
             for (var c = 0u; c < OWN_QUADS; c += 1u) {
                 scores[c] = unscale * get_s(own_row * S_STRIDE + x + c * LANES) * params.scale;
-                plain = plain && are_ordinary(scores[c]);
+                sizes += abs(scores[c]);
             }
+            plain = are_ordinary(sizes);
         }
         var peak = DROPPED;
         for (var c = 0u; c < OWN_QUADS; c += 1u) {
