@@ -212,7 +212,7 @@ impl Blueprint {
         let t = &self.tiles;
         match self.kernel {
             Kernel::Project | Kernel::ProjectQ | Kernel::ProjectK => {
-                self.product.map_or(0, |product| product.workgroup_size().iter().product())
+                self.product.map_or(0, |product| product.threads())
             }
             Kernel::NormalizeQ
             | Kernel::KeyNorms
@@ -318,10 +318,6 @@ impl Blueprint {
         match self.kernel {
             Kernel::ScoresTile => [self.tiles.scores_lanes, self.tiles.scores_lanes, 1],
             Kernel::ValuesTile => [self.tiles.values_lanes, self.tiles.values_lanes, 1],
-            Kernel::Project | Kernel::ProjectQ | Kernel::ProjectK => {
-                let [x, y] = self.product.map_or([0; 2], |product| product.workgroup_size());
-                [x, y, 1]
-            }
             _ => [self.threads(), 1, 1],
         }
     }

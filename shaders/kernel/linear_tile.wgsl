@@ -1,22 +1,26 @@
 // A linear map through workgroup memory: y = x W^T + b, (rows, inputs) @ (inputs, outputs).
 //
 // A workgroup of SIDE_X x SIDE_Y threads owns SIDE_Y ROWS rows and 4 SIDE_X outputs; a thread owns ROWS rows,
-// SIDE_Y apart, and a quad of outputs: ROWS + 4 vectors are read for each 16 ROWS products. STEP quads of
-// inputs are staged at a time, two barriers a step. Sums run in levels (LEVEL steps, FAR_LEVELS of those, and
-// all), so that the rounding error of long sums does not grow with them.
+// SIDE_Y apart, and a quad of outputs (shaders/exchange/pairs.wgsl): ROWS + 4 vectors are read for each 16 ROWS
+// products. STEP quads of inputs are staged at a time, two barriers a step. Sums run in levels (LEVEL steps,
+// FAR_LEVELS of those, and all), so that the rounding error of long sums does not grow with them.
 
 // A vector more than a row of a tile has: rows begin in different banks.
 const SKEW = STEP + 1u;
 
+const LANES = SIDE_X;
+const ROW_LANES = SIDE_Y;
+
 var<workgroup> wg_x: array<vec4<f32>, SIDE_Y * ROWS * SKEW>;
 
-@compute @workgroup_size(SIDE_X, SIDE_Y)
+@compute @workgroup_size(SIDE_X * SIDE_Y)
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
-    @builtin(local_invocation_id) local: vec3<u32>,
-    @builtin(local_invocation_index) lane: u32,
+    @builtin(local_invocation_index) thread: u32,
 ) {
+    let x = lane_of(thread);
+    let y = row_lane_of(thread);
     let tiles_n = div_ceil(params.outputs, 4u * SIDE_X);
     let tile = linear_group(group, groups);
     if tile >= params.groups {
@@ -34,29 +38,29 @@ fn main(
     //$ end
     var steps = 0u;
     for (var k = 0u; k < params.inputs; k += 4u * STEP) {
-        for (var at = lane; at < SIDE_Y * ROWS * STEP; at += SIDE_X * SIDE_Y) {
+        for (var at = thread; at < SIDE_Y * ROWS * STEP; at += SIDE_X * SIDE_Y) {
             // Past the edges the last row is read again; beyond the inputs lie zeros.
             let e = at % STEP;
-            var x = vec4<f32>();
+            var own = vec4<f32>();
             if k + 4u * e < params.inputs {
-                x = x4(min(first_row + at / STEP, params.rows - 1u), k + 4u * e);
+                own = x4(min(first_row + at / STEP, params.rows - 1u), k + 4u * e);
             }
-            wg_x[at / STEP * SKEW + e] = x;
+            wg_x[at / STEP * SKEW + e] = own;
         }
-        for (var at = lane; at < 4u * SIDE_X * STEP; at += SIDE_X * SIDE_Y) {
+        for (var at = thread; at < 4u * SIDE_X * STEP; at += SIDE_X * SIDE_Y) {
             stage_w(at, first_quad, k);
         }
         workgroupBarrier();
         //$ for e in 0..STEP
         {
-            let w = staged_w(local.x, $eu);
+            let w = staged_w(x, $eu);
             //$ for r in 0..ROWS
             {
-                let x = wg_x[(local.y + $ru * SIDE_Y) * SKEW + $eu];
-                sum_$r = fma(vec4<f32>(x.x), w[0], sum_$r);
-                sum_$r = fma(vec4<f32>(x.y), w[1], sum_$r);
-                sum_$r = fma(vec4<f32>(x.z), w[2], sum_$r);
-                sum_$r = fma(vec4<f32>(x.w), w[3], sum_$r);
+                let own = wg_x[(y + $ru * SIDE_Y) * SKEW + $eu];
+                sum_$r = fma(vec4<f32>(own.x), w[0], sum_$r);
+                sum_$r = fma(vec4<f32>(own.y), w[1], sum_$r);
+                sum_$r = fma(vec4<f32>(own.z), w[2], sum_$r);
+                sum_$r = fma(vec4<f32>(own.w), w[3], sum_$r);
             }
             //$ end
         }
@@ -83,6 +87,6 @@ fn main(
     //$ for once in 0..FAR
     total_$r += far_$r;
     //$ end
-    end_quad(first_row + local.y + $ru * SIDE_Y, first_quad + local.x, total_$r + sum_$r);
+    end_quad(first_row + y + $ru * SIDE_Y, first_quad + x, total_$r + sum_$r);
     //$ end
 }

@@ -235,13 +235,13 @@ impl Linear {
         rows.div_ceil(tile_rows) * outputs.div_ceil(4 * quads)
     }
 
-    /// Threads of a workgroup along x and y.
-    pub(crate) fn workgroup_size(&self) -> [u32; 2] {
+    /// Threads of a workgroup.
+    pub(crate) fn threads(&self) -> u32 {
         match self.sizes {
-            Sizes::Tile { .. } => [SIDE_X, SIDE_Y],
-            Sizes::Few { quads, lanes, .. } => [quads * lanes, 1],
-            Sizes::Matrix(matrix) => [matrix.subgroup * matrix.subgroups(), 1],
-            Sizes::Direct { .. } => [LANES, 1],
+            Sizes::Tile { .. } => SIDE_X * SIDE_Y,
+            Sizes::Few { quads, lanes, .. } => quads * lanes,
+            Sizes::Matrix(matrix) => matrix.subgroup * matrix.subgroups(),
+            Sizes::Direct { .. } => LANES,
         }
     }
 
@@ -267,12 +267,11 @@ impl Linear {
         if matches!(self.sizes, Sizes::Matrix(_)) && [x, w] != [Dtype::F16; 2] {
             return Some(format!("matrix units take f16, not {}", if x == Dtype::F16 { w } else { x }));
         }
-        let size = self.workgroup_size();
+        let threads = self.threads();
         let storage = self.storage().len() as u32;
         for (what, need, got) in [
-            ("threads a workgroup", size[0] * size[1], caps.max_invocations),
-            ("threads along x", size[0], caps.max_workgroup_size[0]),
-            ("threads along y", size[1], caps.max_workgroup_size[1]),
+            ("threads a workgroup", threads, caps.max_invocations),
+            ("threads along x", threads, caps.max_workgroup_size[0]),
             ("bytes of workgroup memory", self.workgroup_bytes(), caps.max_workgroup_bytes),
             ("storage buffers", storage, caps.max_storage_buffers),
         ] {
@@ -394,6 +393,7 @@ impl Linear {
         let text = match self.sizes {
             Sizes::Tile { .. } => {
                 let by_outputs = self.by_outputs;
+                add(part!("exchange/pairs"));
                 add(if by_outputs {
                     part!("io/linear_stage_by_outputs")
                 } else {
