@@ -48,6 +48,8 @@ pub struct Caps {
     /// f32 registers of a thread that kernels may count on before a GPU's compiler spills. No API tells; this is from
     /// the name and the size of subgroups.
     pub max_registers: u32,
+    /// Vector registers of the processor that an adapter on a CPU runs on: this program's, as far as it can tell, else 16.
+    pub vector_registers: u32,
     /// Workgroups along each dimension of a dispatch.
     pub max_dispatch: u32,
     /// Alignment of a storage binding's offset, in bytes.
@@ -96,6 +98,18 @@ impl MatrixUnits {
 /// Registers of a thread on NVIDIA's and AMD's GPUs, which have 255 or 256: a multiprocessor of 65536 then has three warps
 /// for each of its schedulers.
 pub(crate) const MANY_REGISTERS: u32 = 160;
+
+/// Vector registers that every processor has.
+const FEW_VECTOR_REGISTERS: u32 = 16;
+
+/// Vector registers of the processor that this runs on. With AVX-512VL there are 32 also of vectors of 256 bits.
+fn vector_registers() -> u32 {
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx512vl") {
+        return 32;
+    }
+    if cfg!(target_arch = "aarch64") { 32 } else { FEW_VECTOR_REGISTERS }
+}
 
 fn is_apples(info: &wgpu::AdapterInfo) -> bool {
     info.device_type != wgpu::DeviceType::Cpu && info.name.starts_with("Apple")
@@ -167,7 +181,7 @@ impl Caps {
         let [a, b] = [self, other].map(|caps| {
             each!(caps, adapter driver backend device_type shader_f16 timestamps subgroup matrix
                 max_storage_binding max_buffer max_storage_buffers max_workgroup_bytes max_invocations
-                max_workgroup_size max_registers max_dispatch storage_alignment uniform_alignment)
+                max_workgroup_size max_registers vector_registers max_dispatch storage_alignment uniform_alignment)
         });
         let first = a.into_iter().zip(b).find(|(a, b)| a != b);
         first.map_or_else(Default::default, |(a, b)| [a, b])
@@ -180,6 +194,9 @@ impl Caps {
         caps.backend = info.backend;
         caps.device_type = info.device_type;
         caps.max_registers = registers(info);
+        if caps.on_cpu() {
+            caps.vector_registers = vector_registers();
+        }
         caps.subgroup = features.contains(wgpu::Features::SUBGROUP).then_some(subgroups(info));
         caps
     }
@@ -205,6 +222,7 @@ impl Caps {
                 limits.max_compute_workgroup_size_z,
             ],
             max_registers: MANY_REGISTERS,
+            vector_registers: FEW_VECTOR_REGISTERS,
             max_dispatch: limits.max_compute_workgroups_per_dimension,
             storage_alignment: limits.min_storage_buffer_offset_alignment,
             uniform_alignment: limits.min_uniform_buffer_offset_alignment,

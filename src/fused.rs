@@ -259,6 +259,8 @@ pub(crate) struct FusedRow {
     pub(crate) rows: u32,
     /// Keys of a step.
     pub(crate) keys: u32,
+    /// Keys of a step whose scores are summed side by side.
+    pub(crate) side: u32,
     /// head_dim and head_dim_v.
     pub(crate) width: u32,
     pub(crate) width_v: u32,
@@ -273,7 +275,8 @@ const MOST_ROW_WIDTH_BY_ELEMENT: u32 = 160;
 
 impl FusedRow {
     /// Of kernels that are none.
-    pub(crate) const NONE: Self = Self { threads: 0, rows: 0, keys: 0, width: 0, width_v: 0, widest: 0 };
+    pub(crate) const NONE: Self =
+        Self { threads: 0, rows: 0, keys: 0, side: 0, width: 0, width_v: 0, widest: 0 };
 
     /// Query rows of a workgroup.
     pub(crate) fn tile_q(self) -> u32 {
@@ -287,10 +290,12 @@ impl FusedRow {
         check("keys", keys, [1, 2, 4].contains(&keys), "1, 2 or 4")?;
         // Each pair of a row and a key is text of its own.
         check("rows", rows, rows > 0 && rows * keys <= 16, "from 1 to 16 / keys")?;
+        let side = tile.side.unwrap_or(self.side.min(keys));
+        check("side", side, [1, 2, 4].contains(&side) && side <= keys, "1, 2 or 4, and at most keys")?;
         let threads = tile.threads.unwrap_or(self.threads);
         let fits = threads.is_power_of_two() && (4..=64).contains(&threads);
         check("threads", threads, fits, "a power of two from 4 to 64")?;
-        Ok(Self { threads, rows, keys, ..self })
+        Ok(Self { threads, rows, keys, side, ..self })
     }
 
     /// Variables of a thread that live through a step: q, o in two levels, maxima and sums.
@@ -357,7 +362,9 @@ pub(crate) fn row(problem: &AttentionProblem, caps: &Caps) -> FusedRow {
     // No more rows than there are.
     let rows = rows.min((problem.owned_rows() as u32).div_ceil(threads).max(1));
     let widest = if vec4 { MOST_ROW_WIDTH } else { MOST_ROW_WIDTH_BY_ELEMENT };
-    FusedRow { threads, rows, keys, width, width_v, widest }
+    // Four rows of a key have four sums: those of two keys fit a processor's 16 vector registers.
+    let side = keys.min(if caps.vector_registers < 32 { 2 } else { 4 });
+    FusedRow { threads, rows, keys, side, width, width_v, widest }
 }
 
 #[cfg(test)]

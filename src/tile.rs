@@ -37,6 +37,8 @@ pub struct Tile {
     pub lanes: Option<u32>,
     /// Keys of a step ([`Family::FusedRow`] and [`Family::FusedMatrix`]).
     pub keys: Option<u32>,
+    /// Keys of a step whose scores are summed side by side ([`Family::FusedRow`]).
+    pub side: Option<u32>,
     /// Quads of head_dim or head_dim_v that are staged at a time ([`Family::FusedTile`] and
     /// [`Family::FusedSubgroup`]).
     pub slice: Option<u32>,
@@ -46,15 +48,15 @@ pub struct Tile {
 
 impl Tile {
     /// The names of sizes in text, in their order there.
-    const NAMES: [&'static str; 5] = ["rows", "lanes", "keys", "slice", "threads"];
+    const NAMES: [&'static str; 6] = ["rows", "lanes", "keys", "side", "slice", "threads"];
 
     /// A family, with every size left to the planner.
     pub fn of(family: Family) -> Self {
-        Self { family, rows: None, lanes: None, keys: None, slice: None, threads: None }
+        Self { family, rows: None, lanes: None, keys: None, side: None, slice: None, threads: None }
     }
 
-    fn sizes(&self) -> [Option<u32>; 5] {
-        [self.rows, self.lanes, self.keys, self.slice, self.threads]
+    fn sizes(&self) -> [Option<u32>; 6] {
+        [self.rows, self.lanes, self.keys, self.side, self.slice, self.threads]
     }
 
     fn size_mut(&mut self, name: &str) -> Option<&mut Option<u32>> {
@@ -62,6 +64,7 @@ impl Tile {
             "rows" => Some(&mut self.rows),
             "lanes" => Some(&mut self.lanes),
             "keys" => Some(&mut self.keys),
+            "side" => Some(&mut self.side),
             "slice" => Some(&mut self.slice),
             "threads" => Some(&mut self.threads),
             _ => None,
@@ -91,6 +94,9 @@ impl Tile {
             for rows in [1, 2, 3, 4, 6, 8].into_iter().filter(|&rows| rows <= most) {
                 all.push(Self { rows: Some(rows), keys: Some(keys), ..Self::of(Family::FusedRow) });
             }
+        }
+        for side in some(&[2, 4]) {
+            all.push(Self { side, ..Self::of(Family::FusedRow) });
         }
         for threads in some(&[4, 16, 32]) {
             all.push(Self { threads, ..Self::of(Family::FusedRow) });
@@ -140,8 +146,9 @@ impl Tile {
                 Self { rows: Some(edge * bands), lanes, keys: Some(tile_kv), threads, ..of }
             }
             Family::FusedRow => {
-                let FusedRow { threads, rows, keys, .. } = tiles.row;
-                Self { rows: Some(rows), keys: Some(keys), threads: Some(threads), ..of }
+                let FusedRow { threads, rows, keys, side, .. } = tiles.row;
+                let (side, threads) = (Some(side), Some(threads));
+                Self { rows: Some(rows), keys: Some(keys), side, threads, ..of }
             }
         }
     }
@@ -153,14 +160,14 @@ impl Tile {
             Family::StagedTile | Family::StagedDirect => &[],
             Family::FusedTile | Family::FusedSubgroup => &["rows", "lanes", "slice", "threads"],
             Family::FusedMatrix => &["rows", "lanes", "keys", "threads"],
-            Family::FusedRow => &["rows", "keys", "threads"],
+            Family::FusedRow => &["rows", "keys", "side", "threads"],
         };
         for (name, size) in Self::NAMES.into_iter().zip(self.sizes()) {
             if size.is_some() && !takes.contains(&name) {
                 return Err(format!("{} has no size {name}; it has {}", self.family, list(takes)));
             }
         }
-        if self.sizes() == [None; 5] {
+        if self.sizes() == [None; 6] {
             return Ok(tiles);
         }
         match self.family {
@@ -235,7 +242,7 @@ mod tests {
         for text in [
             "fused:row",
             "staged:tile",
-            "fused:row:rows=3:keys=2",
+            "fused:row:rows=3:keys=4:side=2",
             "fused:tile_matrix:lanes=2:keys=64:threads=128",
         ] {
             assert_eq!(text.parse::<Tile>().map(|tile| tile.to_string()), Ok(text.to_string()));
@@ -263,6 +270,8 @@ mod tests {
             ("fused:row:lanes=4", "no size lanes"),
             ("fused:row:rows=0", "rows"),
             ("fused:row:keys=3", "keys"),
+            ("fused:row:keys=2:side=4", "side"),
+            ("fused:tile:side=2", "no size side"),
             ("fused:row:threads=12", "threads"),
             ("fused:row:rows=8:keys=4", "rows"),
             ("fused:tile:lanes=3", "lanes"),

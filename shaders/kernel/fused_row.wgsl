@@ -191,29 +191,29 @@ fn main(
             s_$r_$c = 0.0;
             //$ end
             //$ end
-            // Of two keys at a time: a processor with 16 vector registers has room for the sums of no more.
-            //$ for pair in 0..PAIRS
+            // SIDE keys at a time: as many as a processor's vector registers have room for the sums of.
+            //$ for side in 0..SIDES
             //$ for i in 0..QUADS
             {
-                //$ for c in AT_ONCE*$pair..AT_ONCE*$pair+AT_ONCE
+                //$ for c in SIDE*$side..SIDE*$side+SIDE
                 let k4_$c = quad_k(k_$c, $iu);
                 //$ end
-                //$ for c in AT_ONCE*$pair..AT_ONCE*$pair+AT_ONCE
+                //$ for c in SIDE*$side..SIDE*$side+SIDE
                 //$ for r in 0..ROWS
                 s_$r_$c += q_$r_$i.x * k4_$c.x;
                 //$ end
                 //$ end
-                //$ for c in AT_ONCE*$pair..AT_ONCE*$pair+AT_ONCE
+                //$ for c in SIDE*$side..SIDE*$side+SIDE
                 //$ for r in 0..ROWS
                 s_$r_$c += q_$r_$i.y * k4_$c.y;
                 //$ end
                 //$ end
-                //$ for c in AT_ONCE*$pair..AT_ONCE*$pair+AT_ONCE
+                //$ for c in SIDE*$side..SIDE*$side+SIDE
                 //$ for r in 0..ROWS
                 s_$r_$c += q_$r_$i.z * k4_$c.z;
                 //$ end
                 //$ end
-                //$ for c in AT_ONCE*$pair..AT_ONCE*$pair+AT_ONCE
+                //$ for c in SIDE*$side..SIDE*$side+SIDE
                 //$ for r in 0..ROWS
                 s_$r_$c += q_$r_$i.w * k4_$c.w;
                 //$ end
