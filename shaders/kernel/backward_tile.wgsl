@@ -207,6 +207,27 @@ fn main(
                     // Each step's sum by itself, so that the rounding error of many does not grow with them.
                     var part = array<vec4<f32>, ROWS * SHARE>();
                     for (var giver = 0u; giver < LANES; giver += 1u) {
+                        if careful {
+                            // Seldom, and text: a loop that a compiler leaves one would keep all parts in memory.
+                            //$ for s in 0..SHARE
+                            if $su < sharing {
+                                let column = x + (n + $su) * LANES;
+                                let v0 = wg_other[giver * SKEW + column];
+                                let v1 = wg_other[(giver + LANES) * SKEW + column];
+                                let v2 = wg_other[(giver + 2u * LANES) * SKEW + column];
+                                let v3 = wg_other[(giver + 3u * LANES) * SKEW + column];
+                                //$ for r in 0..ROWS
+                                {
+                                    let w = wg_weights[(own_row + $ru) * P_SKEW + giver];
+                                    let at = $ru * SHARE + $su;
+                                    part[at] += weighed(w.x, v0) + weighed(w.y, v1);
+                                    part[at] += weighed(w.z, v2) + weighed(w.w, v3);
+                                }
+                                //$ end
+                            }
+                            //$ end
+                            continue;
+                        }
                         for (var s = 0u; s < sharing; s += 1u) {
                             let column = x + (n + s) * LANES;
                             let v0 = wg_other[giver * SKEW + column];
@@ -216,15 +237,10 @@ fn main(
                             for (var r = 0u; r < ROWS; r += 1u) {
                                 let w = wg_weights[(own_row + r) * P_SKEW + giver];
                                 let at = r * SHARE + s;
-                                if careful {
-                                    part[at] += weighed(w.x, v0) + weighed(w.y, v1);
-                                    part[at] += weighed(w.z, v2) + weighed(w.w, v3);
-                                } else {
-                                    part[at] += w.x * v0;
-                                    part[at] += w.y * v1;
-                                    part[at] += w.z * v2;
-                                    part[at] += w.w * v3;
-                                }
+                                part[at] += w.x * v0;
+                                part[at] += w.y * v1;
+                                part[at] += w.z * v2;
+                                part[at] += w.w * v3;
                             }
                         }
                     }
