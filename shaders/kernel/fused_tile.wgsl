@@ -14,7 +14,8 @@
 // at a time, with four barriers a step where a row is one slice and two more for each further slice of
 // K or V; or (BOTH) they lie there side by side, where subgroups exchange the rest, with three barriers a
 // step (staged_subgroup.wgsl has two of them). Q lies in workgroup memory for good where it has room there,
-// else it comes from the caches (shaders/exchange/queries_*.wgsl). Workgroup memory is priced in src/fused.rs. Each step's P V is summed apart before it joins O, so that the rounding error of a long
+// else it comes from the caches (shaders/exchange/queries_*.wgsl). Workgroup memory is priced in
+// src/fused.rs. Each step's P V is summed apart before it joins O, so that the rounding error of a long
 // row does not grow with it; SHARE quads of a row at a time, for which weights are exchanged once.
 
 const TILE_KV = 4u * LANES;
