@@ -587,15 +587,18 @@ fn large_scores_do_not_overflow() {
         (case.data.q, case.data.k) = (q.into(), k.into());
         cases.push((case, Subject::all()));
     }
-    // Products below every f32, all alike: the lowest scores that there are, and kept ones.
+    // Products below every f32, all alike: the lowest scores that there are, and kept ones. Of all queries, and of one
+    // among others (of several that a thread may own).
     let axes =
-        Axes { similarity: Sim::Dot, head_dim: 3, seq_q: 5, seq_kv: 130, lse: false, ..Axes::default() };
-    let mut case = axes.build(9);
-    let p = &case.problem;
-    let q = fill(p.dtype, p.q, p.shape(Operand::Q), 0, |_| Some(1e30));
-    let k = fill(p.dtype, p.k, p.shape(Operand::K), 0, |_| Some(-1e30));
-    (case.data.q, case.data.k) = (q.into(), k.into());
-    cases.push((case, Subject::all().into_iter().filter(|subject| subject.takes(Dtype::F32)).collect()));
+        Axes { similarity: Sim::Dot, head_dim: 3, seq_q: 40, seq_kv: 130, lse: false, ..Axes::default() };
+    for others in [1e30, 1e-30] {
+        let mut case = axes.build(9);
+        let p = &case.problem;
+        let q = fill(p.dtype, p.q, p.shape(Operand::Q), 0, |at| Some(if at[2] == 1 { 1e30 } else { others }));
+        let k = fill(p.dtype, p.k, p.shape(Operand::K), 0, |_| Some(-1e30));
+        (case.data.q, case.data.k) = (q.into(), k.into());
+        cases.push((case, Subject::all().into_iter().filter(|subject| subject.takes(Dtype::F32)).collect()));
+    }
     check_all("large scores", &cases);
 }
 
