@@ -565,6 +565,29 @@ fn huge_problems_do_not_overflow() {
 }
 
 /// More workgroups than one dimension holds are folded into the others.
+/// wgpu has a dispatch wait for the one before: a fast device is given more in one.
+#[test]
+fn fast_devices_get_longer_dispatches() {
+    use wgpu::DeviceType::{DiscreteGpu, IntegratedGpu};
+    let p = AttentionProblem::new(1, 16, 16, 16384, 16384, 128, 128).with_dtype(Dtype::F16);
+    let units = |tested| Some(MatrixUnits { edge: 16, subgroup: 32, scalars: false, tested: Some(tested) });
+    for (device_type, shader_f16, matrix, dispatches) in [
+        (IntegratedGpu, true, None, 8),
+        (IntegratedGpu, true, units(Ok(())), 4),
+        (DiscreteGpu, false, None, 8),
+        (DiscreteGpu, true, None, 4),
+        (DiscreteGpu, true, units(Err("wrong".into())), 4),
+        (DiscreteGpu, true, units(Ok(())), 1),
+    ] {
+        let context = format!("{device_type:?} {matrix:?}");
+        let limits = Caps { max_workgroup_bytes: 48 << 10, max_invocations: 1024, ..Caps::minimal() };
+        let caps = Caps { device_type, shader_f16, matrix, subgroup: Some((32, 32)), ..limits };
+        let caps = Caps { max_storage_binding: 1 << 30, ..caps };
+        let plan = Plan::new(&p, &caps, &PlanOptions::default()).expect("served");
+        assert_eq!(plan.dispatches().count(), dispatches, "{context}: {plan}");
+    }
+}
+
 #[test]
 fn dispatches_fold() {
     // o has 64 MiB; the inputs are one element each.

@@ -10,7 +10,7 @@ use crate::family::Family;
 use crate::kernel::bundle_words;
 use crate::params::{ParamLayout, Params};
 use crate::pipeline::Recipe;
-use crate::plan::{DEFAULT_BUDGET, DISPATCH_FLOP, Window};
+use crate::plan::{DEFAULT_BUDGET, DISPATCH_FLOP, Window, dispatch_flop};
 use crate::slot::Slot;
 
 /// The buffers of one backward pass, laid out as the [`BackwardProblem`] says. All need `STORAGE` usage, and may be
@@ -210,7 +210,7 @@ fn chunks(kernel: &Backward, problem: &BackwardProblem, caps: &Caps) -> Chunks {
     // The sums of a tile's row, if they are carried.
     let row_bytes = 16 * u64::from(kernel.sum_quads()) * tiles;
     let room = DEFAULT_BUDGET.min(caps.max_storage_binding) / row_bytes.max(1);
-    let flop = if caps.on_cpu() { DISPATCH_FLOP / 1000 } else { DISPATCH_FLOP };
+    let flop = if caps.on_cpu() { DISPATCH_FLOP / 1000 } else { dispatch_flop(caps, Family::FusedTile) };
     let most = (flop / a_row).min(if kernel.parts { room } else { u64::MAX }).max(tile);
     let whole = rows.next_multiple_of(tile);
     let (of_owners, of_rows) = match most / whole.max(1) {

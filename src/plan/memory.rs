@@ -1,7 +1,7 @@
 //! What a plan's kernels are bound to and told: uniform blocks, windows of operands, scratch, and the chunks
 //! that keep scratch inside its budget.
 
-use super::{DISPATCH_FLOP, Path, Plan, Window};
+use super::{Path, Plan, Window, dispatch_flop};
 use crate::error::{Error, Operand, Result};
 use crate::kernel::{bundle_words, key_parts, looks_after_lengths, part_keys};
 use crate::layout::Layout;
@@ -152,14 +152,14 @@ impl Plan {
     }
 
     /// Rows that one dispatch of a fused kernel may take before a slow GPU's watchdog (2 s, some) sees
-    /// it: a part of the keys of so many rows is at most [`DISPATCH_FLOP`].
+    /// it: a part of the keys of so many rows is at most [`dispatch_flop`].
     pub(super) fn rows_of_a_dispatch(&self) -> u64 {
         if self.path() == Path::Staged {
             return u64::MAX;
         }
         let p = &self.problem;
         let keys = p.seq_kv.clamp(1, if self.splits > 0 { MAX_SEQ } else { part_keys(p, &self.caps) }) as u64;
-        (DISPATCH_FLOP / (2 * keys * (p.head_dim + p.head_dim_v) as u64)).max(64)
+        (dispatch_flop(&self.caps, self.family()) / (2 * keys * (p.head_dim + p.head_dim_v) as u64)).max(64)
     }
 
     pub(super) fn check_windows(&self) -> Result<()> {

@@ -24,9 +24,26 @@ use choice::{preference, stages, untrusted, wasteful};
 /// Scratch that a plan takes unless told otherwise, where the device's limits allow it.
 pub(crate) const DEFAULT_BUDGET: u64 = 64 << 20;
 
-/// Most floating-point operations of a fused dispatch: a second on a GPU that does 0.3 TFLOP/s, and
-/// still thousands of workgroups for one that does a thousand times as many.
+/// Most floating-point operations of a fused dispatch for any GPU: a second where 0.3 TFLOP/s are done.
 pub(crate) const DISPATCH_FLOP: u64 = 300_000_000_000;
+
+/// The same for a device, a second on the slowest of its kind. For a large card more is better: wgpu has one dispatch wait
+/// for the one before, and of 512 workgroups (16k x 16k at head_dim 128, two heads) one that runs 400 at a time runs
+/// 112 by themselves.
+pub(crate) fn dispatch_flop(caps: &Caps, family: Family) -> u64 {
+    let discrete = caps.device_type == wgpu::DeviceType::DiscreteGpu;
+    let matrices = caps.matrix.as_ref().is_some_and(|units| units.tested == Some(Ok(())));
+    let times = match (discrete, matrices) {
+        _ if caps.on_cpu() => 1,
+        (true, true) if family == Family::FusedMatrix => 8,
+        (true, true) => 4,
+        (false, true) if family == Family::FusedMatrix => 2,
+        // With f16 they are not the slowest.
+        (true, false) if caps.shader_f16 => 2,
+        _ => 1,
+    };
+    times * DISPATCH_FLOP
+}
 
 /// What a tile of the tuning table is for.
 const TUNED: &str = "the fastest by the tuning table";
