@@ -33,6 +33,18 @@ fn add_dot(sum: f32, a: vec4<f32>, b: vec4<f32>) -> f32 {
     return fma(a.w, b.w, fma(a.z, b.z, fma(a.y, b.y, fma(a.x, b.x, sum))));
 }
 
+// The same of one vector and four.
+fn add_dots(
+    sums: vec4<f32>, a: vec4<f32>, b0: vec4<f32>, b1: vec4<f32>, b2: vec4<f32>, b3: vec4<f32>,
+) -> vec4<f32> {
+    return vec4<f32>(
+        add_dot(sums.x, a, b0),
+        add_dot(sums.y, a, b1),
+        add_dot(sums.z, a, b2),
+        add_dot(sums.w, a, b3),
+    );
+}
+
 fn div_ceil(a: u32, b: u32) -> u32 {
     return (a + b - 1u) / b;
 }

@@ -432,6 +432,14 @@ mod tests {
     }
 
     #[test]
+    fn more_vector_registers_sum_more_keys_at_once() {
+        let problem = AttentionProblem::new(1, 8, 8, 1024, 1024, 64, 64);
+        let few = Caps { driver: "llvmpipe Mesa 26.1.6".into(), ..Caps::minimal() };
+        let many = Caps { vector_registers: 32, ..few.clone() };
+        assert_eq!([&few, &many].map(|caps| row(&problem, caps).side), [2, 4]);
+    }
+
+    #[test]
     fn rows_fill_a_vector_of_the_processor() {
         let problem = AttentionProblem::new(1, 8, 8, 20, 1024, 64, 64);
         let cpu = Caps { device_type: wgpu::DeviceType::Cpu, ..Caps::minimal() };

@@ -564,7 +564,6 @@ fn huge_problems_do_not_overflow() {
     assert!(planned > 500 && refused > 500, "{planned} planned, {refused} refused");
 }
 
-/// More workgroups than one dimension holds are folded into the others.
 /// wgpu has a dispatch wait for the one before: a fast device is given more in one.
 #[test]
 fn fast_devices_get_longer_dispatches() {
@@ -588,6 +587,7 @@ fn fast_devices_get_longer_dispatches() {
     }
 }
 
+/// More workgroups than one dimension holds are folded into the others.
 #[test]
 fn dispatches_fold() {
     // o has 64 MiB; the inputs are one element each.

@@ -61,13 +61,7 @@ fn products(
             let k3 = wg_other[(x + 3u * SIDE) * SKEW + e];
             for (var r = 0u; r < 4u; r += 1u) {
                 let own = wg_own[(y + SIDE * r) * SKEW + e];
-                let sum = sums[r];
-                sums[r] = vec4<f32>(
-                    add_dot(sum.x, own, k0),
-                    add_dot(sum.y, own, k1),
-                    add_dot(sum.z, own, k2),
-                    add_dot(sum.w, own, k3),
-                );
+                sums[r] = add_dots(sums[r], own, k0, k1, k2, k3);
             }
         }
     }

@@ -50,11 +50,13 @@ fn stage(thread: u32, b: u32, head: u32, first: u32, end: u32, begin: u32, turn:
 
 // Adds what the thread's four others of quad `e` of the slice make of an own quad.
 fn add_products(sums: vec4<f32>, x: u32, e: u32, own: vec4<f32>) -> vec4<f32> {
-    return vec4<f32>(
-        add_dot(sums.x, own, wg_other[x * SKEW + e]),
-        add_dot(sums.y, own, wg_other[(x + LANES) * SKEW + e]),
-        add_dot(sums.z, own, wg_other[(x + 2u * LANES) * SKEW + e]),
-        add_dot(sums.w, own, wg_other[(x + 3u * LANES) * SKEW + e]),
+    return add_dots(
+        sums,
+        own,
+        wg_other[x * SKEW + e],
+        wg_other[(x + LANES) * SKEW + e],
+        wg_other[(x + 2u * LANES) * SKEW + e],
+        wg_other[(x + 3u * LANES) * SKEW + e],
     );
 }
 

@@ -141,13 +141,7 @@ fn main(
                 let k3 = wg_kv[(x + 3u * LANES) * KV_SKEW + e];
                 for (var r = 0u; r < ROWS; r += 1u) {
                     let q = quad_of_q(row_lane, r, query[r], begin + e);
-                    let sums = dots[r];
-                    dots[r] = vec4<f32>(
-                        add_dot(sums.x, q, k0),
-                        add_dot(sums.y, q, k1),
-                        add_dot(sums.z, q, k2),
-                        add_dot(sums.w, q, k3),
-                    );
+                    dots[r] = add_dots(dots[r], q, k0, k1, k2, k3);
                 }
             }
         }
