@@ -289,7 +289,7 @@ impl FusedRow {
         let keys = tile.keys.unwrap_or(self.keys);
         check("keys", keys, [1, 2, 4].contains(&keys), "1, 2 or 4")?;
         // Each pair of a row and a key is text of its own.
-        check("rows", rows, rows > 0 && rows * keys <= 16, "from 1 to 16 / keys")?;
+        check("rows", rows, rows > 0 && rows * keys <= 24, "from 1 to 24 / keys")?;
         let side = tile.side.unwrap_or(self.side.min(keys));
         check("side", side, [1, 2, 4].contains(&side) && side <= keys, "1, 2 or 4, and at most keys")?;
         let threads = tile.threads.unwrap_or(self.threads);
@@ -327,6 +327,7 @@ pub(crate) fn row(problem: &AttentionProblem, caps: &Caps) -> FusedRow {
     let codes = !p.stored_kv().is_float();
     let vec4 = codes || (p.k.is_vec4(p.head_dim) && p.v.is_vec4(p.head_dim_v));
     let converts = codes || p.stored_kv() == Dtype::F16;
+    let halves = matches!(p.stored_kv(), Dtype::F16 | Dtype::Bf16);
     let widths = width.next_multiple_of(4) + width_v.next_multiple_of(4);
     let (rows, keys) = if !vec4 {
         (2, 1)
@@ -340,11 +341,14 @@ pub(crate) fn row(problem: &AttentionProblem, caps: &Caps) -> FusedRow {
             _ => (2, 1),
         }
     } else {
+        // Other drivers, SwiftShader in a browser among them, take their time over the longer text.
+        let long = !finish && caps.mesa().is_some();
         match widths {
+            0..=96 if long => (6, 4),
+            97..=136 if long && halves => (5, 4),
+            97..=160 if long && !converts => (4, 4),
             0..=96 if !finish => (6, 2),
-            97..=136 if converts && !finish => (6, 2),
-            // Other drivers, SwiftShader in a browser among them, take their time over the longer text.
-            97..=136 if !finish && caps.mesa().is_some() => (4, 4),
+            97..=136 if !finish && converts => (6, 2),
             0..=200 => (4, 2),
             _ if converts => (2, 2),
             _ => (3, 2),
@@ -370,6 +374,7 @@ pub(crate) fn row(problem: &AttentionProblem, caps: &Caps) -> FusedRow {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Cache;
 
     #[test]
     fn default_limits_have_a_tile_for_every_width() {
@@ -428,6 +433,28 @@ mod tests {
         ] {
             let tile = row(&problem, &caps(driver));
             assert_eq!((tile.rows, tile.keys), sizes, "{driver}");
+        }
+    }
+
+    /// As much text as stays inside an instruction cache of 64 KiB; with conversions, rows share more of them.
+    #[test]
+    fn narrow_heads_get_more_rows_and_keys() {
+        let caps = Caps { driver: "llvmpipe Mesa 26.1.6".into(), ..Caps::minimal() };
+        let sizes = |width, kv, softcap: Option<f32>| {
+            let problem = AttentionProblem::new(1, 8, 8, 1024, 1024, width, width);
+            let tile = row(&AttentionProblem { softcap, ..problem }.with_cache(Cache::Contiguous, kv), &caps);
+            (tile.rows, tile.keys)
+        };
+        for (width, of_f32, of_f16, of_int8, capped) in [
+            (32, (6, 4), (6, 4), (6, 4), (4, 2)),
+            (64, (4, 4), (5, 4), (6, 2), (4, 2)),
+            (80, (4, 4), (4, 2), (4, 2), (4, 2)),
+            (128, (3, 2), (2, 2), (2, 2), (3, 2)),
+        ] {
+            assert_eq!(sizes(width, Dtype::F32, None), of_f32, "{width}");
+            assert_eq!(sizes(width, Dtype::F16, None), of_f16, "{width}");
+            assert_eq!(sizes(width, Dtype::Int8, None), of_int8, "{width}");
+            assert_eq!(sizes(width, Dtype::F32, Some(8.0)), capped, "{width}");
         }
     }
 

@@ -19,10 +19,11 @@
 // their turn by `select` (its bound is the problem's, since a constant one is unrolled again; more quads a turn
 // are more text, fewer are more selects), and in the second look all lanes go over the same keys.
 
-// What a step takes there, by its machine code (lavapipe 26.1, 256 bits, a Xeon with AVX-512; D 64, four rows, two keys):
-// of 4,940 instructions 2,090 multiply or add (the driver has no fused ones), 280 keep O under the loop's mask, three
-// operations each on that processor, and 1,040 check bounds. Its three vector units have work for 1,050 of the 1,300 to
-// 1,400 cycles. With moves in the place of the blends it took 0.9 of the time, without the checks' moves 0.98.
+// What a step takes there, by its machine code (lavapipe 26.1, 256 bits, a Xeon with AVX-512; D 64, four rows and
+// keys): of 8,900 instructions 4,200 multiply or add (the driver has no fused ones), 300 keep O under the loop's mask,
+// three operations each on that processor, and 2,300 check bounds, four for each number of K and V. They take 2,500
+// cycles where its three vector units have work for 1,800. Text is the limit of more rows and keys: up to 64 KiB, this
+// processor's instruction cache, it reads 30 bytes of it a cycle, beyond 13, and eight rows take half as long again.
 
 // Keys between two additions to the outer sums.
 const LEVEL = 256u;
