@@ -95,6 +95,15 @@ impl Tile {
                 all.push(Self { rows: Some(rows), keys: Some(keys), ..Self::of(Family::FusedRow) });
             }
         }
+        // Newer Mesa's compiler takes seconds over as much as instruction caches hold, which are not alike.
+        if caps.mesa().is_some_and(|version| version >= 25) {
+            let widths = (problem.head_dim + problem.head_dim_v) as u32;
+            for (rows, keys) in [(6, 2), (8, 2), (4, 4), (5, 4), (6, 4)] {
+                if rows * keys * widths <= 2560 {
+                    all.push(Self { rows: Some(rows), keys: Some(keys), ..Self::of(Family::FusedRow) });
+                }
+            }
+        }
         for side in some(&[2, 4]) {
             all.push(Self { side, ..Self::of(Family::FusedRow) });
         }
@@ -310,5 +319,21 @@ mod tests {
             .collect();
         chosen.sort_unstable();
         assert!(chosen.windows(2).all(|two| two[0] != two[1]), "{chosen:?}");
+    }
+
+    /// Compilers that take minutes over a long text are not asked to.
+    #[test]
+    fn long_texts_are_tried_where_they_compile() {
+        let tile: Tile = "fused:row:rows=5:keys=4".parse().unwrap();
+        for (driver, width, tried) in [
+            ("llvmpipe Mesa 26.1.6 (LLVM 19.1.7)", 64, true),
+            ("llvmpipe Mesa 26.1.6 (LLVM 19.1.7)", 80, false),
+            ("llvmpipe Mesa 22.3.6 (LLVM 15.0.6)", 64, false),
+            ("SwiftShader driver", 64, false),
+        ] {
+            let caps = Caps { driver: driver.into(), ..Caps::minimal() };
+            let problem = AttentionProblem::new(1, 2, 2, 300, 300, width, width);
+            assert_eq!(Tile::candidates(&problem, &caps).contains(&tile), tried, "{driver}, {width}");
+        }
     }
 }
