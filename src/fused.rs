@@ -115,10 +115,14 @@ impl FusedTile {
         Self { whole: widths.map(|width| (width as u32).is_multiple_of(4 * self.slice)), ..self }
     }
 
-    /// The same with queries held in workgroup memory, if there is room.
-    fn holding(self, head_dim: usize, caps: &Caps) -> Option<Self> {
-        let held = Self { held: (head_dim as u32).div_ceil(4), ..self };
-        (held.workgroup_bytes() <= most_holding_bytes(caps)).then_some(held)
+    /// The same with queries held in workgroup memory.
+    fn holding(self, head_dim: usize) -> Self {
+        Self { held: (head_dim as u32).div_ceil(4), ..self }
+    }
+
+    /// The same if there is room.
+    fn holding_well(self, head_dim: usize, caps: &Caps) -> Option<Self> {
+        Some(self.holding(head_dim)).filter(|held| held.workgroup_bytes() <= most_holding_bytes(caps))
     }
 
     /// Why the device's subgroups do not serve; `None` when they do, or are not asked to.
@@ -204,7 +208,7 @@ pub(crate) fn tile(
         let all = slices.clone().map(|(both, slice)| candidate(lanes, both, slice));
         // Many slices cost barriers.
         let few = |tile: &FusedTile| 2 * tile.slice >= widest;
-        let holding = all.clone().filter(few).find_map(|tile| tile.holding(head_dim, caps));
+        let holding = all.clone().filter(few).find_map(|tile| tile.holding_well(head_dim, caps));
         holding.or_else(|| all.clone().find(|tile| tile.workgroup_bytes() <= caps.max_workgroup_bytes))
     };
     let lanes = [8, 4, 2].into_iter().filter(|&lanes| lanes <= neighbours);
@@ -247,7 +251,14 @@ pub(crate) fn sized(
         ..FusedTile::NONE
     }
     .cutting([problem.head_dim, problem.head_dim_v]);
-    Ok(sized.holding(problem.head_dim, caps).unwrap_or(sized))
+    if let Some(held) = tile.held {
+        check("held", held, held <= 1, "0 or 1")?;
+    }
+    Ok(match tile.held {
+        None => sized.holding_well(problem.head_dim, caps).unwrap_or(sized),
+        Some(0) => sized,
+        Some(_) => sized.holding(problem.head_dim),
+    })
 }
 
 /// The row kernel's sizes.

@@ -44,19 +44,31 @@ pub struct Tile {
     pub slice: Option<u32>,
     /// Threads of a workgroup (all but the staged kernels).
     pub threads: Option<u32>,
+    /// 1: queries lie in workgroup memory. 0: threads read them anew for each step of keys, from the caches, and more
+    /// workgroups fit a multiprocessor ([`Family::FusedTile`] and [`Family::FusedSubgroup`]).
+    pub held: Option<u32>,
 }
 
 impl Tile {
     /// The names of sizes in text, in their order there.
-    const NAMES: [&'static str; 6] = ["rows", "lanes", "keys", "side", "slice", "threads"];
+    const NAMES: [&'static str; 7] = ["rows", "lanes", "keys", "side", "slice", "threads", "held"];
 
     /// A family, with every size left to the planner.
     pub fn of(family: Family) -> Self {
-        Self { family, rows: None, lanes: None, keys: None, side: None, slice: None, threads: None }
+        Self {
+            family,
+            rows: None,
+            lanes: None,
+            keys: None,
+            side: None,
+            slice: None,
+            threads: None,
+            held: None,
+        }
     }
 
-    fn sizes(&self) -> [Option<u32>; 6] {
-        [self.rows, self.lanes, self.keys, self.side, self.slice, self.threads]
+    fn sizes(&self) -> [Option<u32>; 7] {
+        [self.rows, self.lanes, self.keys, self.side, self.slice, self.threads, self.held]
     }
 
     fn size_mut(&mut self, name: &str) -> Option<&mut Option<u32>> {
@@ -67,6 +79,7 @@ impl Tile {
             "side" => Some(&mut self.side),
             "slice" => Some(&mut self.slice),
             "threads" => Some(&mut self.threads),
+            "held" => Some(&mut self.held),
             _ => None,
         }
     }
@@ -87,6 +100,9 @@ impl Tile {
                 for rows in some(&[1, 2, 4, 8]) {
                     all.push(Self { rows, lanes, ..Self::of(family) });
                 }
+            }
+            for held in some(&[0, 1]) {
+                all.push(Self { held, ..Self::of(family) });
             }
         }
         // More than eight pairs a step are text that compilers take minutes and gigabytes for.
@@ -147,7 +163,8 @@ impl Tile {
             Family::FusedTile | Family::FusedSubgroup => {
                 let FusedTile { lanes, rows, slice, .. } = tiles.fused;
                 let threads = Some(tiles.fused.threads());
-                Self { rows: Some(rows), lanes: Some(lanes), slice: Some(slice), threads, ..of }
+                let held = Some((tiles.fused.held > 0).into());
+                Self { rows: Some(rows), lanes: Some(lanes), slice: Some(slice), threads, held, ..of }
             }
             Family::FusedMatrix => {
                 let FusedMatrix { edge, bands, tile_kv, .. } = tiles.matrix;
@@ -167,7 +184,7 @@ impl Tile {
         let mut tiles = tiles(self.family, problem, caps);
         let takes: &[&str] = match self.family {
             Family::StagedTile | Family::StagedDirect => &[],
-            Family::FusedTile | Family::FusedSubgroup => &["rows", "lanes", "slice", "threads"],
+            Family::FusedTile | Family::FusedSubgroup => &["rows", "lanes", "slice", "threads", "held"],
             Family::FusedMatrix => &["rows", "lanes", "keys", "threads"],
             Family::FusedRow => &["rows", "keys", "side", "threads"],
         };
@@ -176,7 +193,7 @@ impl Tile {
                 return Err(format!("{} has no size {name}; it has {}", self.family, list(takes)));
             }
         }
-        if self.sizes() == [None; 6] {
+        if self.sizes() == [None; 7] {
             return Ok(tiles);
         }
         match self.family {
@@ -252,6 +269,7 @@ mod tests {
             "fused:row",
             "staged:tile",
             "fused:row:rows=3:keys=4:side=2",
+            "fused:tile:threads=64:held=0",
             "fused:tile_matrix:lanes=2:keys=64:threads=128",
         ] {
             assert_eq!(text.parse::<Tile>().map(|tile| tile.to_string()), Ok(text.to_string()));
@@ -277,6 +295,7 @@ mod tests {
         for (text, why) in [
             ("staged:tile:rows=4", "none"),
             ("fused:row:lanes=4", "no size lanes"),
+            ("fused:row:held=0", "no size held"),
             ("fused:row:rows=0", "rows"),
             ("fused:row:keys=3", "keys"),
             ("fused:row:keys=2:side=4", "side"),
@@ -285,9 +304,11 @@ mod tests {
             ("fused:row:rows=8:keys=4", "rows"),
             ("fused:tile:lanes=3", "lanes"),
             ("fused:tile:slice=7", "slice"),
+            ("fused:tile:held=2", "held"),
             ("fused:tile:threads=100", "threads"),
             ("fused:tile:threads=512", "threads"),
             ("fused:tile:lanes=16:slice=64", "workgroup memory"),
+            ("fused:tile:held=1", "workgroup memory"),
             ("fused:tile:rows=8:lanes=2:threads=8", "registers"),
             ("fused:tile_subgroup:lanes=16", "subgroups"),
             ("fused:tile_matrix:slice=2", "no size slice"),

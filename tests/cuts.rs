@@ -271,15 +271,20 @@ fn any_tile_gives_the_right_answer() {
             assert!(!tiles.is_empty(), "{family} has no tile for {}", case.name);
             // Each takes a driver a second or more to compile.
             let step = tiles.len().div_ceil(4) * every();
-            // The planner takes the one for processors with many registers, or the other.
-            let sides = [Some(2), Some(4)].map(|side| Tile {
-                rows: Some(2),
-                keys: Some(4),
-                side,
-                ..Tile::of(Family::FusedRow)
-            });
-            let sides = sides.iter().filter(|tile| tile.family == family);
-            for &tile in tiles.iter().step_by(step).chain(tiles.last()).chain(sides) {
+            // The planner takes one of two: by the processor's registers, and by the room in workgroup memory.
+            let both: [Tile; 2] = match family {
+                Family::FusedRow => [2, 4].map(|side| Tile {
+                    rows: Some(2),
+                    keys: Some(4),
+                    side: Some(side),
+                    ..Tile::of(family)
+                }),
+                Family::FusedTile | Family::FusedSubgroup => {
+                    [0, 1].map(|held| Tile { held: Some(held), ..Tile::of(family) })
+                }
+                _ => [Tile::of(family); 2],
+            };
+            for &tile in tiles.iter().step_by(step).chain(tiles.last()).chain(&both) {
                 let options = PlanOptions { tile: Some(tile), ..PlanOptions::default() };
                 let outcome = gpu.run(&case, &options, door).map_err(|e| e.to_string());
                 if let Err(what) = outcome.and_then(|(out, gap)| expected.check(&case, &out, gap)) {
