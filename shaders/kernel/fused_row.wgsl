@@ -22,8 +22,9 @@
 // What a step takes there, by its machine code (lavapipe 26.1, 256 bits, a Xeon with AVX-512; D 64, four rows and
 // keys): of 8,900 instructions 4,200 multiply or add (the driver has no fused ones), 300 keep O under the loop's mask,
 // three operations each on that processor, and 2,300 check bounds, four for each number of K and V. They take 2,500
-// cycles where its three vector units have work for 1,800. Text is the limit of more rows and keys: up to 64 KiB, this
-// processor's instruction cache, it reads 30 bytes of it a cycle, beyond 13, and eight rows take half as long again.
+// cycles where its three vector units have work for 1,800. The text is what limits rows and keys: this processor reads
+// 30 bytes of it a cycle out of its instruction cache, 64 KiB, and 13 where it is longer, so that eight rows of four
+// keys take half as long again.
 
 // Keys between two additions to the outer sums.
 const LEVEL = 256u;
