@@ -95,6 +95,9 @@ impl MatrixUnits {
     }
 }
 
+/// The Mesa from which on lavapipe takes an address for uniform that comes from a loop's counter.
+pub(crate) const NEWER_MESA: u32 = 25;
+
 /// Registers of a thread on NVIDIA's and AMD's GPUs, which have 255 or 256: a multiprocessor of 65536 then has three warps
 /// for each of its schedulers.
 pub(crate) const MANY_REGISTERS: u32 = 160;

@@ -52,6 +52,15 @@ impl Dtype {
             Self::Bf16 => bf16::from_f32(x).to_f32(),
         }
     }
+
+    /// The largest relative error of [`round`](Self::round), where a number is a normal one of this type.
+    pub(crate) fn rounding(self) -> f64 {
+        match self {
+            Self::F32 | Self::Int8 | Self::Int4 => 0.0,
+            Self::F16 => 2f64.powi(-11),
+            Self::Bf16 => 2f64.powi(-8),
+        }
+    }
 }
 
 impl std::fmt::Display for Dtype {

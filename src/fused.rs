@@ -1,7 +1,7 @@
 //! Tiles of the fused kernels: pure functions of widths, lengths and device, priced in bytes of
 //! workgroup memory and registers of a thread.
 
-use crate::caps::{Caps, MANY_REGISTERS};
+use crate::caps::{Caps, MANY_REGISTERS, NEWER_MESA};
 use crate::dtype::Dtype;
 use crate::problem::AttentionProblem;
 use crate::tile::{Tile, check};
@@ -342,7 +342,7 @@ pub(crate) fn row(problem: &AttentionProblem, caps: &Caps) -> FusedRow {
     let widths = width.next_multiple_of(4) + width_v.next_multiple_of(4);
     let (rows, keys) = if !vec4 {
         (2, 1)
-    } else if caps.mesa().is_some_and(|version| version < 25) {
+    } else if caps.mesa().is_some_and(|version| version < NEWER_MESA) {
         match widths {
             _ if finish => (3, 1),
             0..=32 => (6, 2),

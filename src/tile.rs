@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use crate::caps::Caps;
+use crate::caps::{Caps, NEWER_MESA};
 use crate::error::{Error, Result};
 use crate::family::Family;
 use crate::fused::{self, FusedRow, FusedTile};
@@ -112,7 +112,7 @@ impl Tile {
             }
         }
         // Newer Mesa's compiler takes seconds over as much as instruction caches hold, which are not alike.
-        if caps.mesa().is_some_and(|version| version >= 25) {
+        if caps.mesa().is_some_and(|version| version >= NEWER_MESA) {
             let widths = (problem.head_dim + problem.head_dim_v) as u32;
             for (rows, keys) in [(6, 2), (8, 2), (4, 4), (5, 4), (6, 4)] {
                 if rows * keys * widths <= 2560 {

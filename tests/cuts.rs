@@ -272,17 +272,15 @@ fn any_tile_gives_the_right_answer() {
             // Each takes a driver a second or more to compile.
             let step = tiles.len().div_ceil(4) * every();
             // The planner takes one of two: by the processor's registers, and by the room in workgroup memory.
-            let both: [Tile; 2] = match family {
-                Family::FusedRow => [2, 4].map(|side| Tile {
-                    rows: Some(2),
-                    keys: Some(4),
-                    side: Some(side),
-                    ..Tile::of(family)
-                }),
-                Family::FusedTile | Family::FusedSubgroup => {
-                    [0, 1].map(|held| Tile { held: Some(held), ..Tile::of(family) })
+            let of = Tile::of(family);
+            let both = match family {
+                Family::FusedRow => {
+                    [2, 4].map(|side| Tile { rows: Some(2), keys: Some(4), side: Some(side), ..of }).to_vec()
                 }
-                _ => [Tile::of(family); 2],
+                Family::FusedTile | Family::FusedSubgroup => {
+                    [0, 1].map(|held| Tile { held: Some(held), ..of }).to_vec()
+                }
+                _ => Vec::new(),
             };
             for &tile in tiles.iter().step_by(step).chain(tiles.last()).chain(&both) {
                 let options = PlanOptions { tile: Some(tile), ..PlanOptions::default() };

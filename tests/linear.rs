@@ -292,11 +292,10 @@ fn shapes_around_tile_edges() {
                 // Behind the last input the binding ends: only the other half of a word is seen there.
                 let weight_dtype = if i % 4 == 2 { Dtype::F16 } else { p.weight_dtype };
                 let transposed = LinearProblem { weight_dtype, ..p }.with_transposed_weights();
-                let (with, without) = (p.with_bias(Dtype::F32), transposed);
                 // Alternately, not to compile every kernel twice.
                 let maps = match i % 2 {
-                    0 => [with, without],
-                    _ => [p, without.with_bias(Dtype::F32)],
+                    0 => [p.with_bias(Dtype::F32), transposed],
+                    _ => [p, transposed.with_bias(Dtype::F32)],
                 };
                 for p in maps {
                     Map::draw(p, rng).check();

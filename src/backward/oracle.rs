@@ -97,8 +97,8 @@ pub fn backward_tolerance(problem: &BackwardProblem, oracle: &Gradients, naive: 
         let [of_naive, of_oracle] = [naive, oracle].map(|of| of.get(gradient));
         let error = crate::reference::max_error(of_naive.iter().copied(), of_oracle);
         let largest = of_oracle.iter().filter(|x| x.is_finite()).fold(0.0, |max: f64, x| max.max(x.abs()));
-        let of_o = rounding(p.out_dtype) * oracle.max_terms_of_o[at];
-        sums + of_o.max(2.0 * error) + rounding(dtype) * largest + 1e-5
+        let of_o = p.out_dtype.rounding() * oracle.max_terms_of_o[at];
+        sums + of_o.max(2.0 * error) + dtype.rounding() * largest + 1e-5
     })
 }
 
@@ -113,15 +113,6 @@ impl Sum {
     fn add(&mut self, x: f64, sizes: [f64; 2]) {
         self.value += x;
         self.sizes = [self.sizes[0] + sizes[0], self.sizes[1] + sizes[1]];
-    }
-}
-
-/// The largest relative error of rounding to a type.
-fn rounding(dtype: Dtype) -> f64 {
-    match dtype {
-        Dtype::F16 => 2f64.powi(-11),
-        Dtype::Bf16 => 2f64.powi(-8),
-        _ => 0.0,
     }
 }
 

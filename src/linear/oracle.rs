@@ -1,7 +1,7 @@
 //! The linear map in f64, element by element: what the kernels and the CPU path are held to.
 
 use super::{LinearProblem, OPERANDS};
-use crate::dtype::{Dtype, TensorRef};
+use crate::dtype::TensorRef;
 use crate::error::{Error, Operand, Result};
 
 /// The operands of a linear map as slices, laid out as the [`LinearProblem`] says.
@@ -69,11 +69,7 @@ impl LinearReference {
     /// The largest error that a path may have in element `i`: that of f32 sums, and of one rounding to a
     /// narrower [`LinearProblem::out_dtype`].
     pub fn tolerance(&self, problem: &LinearProblem, i: usize) -> f64 {
-        let rounding = match problem.out_dtype {
-            Dtype::F16 => 2f64.powi(-11),
-            Dtype::Bf16 => 2f64.powi(-8),
-            _ => 0.0,
-        };
+        let rounding = problem.out_dtype.rounding();
         // Numbers below the smallest normal one lose relative precision.
         8.0 * 2f64.powi(-24) * self.scale[i] + rounding * (self.y[i].abs() + 1e-4)
     }
