@@ -1,6 +1,7 @@
 //! From a linear map and buffers to one dispatch: everything that can fail happens before it is recorded.
 
-use super::kernel::{Linear, LinearParams};
+use super::kernel::Linear;
+use super::params::LinearParams;
 use super::{LinearProblem, OPERANDS};
 use crate::attention::{Attention, Shared};
 use crate::caps::Caps;

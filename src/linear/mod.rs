@@ -1,9 +1,11 @@
-//! Linear maps: the projections around attention. Here is what one is; `kernel` has the shaders, `encode`
-//! the way to them, and `oracle` what both are held to.
+//! Linear maps: the projections around attention. Here is what one is; `kernel` has the shaders, of `sizes`
+//! and with `params`, `encode` the way to them, and `oracle` what both are held to.
 
 mod encode;
 pub(crate) mod kernel;
 pub(crate) mod oracle;
+pub(crate) mod params;
+mod sizes;
 
 pub use encode::LinearOperands;
 pub use oracle::LinearInputs;
@@ -63,7 +65,7 @@ impl LinearKernel {
     pub fn lacks(self, caps: &Caps) -> Option<String> {
         match self {
             Self::Matrix => fused_matrix::lacks(caps),
-            Self::FewSubgroup => kernel::lacks_subgroups(caps),
+            Self::FewSubgroup => sizes::lacks_subgroups(caps),
             Self::Tile | Self::Few | Self::Direct => None,
         }
     }
