@@ -587,6 +587,28 @@ fn large_scores_do_not_overflow() {
         (case.data.q, case.data.k) = (q.into(), k.into());
         cases.push((case, Subject::all()));
     }
+    // The largest score twice, in steps that see only whole keys and at the end: both have to weigh the same, whatever a
+    // device leaves unrounded in between.
+    for (i, (size, scale)) in
+        [(48.0, 1.0), (48.0, 11.0), (62500.0, 1.0), (62500.0, 4.0), (62500.0, 1e12)].into_iter().enumerate()
+    {
+        let axes = Axes {
+            similarity: Sim::Dot,
+            scale: Some(scale),
+            head_dim: 2,
+            seq_q: 5,
+            seq_kv: 130,
+            ..Axes::default()
+        };
+        let mut case = axes.build(i as u64);
+        let p = &case.problem;
+        let q = fill(p.dtype, p.q, p.shape(Operand::Q), 0, |_| Some(1889.0));
+        let k = fill(p.dtype, p.k, p.shape(Operand::K), 0, |[_, _, j, d]| {
+            Some(if d == 0 && j % 128 == 0 { size } else { 0.0 })
+        });
+        (case.data.q, case.data.k) = (q.into(), k.into());
+        cases.push((case, Subject::all()));
+    }
     // Products below every f32, all alike: the lowest scores that there are, and kept ones. Of all queries, and of one
     // among others (of several that a thread may own).
     let axes =

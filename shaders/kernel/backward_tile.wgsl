@@ -166,7 +166,7 @@ fn main(
                 // Zeros by name: in a browser what is declared without them keeps those of the row before.
                 var weight = vec4<f32>();
                 if PLAIN && inside && are_ordinary(scaled) && are_ordinary(lse) {
-                    weight = exp2(fma(scaled, vec4<f32>(LOG2_E), -lse * LOG2_E));
+                    weight = exp2((scaled - lse) * LOG2_E);
                     if OF_SCORES == 1u {
                         weight *= dps[r] - delta;
                     }
@@ -179,7 +179,8 @@ fn main(
                         let pair = pair_of(own[r], other);
                         let range = kv_range(b, pair.x, len_k);
                         let s = finish_score(dots[r][c], b, head, pair.x, pair.y, range, len_k, TILE_MIXED);
-                        if s == DROPPED {
+                        // As bits: a NaN is no number that differs, on some adapters.
+                        if bitcast<u32>(s) == bitcast<u32>(DROPPED) {
                             continue;
                         }
                         weight[c] = exp_of_one((s - lse[c]) * LOG2_E);
