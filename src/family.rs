@@ -24,7 +24,8 @@ pub enum Family {
     /// offer them, with subgroups of any size from 4 to 128.
     FusedSubgroup,
     /// One kernel whose products run on cooperative matrices, f16 tensors alone: for GPUs with matrix
-    /// units. See [`Attention::self_test`](crate::Attention::self_test).
+    /// units. Keys by codes ([`Dtype::Int8`](crate::Dtype::Int8)) become f16 in it, those beyond ±65504 the nearest
+    /// one. See [`Attention::self_test`](crate::Attention::self_test).
     FusedMatrix,
     /// One kernel, a thread for a few query rows, no workgroup memory: for adapters that run on a CPU.
     FusedRow,

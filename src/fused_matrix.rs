@@ -181,7 +181,8 @@ impl FusedMatrix {
             return Some(why);
         }
         for dtype in [problem.dtype, problem.stored_kv()] {
-            // Codes become f16; f32 and bf16 reach further than that.
+            // Codes become f16: of keys the nearest one, and values that f16 does not reach are added in f32.
+            // f32 and bf16 are not rounded so.
             if dtype.is_float() && dtype != Dtype::F16 {
                 return Some(format!("matrix units take f16, not {dtype}"));
             }

@@ -6,8 +6,9 @@ use common::case::{Axes, Case, Lens, Sim, Spread};
 use common::check::Expected;
 use common::kept::{Kept, Move};
 use common::subject::{Subject, check_all};
+use half::f16;
 use wgpu_attention::reference::{max_error, oracle};
-use wgpu_attention::{Align, Dtype, Window};
+use wgpu_attention::{Align, Dtype, Operand, Tensor, Window};
 
 /// Problems that caches and ragged batches are met with, each with every option somewhere.
 fn axes() -> Vec<Axes> {
@@ -171,6 +172,44 @@ fn terms_of_kept_keys() {
         }
     }
     check_all("terms of kept keys", &cases);
+}
+
+/// Codes reach as far as bf16, and what f16 has reaches further as a code: the lowest f16 lies above a lowest value of
+/// -65536. Neither may become an infinity on the way to matrices, whose product with a dropped key's weight is no number.
+#[test]
+fn codes_past_f16() {
+    let mut cases = Vec::new();
+    for (i, (operand, value)) in [
+        (Operand::V, 7e4),
+        (Operand::V, -2e5),
+        (Operand::V, f16::MIN.to_f32()),
+        (Operand::V, f16::MAX.to_f32()),
+        (Operand::K, f16::MIN.to_f32()),
+        (Operand::K, f16::MAX.to_f32()),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let axes =
+            Axes { seq_q: 67, seq_kv: 67, causal: Some(Align::TopLeft), head_dim: 24, ..Axes::default() };
+        let mut case = axes.build(i as u64);
+        let p = &case.problem;
+        let (layout, data) = match operand {
+            Operand::K => (p.k, &mut case.data.k),
+            _ => (p.v, &mut case.data.v),
+        };
+        let mut numbers = data.to_f32();
+        numbers[layout.index([0, 1, 40, 3])] = value;
+        *data = Tensor::from_f32(p.dtype, &numbers).into();
+        for kv_dtype in [Dtype::Int8, Dtype::Int4] {
+            let to =
+                Move { kept: Kept::Plain, kv_dtype: Some(kv_dtype), ragged_q: false, heads_first: false };
+            let mut moved = case.moved(to, 7);
+            moved.name = format!("{operand} of {value:e}, {}", moved.name);
+            cases.push((moved, Subject::all()));
+        }
+    }
+    check_all("codes past f16", &cases);
 }
 
 /// The plan's own choice, and both modes of shaders, on a few.

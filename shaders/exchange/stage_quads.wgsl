@@ -9,18 +9,20 @@ fn stage_k(thread: u32, nought: u32, b: u32, kv_head: u32, first: u32, len_k: u3
         if WHOLE_D == 1u || 4u * e < params.head_dim {
             k = load4_k(row_k(b, kv_head, min(first + r, len_k - 1u)), 4u * e);
         }
-        put_kv(r * K_STRIDE + e, vec4<f16>(k));
+        // Codes reach further than f16: -65504 has a lowest value of -65536, whose f16 were an infinity.
+        let nearest = clamp(k, vec4<f32>(-MOST_F16), vec4<f32>(MOST_F16));
+        put_kv(r * K_STRIDE + e, vec4<f16>(select(k, nearest, is_finite4(k))));
     }
 }
 
 // Four columns of a value, for a product with weights: 0 * NaN is NaN, also where the key is dropped, so that quads
-// that are not finite are added by themselves.
+// that are not finite as f16 are added by themselves.
 fn value_quad(b: u32, kv_head: u32, key: u32, len_k: u32, d: u32) -> vec4<f32> {
     var v = vec4<f32>();
     if key < len_k && (WHOLE_V == 1u || d < params.head_dim_v) {
         v = load4_v(row_v(b, kv_head, key), d);
     }
-    if !is_finite4(v) {
+    if !are_within_f16(v) {
         v = vec4<f32>();
         atomicStore(&wg_leaves, 1u);
         atomicStore(&wg_careful, 1u);

@@ -232,7 +232,7 @@ fn main(
         if plain {
             var sizes = vec4<f32>();
             for (var c = 0u; c < OWN_QUADS; c += 1u) {
-                scores[c] = unscale * get_s(own_row * S_STRIDE + x + c * LANES) * params.scale;
+                scores[c] = (unscale * params.scale) * get_s(own_row * S_STRIDE + x + c * LANES);
                 sizes += abs(scores[c]);
             }
             plain = are_ordinary(sizes);
@@ -362,13 +362,21 @@ fn column_in_s(round: u32, quad: u32) -> u32 {
     return select(0xffffffffu, d, own < OWN_FRAGS);
 }
 
-// What the values of a step that are not finite add to a quad of a row's O.
+const MOST_F16: f32 = 65504.0;
+
+// Whether four numbers are finite, as f16 too. As bits: NaN and infinity lie above.
+fn are_within_f16(x: vec4<f32>) -> bool {
+    let size = bitcast<vec4<u32>>(x) & vec4<u32>(0x7fffffffu);
+    return all(size <= vec4<u32>(bitcast<u32>(MOST_F16)));
+}
+
+// What the values of a step that are not finite as f16 add to a quad of a row's O.
 fn not_finite(row: u32, b: u32, kv_head: u32, first: u32, len_k: u32, d: u32) -> vec4<f32> {
     var sum = vec4<f32>();
     for (var key = 0u; key < TILE_KV && first + key < len_k; key += 1u) {
         let v = load4_v(row_v(b, kv_head, first + key), d);
         let p = f32(get_p(row * P_STRIDE + key / 4u)[key % 4u]);
-        if !is_finite4(v) && !is_dropped_weight(p) {
+        if !are_within_f16(v) && !is_dropped_weight(p) {
             sum += p * v;
         }
     }
