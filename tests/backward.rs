@@ -171,6 +171,58 @@ fn a_bias_that_many_share() {
     }
 }
 
+/// Sums whose terms have one sign, as those of the sum of all of o have: rounding errors do not even out.
+#[test]
+fn long_sums_of_one_sign() {
+    let base = Axes { seq_kv: 17, head_dim: 8, head_dim_v: 8, heads: (1, 1), ..Axes::default() };
+    let bias = Some((Dtype::F32, Spread::Shared, false));
+    for axes in [
+        Axes { seq_q: 16_384, ..base },
+        Axes { seq_q: 2048, heads: (8, 1), causal: Some(Align::TopLeft), ..base },
+        Axes { seq_q: 3, seq_kv: 16_384, ..base },
+        Axes { batch: 16_384, seq_q: 1, seq_kv: 2, bias, ..base },
+    ] {
+        let mut pass = pass(axes, Move::default(), 3);
+        pass.problem.dbias = BackwardProblem::of(&pass.case.problem).dbias;
+        let p = &pass.case.problem;
+        // One key's values are all larger than the others'.
+        let v = common::case::fill(p.dtype, p.v, p.shape(Operand::V), 0, |[_, _, j, d]| {
+            Some(if j == 0 { 1.0 } else { 0.01 * ((j + d) % 7) as f32 })
+        });
+        pass.case.data.v = v.into();
+        let ones = vec![1.0; pass.dout.to_f32().len()];
+        pass.dout = Tensor::from_f32(p.out_dtype, &ones);
+        hold(&pass, false);
+    }
+}
+
+/// Buffers have rows, and no entry has any of them.
+#[test]
+fn entries_without_rows() {
+    let Some(gpu) = gpu::get(Kind::Full, false) else { return };
+    let attention = gpu.fresh();
+    let buffers = Buffers::new(&attention);
+    let lists = gpu::upload(attention.device(), "cu_seqlens", &[0; 64], gpu::USAGE);
+    let ragged_k = |p: AttentionProblem| {
+        let total = p.seq_kv.max(5);
+        p.with_cache(Cache::Ragged { total }, Dtype::F32)
+    };
+    for (problem, dispatches) in [
+        (AttentionProblem { batch: 0, ..plain() }.with_ragged_queries(5), 1),
+        // Keys have gradients of zero, and so have queries below.
+        (AttentionProblem { seq_q: 0, ..plain() }.with_ragged_queries(5), 3),
+        (ragged_k(AttentionProblem { seq_kv: 0, ..plain() }), 2),
+    ] {
+        let backward = BackwardProblem::of(&problem);
+        let mut operands = buffers.operands();
+        operands.forward.cu_seqlens_q = problem.total_q.map(|_| lists.slice(..));
+        let is_ragged = matches!(problem.cache, Cache::Ragged { .. });
+        operands.forward.cu_seqlens_k = is_ragged.then(|| lists.slice(..));
+        let prepared = attention.prepare_backward(&backward, &operands).unwrap();
+        assert_eq!(prepared.dispatches(), dispatches, "{problem:?}");
+    }
+}
+
 /// A sink of -inf is none, also where a query keeps no key and its lse is -inf, too.
 #[test]
 fn a_sink_of_minus_infinity() {

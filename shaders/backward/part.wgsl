@@ -7,15 +7,13 @@ fn part_of(meeting: u32, met: vec2<u32>) -> vec2<u32> {
     return vec2<u32>(max(met.x, first), min(met.y, end));
 }
 
-fn begin_quad(at: u32) -> vec4<f32> {
-    var sum = vec4<f32>();
+// The sum of a part joins those of the parts before, and does not go on from them: so rounding errors grow with the terms
+// of a part.
+fn end_quad(at: u32, b: u32, head: u32, row: u32, quad: u32, of_part: vec4<f32>, factor: f32) {
+    var sum = of_part;
     if params.key_first > 0u {
-        sum = carried[at];
+        sum += carried[at];
     }
-    return sum;
-}
-
-fn end_quad(at: u32, b: u32, head: u32, row: u32, quad: u32, sum: vec4<f32>, factor: f32) {
     if params.key_end == 0xffffffffu {
         store4_grad(row_grad(b, head, row), 4u * quad, sum * factor);
     } else {

@@ -90,14 +90,6 @@ fn main(
     let key = tile % tiles.y * TILE;
 
     var sums = array<vec4<f32>, 4>();
-    let sum_at = (tile * THREADS + thread) * 4u;
-    //$ for n in 0..PARTS
-    if params.key_first > 0u {
-        for (var r = 0u; r < 4u; r += 1u) {
-            sums[r] = carried[sum_at + r];
-        }
-    }
-    //$ end
     let met_heads = params.heads_q / heads;
     let meetings = met_heads * select(1u, params.batch, SUMS_ENTRIES);
     for (var meeting = params.key_first; meeting < min(params.key_end, meetings); meeting += 1u) {
@@ -130,6 +122,13 @@ fn main(
     }
 
     //$ for n in 0..PARTS
+    // As in shaders/backward/part.wgsl.
+    let sum_at = (tile * THREADS + thread) * 4u;
+    if params.key_first > 0u {
+        for (var r = 0u; r < 4u; r += 1u) {
+            sums[r] += carried[sum_at + r];
+        }
+    }
     if params.key_end != 0xffffffffu {
         for (var r = 0u; r < 4u; r += 1u) {
             carried[sum_at + r] = sums[r];

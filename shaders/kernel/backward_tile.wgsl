@@ -92,9 +92,6 @@ fn main(
     var acc: array<vec4<f32>, ROWS * QUADS>;
     for (var r = 0u; r < ROWS; r += 1u) {
         own[r] = min(row + own_row + r, row_end - 1u);
-        for (var n = 0u; n < QUADS; n += 1u) {
-            acc[r * QUADS + n] = begin_quad((tile * TILE + own_row + r) * OUT_QUADS + x + n * LANES);
-        }
     }
 
     if thread == 0u {

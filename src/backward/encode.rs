@@ -1,6 +1,6 @@
 //! From a backward pass and buffers to recorded dispatches.
 
-use super::kernel::{Backward, Form, LANES, Makes, SINK_QUERIES, own_and_others, part_others, parts};
+use super::kernel::{Backward, Form, LANES, Makes, SINK_QUERIES, own_and_others};
 use super::{BackwardProblem, like};
 use crate::attention::{Attention, Operands, Shared};
 use crate::caps::Caps;
@@ -132,7 +132,7 @@ impl Attention {
 
 impl BackwardProblem {
     /// Bytes of scratch memory that an [`Attention`] on such a device holds for it: two numbers a query and the lists,
-    /// and on a processor, where long sums come in parts, those of a chunk in between.
+    /// and where long sums come in parts (on a GPU of more than 4096 terms) those of a chunk in between.
     ///
     /// # Errors
     /// Those of [`BackwardProblem::validate`], and [`Error::LimitExceeded`] where the device cannot bind as much.
@@ -205,7 +205,7 @@ fn chunks(kernel: &Backward, problem: &BackwardProblem, caps: &Caps) -> Chunks {
     let form = kernel.form;
     let tile = u64::from(form.own_rows());
     let [tiles, keys] = key_tiles(kernel, problem);
-    let met = others.min(part_others(form, problem, caps)).max(1) * tiles * keys;
+    let met = others.min(kernel.part_others(problem, caps)).max(1) * tiles * keys;
     let a_row = 2 * met * (2 * p.head_dim + p.head_dim_v) as u64;
     // The sums of a tile's row, if they are carried.
     let row_bytes = 16 * u64::from(kernel.sum_quads()) * tiles;
@@ -307,14 +307,18 @@ fn gradient(
 ) -> Result<Vec<Ready>> {
     let caps = &shared.caps;
     let chunks = chunks(kernel, problem, caps);
+    // Buffers for rows of ragged batches of which no entry has any.
+    if chunks.owners == 0 || chunks.rows == 0 {
+        return Ok(Vec::new());
+    }
     let carried = match chunks.carried {
         0 => gathered.clone(),
         bytes => scratch_buffer(shared, Slot::Carried, bytes, "of sums between parts")?,
     };
     let base = params(problem, kernel.makes.gradient(), caps);
     let [key_tiles, _] = key_tiles(kernel, problem);
-    let parts = parts(kernel.makes, kernel.form, problem, caps);
-    let step = part_others(kernel.form, problem, caps);
+    let step = kernel.part_others(problem, caps);
+    let parts = own_and_others(kernel.makes, problem)[1].div_ceil(step).max(1);
     let mut blocks = Vec::new();
     for head in (0..chunks.owners).step_by(chunks.of_owners as usize) {
         for row in (0..chunks.rows).step_by(chunks.of_rows as usize) {
@@ -476,7 +480,7 @@ mod tests {
                 chunks.of_rows == chunks.rows || chunks.of_owners == 1 && chunks.of_rows.is_multiple_of(tile)
             );
             assert!(chunks.carried <= DEFAULT_BUDGET, "{} bytes", chunks.carried);
-            assert_eq!(chunks.carried > 0, parts(makes, kernel.form, problem, caps) > 1);
+            assert_eq!(chunks.carried > 0, kernel.parts);
         }
     }
 

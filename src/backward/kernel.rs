@@ -32,6 +32,9 @@ pub(crate) const SINK_QUERIES: u64 = 32768 * SINK_THREADS as u64;
 const BIAS_SIDE: u32 = 8;
 const BIAS_SLICE: u32 = 8;
 
+/// Others whose products with weights a thread that owns a row adds up before they join the row's.
+const NEAR: u32 = 128;
+
 /// What a kernel of the backward pass makes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Makes {
@@ -152,6 +155,18 @@ impl Backward {
             ragged_k: matches!(p.cache, Cache::Ragged { .. }),
             parts: parts(makes, form, problem, caps) > 1,
         }
+        .with_room_for_parts(caps)
+    }
+
+    /// On a GPU of few storage buffers, beside a bias and a mask, all others are one part.
+    fn with_room_for_parts(self, caps: &Caps) -> Self {
+        let room = caps.on_cpu() || self.storage().len() <= caps.max_storage_buffers as usize;
+        Self { parts: self.parts && room, ..self }
+    }
+
+    /// Others of each part.
+    pub(crate) fn part_others(&self, problem: &BackwardProblem, caps: &Caps) -> u64 {
+        if self.parts { part_others(self.form, problem, caps) } else { u64::MAX }
     }
 
     pub(crate) fn name(&self) -> &'static str {
@@ -401,6 +416,7 @@ impl Backward {
             }
             Form::Row { threads, others, quads: [a, b] } => {
                 sizes.extend([("LANES", threads), ("OTHERS", others), ("A_QUADS", a), ("B_QUADS", b)]);
+                sizes.push(("NEAR", NEAR));
             }
             Form::Tile { tile, held } => {
                 let [a, b] = held.unwrap_or_default();
@@ -455,13 +471,19 @@ pub(crate) fn own_and_others(makes: Makes, problem: &BackwardProblem) -> [u64; 2
     }
 }
 
-/// Others of a part. A thread on a processor loops fewer than 40000 times for it: lavapipe ends a thread's loops after
-/// 65535 iterations in all.
-pub(crate) fn part_others(form: Form, problem: &BackwardProblem, caps: &Caps) -> u64 {
-    if !caps.on_cpu() {
-        return u64::MAX;
-    }
+/// Others of a part. On a GPU as many as an f32 sum's rounding errors allow, which grow with its terms: the last rounding of
+/// narrower types is larger. A thread on a processor loops fewer than 40000 times for it: lavapipe ends a thread's loops
+/// after 65535 iterations in all.
+fn part_others(form: Form, problem: &BackwardProblem, caps: &Caps) -> u64 {
     let p = &problem.attention;
+    if !caps.on_cpu() {
+        return match form {
+            _ if ![p.dtype, p.stored_kv()].contains(&Dtype::F32) => u64::MAX,
+            // Its sums have one term of each other, those of tiles one of a step.
+            Form::Pairs { .. } => 1024,
+            _ => 4096,
+        };
+    }
     let widest = p.head_dim.max(p.head_dim_v).next_power_of_two();
     match form {
         Form::Gather | Form::Head => u64::MAX,
@@ -472,7 +494,7 @@ pub(crate) fn part_others(form: Form, problem: &BackwardProblem, caps: &Caps) ->
 }
 
 /// Parts that the others come in.
-pub(crate) fn parts(makes: Makes, form: Form, problem: &BackwardProblem, caps: &Caps) -> u64 {
+fn parts(makes: Makes, form: Form, problem: &BackwardProblem, caps: &Caps) -> u64 {
     let [_, others] = own_and_others(makes, problem);
     others.div_ceil(part_others(form, problem, caps)).max(1)
 }
