@@ -819,3 +819,50 @@ fn wrong_layers_are_errors() {
     assert!(fails(&|case| case.weights.b_q = Some(Tensor::F32(vec![0.0; 16]))).contains("projection of q"));
     assert!(fails(&|case| case.table = Some(vec![0.0; 64])).contains("rope"));
 }
+
+/// y may lie over x, which has been read when it is written, and over nothing else of what any dispatch reads; the word
+/// that reports over nothing at all.
+#[test]
+fn outputs_over_what_other_dispatches_read() {
+    let Some(gpu) = gpu::get(Kind::Full, false) else { return };
+    let (device, queue) = (gpu.attention.device(), gpu.attention.queue());
+    let attention = AttentionProblem { kv_lens: true, ..AttentionProblem::new(1, 2, 2, 4, 4, 8, 8) };
+    let layer = Layer { rope: Some(Rope { positions: 4, ..Rope::new(8) }), ..Layer::new(&attention, 16) };
+    let attention = AttentionProblem { status: true, ..layer.attention };
+    let layer = Layer { attention, packed: true, ..layer };
+    let numbers: Vec<f32> = (0..1024).map(|i| (i as f32 * 0.7).sin()).collect();
+    let up = |bytes: &[u8]| upload(device, "a buffer", bytes, USAGE);
+    let [x, w_q, w_o, rope, y, status] = [(); 6].map(|()| up(bytemuck::cast_slice(&numbers)));
+    let lens = up(&4u32.to_le_bytes());
+    let on = |y: &wgpu::Buffer, status: &wgpu::Buffer| {
+        let operands = LayerOperands {
+            rope: Some(rope.slice(..)),
+            options: LayerOptions {
+                kv_lens: Some(lens.slice(..)),
+                status: Some(status.slice(..4)),
+                ..LayerOptions::default()
+            },
+            ..LayerOperands::new(x.slice(..), w_q.slice(..), w_o.slice(..), y.slice(..))
+        };
+        let prepared = gpu.attention.prepare_layer(&layer, &operands)?;
+        let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        prepared.encode(&mut encoder);
+        queue.submit([encoder.finish()]);
+        Ok(download(device, queue, y)[..4 * 64].to_vec())
+    };
+    let said = |y: &wgpu::Buffer, status: &wgpu::Buffer| -> String {
+        let error: Error = on(y, status).expect_err("refused");
+        error.to_string()
+    };
+    for (over, name) in [(&w_q, "w"), (&w_o, "w"), (&rope, "rope"), (&status, "status")] {
+        let error = said(over, &status);
+        assert!(error.contains(name), "{name}: {error}");
+    }
+    for (over, name) in [(&x, "x"), (&w_q, "w"), (&w_o, "w"), (&rope, "rope"), (&lens, "kv_lens"), (&y, "y")]
+    {
+        let error = said(&y, over);
+        assert!(error.contains("status") && error.contains(name), "{name}: {error}");
+    }
+    let apart = on(&y, &status).unwrap();
+    assert_eq!(on(&x, &status).unwrap(), apart);
+}

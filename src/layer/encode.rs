@@ -5,10 +5,10 @@ use super::{Layer, Projection};
 use crate::append::QkNorm;
 use crate::attention::{Attention, Operands};
 use crate::caps::Caps;
-use crate::encode::{Prepared, scratch_buffer};
+use crate::encode::{Place, Prepared, meet, scratch_buffer};
 use crate::error::{Error, Operand, Result};
-use crate::linear::LinearOperands;
-use crate::plan::PlanOptions;
+use crate::linear::{LinearOperands, LinearProblem};
+use crate::plan::{Plan, PlanOptions, Window};
 use crate::slot::Slot;
 
 /// The buffers of a layer, or pieces of buffers, as [`Operands`] has them; weights and biases lie as the [`Layer`] says.
@@ -40,7 +40,7 @@ pub struct LayerOperands<'a> {
     pub k_gain: Option<wgpu::BufferSlice<'a>>,
     /// Cosines and sines, f32.
     pub rope: Option<wgpu::BufferSlice<'a>>,
-    /// The output. Its rows behind the last offset of a ragged batch belong to no entry, and what the layer
+    /// The output. It may lie where x does, or the context: both have been read when it is written. Its rows behind the last offset of a ragged batch belong to no entry, and what the layer
     /// leaves there means nothing.
     pub y: wgpu::BufferSlice<'a>,
     /// What attention's options want.
@@ -226,8 +226,10 @@ impl Attention {
         let [projected, turned, attended] = [projected?, turned?, attended?];
 
         let mut all = Prepared::default();
+        let mut read = Vec::new();
         for (of, problem) in layer.projections(apart) {
             let linear = operands.of(layer, of, projected.slice(..))?;
+            read.extend(read_by(of, &problem, &linear));
             all = all.then(self.prepare_linear(&problem, &linear).map_err(|e| e.of(of))?);
         }
         if layer.turns() {
@@ -261,7 +263,74 @@ impl Attention {
             bias: operands.b_o,
             ..LinearOperands::new(attended.slice(..), operands.w_o, operands.y)
         };
-        let last = self.prepare_linear(&layer.projection_o(), &linear);
-        Ok(all.then(last.map_err(|e| e.of(Projection::O))?))
+        let problem = layer.projection_o();
+        read.extend(read_by(Projection::O, &problem, &linear).filter(|read| read.0 != Operand::X));
+        let last = self.prepare_linear(&problem, &linear);
+        all = all.then(last.map_err(|e| e.of(Projection::O))?);
+        check_outputs(layer, operands, &plan, &attend, read)?;
+        Ok(all)
+    }
+}
+
+/// What a dispatch reads: which operand, of which map, and where it lies.
+type Read<'a> = (Operand, Option<Projection>, Place<'a>);
+
+/// Where an operand of a map lies.
+fn place<'a>(problem: &LinearProblem, operand: Operand, slice: wgpu::BufferSlice<'a>) -> Place<'a> {
+    let bytes = problem.layout(operand).map_or(0, |(_, dtype)| dtype.bytes());
+    (slice, Window { start: 0, end: problem.extent(operand) as u64 * bytes as u64 })
+}
+
+fn read_by<'a>(
+    of: Projection,
+    problem: &LinearProblem,
+    linear: &LinearOperands<'a>,
+) -> impl Iterator<Item = Read<'a>> {
+    [(Operand::X, Some(linear.x)), (Operand::W, Some(linear.w)), (Operand::Bias, linear.bias)]
+        .into_iter()
+        .filter_map(move |(operand, slice)| Some((operand, Some(of), place(problem, operand, slice?))))
+}
+
+/// That what a layer writes into the caller's buffers lies over nothing that one of its other dispatches reads, or writes:
+/// each dispatch by itself has been checked. `read` is what its maps read, and `attend` the operands of its attention.
+fn check_outputs<'a>(
+    layer: &Layer,
+    operands: &LayerOperands<'a>,
+    plan: &Plan,
+    attend: &Operands<'a>,
+    mut read: Vec<Read<'a>>,
+) -> Result<()> {
+    let p = &layer.attention;
+    let words = |words: usize| Window { start: 0, end: 4 * words as u64 };
+    let rope = layer.rope.map_or(0, |rope| rope.positions * rope.width);
+    for (operand, slice, window) in [
+        (Operand::Rope, operands.rope, words(rope)),
+        (Operand::QGain, operands.q_gain, words(p.query_dim())),
+        (Operand::KGain, operands.k_gain, words(p.head_dim)),
+        (Operand::Positions, operands.options.positions, words(layer.tokens())),
+    ] {
+        read.extend(slice.map(|slice| (operand, None, (slice, window))));
+    }
+    let between = [Operand::Q, Operand::K, Operand::V, Operand::O, Operand::Status];
+    let options = Operand::ALL.iter().filter(|operand| !between.contains(operand));
+    read.extend(options.filter_map(|&operand| {
+        let slice = attend.get(operand)?;
+        Some((operand, None, (slice, plan.window(operand))))
+    }));
+    let y = place(&layer.projection_o(), Operand::Y, operands.y);
+    let aliased = |operand, with, of: Option<Projection>| {
+        let error = Error::Aliased { operand, with };
+        Err(of.map_or(error.clone(), |of| error.of(of)))
+    };
+    if let Some(&(with, of, _)) = read.iter().find(|read| read.0 != Operand::X && meet(y, read.2)) {
+        return aliased(Operand::Y, with, of);
+    }
+    let Some(status) = attend.status.map(|slice| (slice, plan.window(Operand::Status))) else {
+        return Ok(());
+    };
+    read.push((Operand::Y, Some(Projection::O), y));
+    match read.iter().find(|read| meet(status, read.2)) {
+        Some(&(with, of, _)) => aliased(Operand::Status, with, of),
+        None => Ok(()),
     }
 }
