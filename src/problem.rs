@@ -207,13 +207,14 @@ impl AttentionProblem {
         }
     }
 
-    /// The same problem with q, k, v and o stored as `dtype`.
+    /// The same problem with q, k, v and o stored as `dtype`; [`AttentionProblem::with_cache`] gives k and v another type
+    /// after that.
     pub fn with_dtype(self, dtype: Dtype) -> Self {
         Self { dtype, out_dtype: dtype, kv_dtype: None, ..self }
     }
 
     /// The same problem with another similarity, which may give q a width of its own: q is contiguous
-    /// `[batch, heads_q, seq_q, query_dim]`.
+    /// `[batch, heads_q, seq_q, query_dim]`, or `[total, heads_q, query_dim]` where queries are ragged.
     ///
     /// ```
     /// use wgpu_attention::{AttentionProblem, Similarity};
@@ -223,7 +224,12 @@ impl AttentionProblem {
     /// ```
     pub fn with_similarity(self, similarity: Similarity) -> Self {
         let problem = Self { similarity, ..self };
-        Self { q: Layout::bhsd(problem.heads_q, problem.seq_q, problem.query_dim()), ..problem }
+        let (heads, dim) = (problem.heads_q, problem.query_dim());
+        let q = match problem.total_q {
+            Some(total) => Layout::bshd(heads, total, dim),
+            None => Layout::bhsd(heads, problem.seq_q, dim),
+        };
+        Self { q, ..problem }
     }
 
     /// The same problem against a cache of contiguous `[entry, row, heads_kv, dim]` rows (all that a token

@@ -75,6 +75,16 @@ fn devices() -> Vec<Caps> {
     ]
 }
 
+/// Ragged queries lie as their total says, whatever was said first.
+#[test]
+fn a_similarity_and_ragged_queries_come_in_any_order() {
+    let problem = AttentionProblem::new(4, 2, 2, 64, 64, 8, 8);
+    let similarity = Similarity::Bilinear { query_dim: 12, per_head: false };
+    let of = problem.clone().with_similarity(similarity).with_ragged_queries(50);
+    assert_eq!(problem.with_ragged_queries(50).with_similarity(similarity), of);
+    assert_eq!(of.q, Layout::bshd(2, 50, 12));
+}
+
 /// Kernels that are dispatched once for all rows of a head.
 const OF_KEYS: [&str; 2] = ["key_norms", "project_k"];
 
