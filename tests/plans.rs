@@ -75,6 +75,24 @@ fn devices() -> Vec<Caps> {
     ]
 }
 
+/// A budget without room for splits, which nobody asked for, makes a plan without them.
+#[test]
+fn no_split_is_worth_an_error() {
+    let problem = AttentionProblem::new(1, 8, 8, 1, 4096, 64, 64);
+    let plan = |scratch_budget, splits| {
+        let options = PlanOptions { scratch_budget: Some(scratch_budget), splits, ..PlanOptions::default() };
+        Plan::new(&problem, &Caps::minimal(), &options)
+    };
+    assert!(plan(u64::MAX, None).unwrap().splits() > 1);
+    for budget in [0, 1, 4000] {
+        let plan = plan(budget, None).unwrap();
+        assert_eq!((plan.splits(), plan.scratch_bytes()), (1, 0));
+        assert!(plan.to_string().contains("no room"), "{plan}");
+    }
+    // One that was asked for is.
+    assert!(matches!(plan(0, Some(4)), Err(Error::LimitExceeded { .. })));
+}
+
 /// Ragged queries lie as their total says, whatever was said first.
 #[test]
 fn a_similarity_and_ragged_queries_come_in_any_order() {

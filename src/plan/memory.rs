@@ -199,6 +199,11 @@ impl Plan {
             .sum::<u64>()
     }
 
+    /// Bytes of scratch for one row.
+    pub(super) fn least_bytes(&self) -> u64 {
+        self.row_bytes() + self.fixed_bytes() + self.key_term_bytes()
+    }
+
     /// Whole heads if at least one fits the budget, else rows of one head.
     pub(super) fn choose_chunks(&mut self) -> Result<()> {
         let p = &self.problem;
@@ -218,7 +223,7 @@ impl Plan {
             }
         }
         let (row_bytes, fixed) = (self.row_bytes(), self.fixed_bytes());
-        let least = row_bytes + fixed + terms;
+        let least = self.least_bytes();
         if least > self.budget {
             return Err(Error::LimitExceeded {
                 what: "scratch_budget: bytes of scratch for one row".into(),

@@ -42,6 +42,7 @@ impl Plan {
         let step = tile.keys as usize;
         let most = part_keys(p, &self.caps) / step * step;
         let share = keys.div_ceil(asked.unwrap_or(own)).next_multiple_of(step).min(most);
+        let whole = asked.is_none().then(|| self.clone());
         self.splits = (keys + if sides.is_some() { step - 1 } else { 0 }).div_ceil(share);
         self.split_least = if asked.is_some() { step } else { LEAST_SPLIT };
         let why = if asked.is_some() { "as asked" } else { "to fill the device" };
@@ -55,6 +56,11 @@ impl Plan {
             }
         }
         self.stages.push(Blueprint::new(Kernel::Merge, self.tiles, &self.problem, &self.caps));
+        // A budget is no reason for an error where the problem does without.
+        if let Some(whole) = whole.filter(|_| self.least_bytes() > self.budget) {
+            *self = whole;
+            self.reasons.push("the keys are not split: the scratch budget has no room for it".into());
+        }
     }
 
     /// Tiles of rows of the kernel whose keys are split, of all rows.
