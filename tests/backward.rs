@@ -545,6 +545,15 @@ fn what_is_wrong_with_buffers_is_said_and_nothing_recorded() {
     unfit(&problem, Family::StagedTile);
     unfit(&BackwardProblem::of(&AttentionProblem::new(1, 1, 1, 1, 1, 160, 8)), Family::FusedRow);
 
+    // What only the forward call writes is passed by.
+    let noted =
+        BackwardProblem::of(&AttentionProblem { weights: true, status: true, kv_lens: true, ..plain() });
+    let noting = Operands { kv_lens: good.dq, weights: good.dk, status: good.dv, ..good.forward };
+    let noting = BackwardOperands { dk: None, dv: None, dq: good.forward.bias, forward: noting, ..good };
+    assert_eq!(attention.prepare_backward(&noted, &noting).unwrap().dispatches(), 0);
+    let error = attention.prepare_backward(&problem, &noting).unwrap_err();
+    assert!(matches!(error, Error::UnexpectedOperand { .. }), "{error}");
+
     // And the object works: scratch is what the problem says.
     assert_eq!(attention.prepare_backward(&problem, &good).unwrap().dispatches(), 4);
     assert_eq!(problem.scratch_bytes(attention.caps()), Ok(attention.scratch_bytes()));

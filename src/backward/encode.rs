@@ -18,7 +18,8 @@ use crate::slot::Slot;
 /// are, where their layouts have no place in common.
 #[derive(Clone, Copy, Debug)]
 pub struct BackwardOperands<'a> {
-    /// Those of the forward call: its inputs, and the o and lse that it wrote.
+    /// Those of the forward call: its inputs, and the o and lse that it wrote. Its weights and its status, where the
+    /// problem asks for them, are passed by.
     pub forward: Operands<'a>,
     /// The gradient of the loss by o.
     pub dout: wgpu::BufferSlice<'a>,
@@ -412,7 +413,14 @@ fn all_operands() -> impl Iterator<Item = Operand> + Clone {
 
 /// Every rule about the caller's buffers.
 fn check(problem: &BackwardProblem, operands: &BackwardOperands<'_>, caps: &Caps) -> Result<()> {
-    for operand in all_operands() {
+    // What only the forward call writes.
+    let p = &problem.attention;
+    let passed_by = |operand| match operand {
+        Operand::Weights => p.weights,
+        Operand::Status => p.status,
+        _ => false,
+    };
+    for operand in all_operands().filter(|&operand| !passed_by(operand)) {
         let optional = Operand::GRADIENTS.contains(&operand) && operands.get(operand).is_none();
         let wanted = problem.layout(operand).is_some() && !optional;
         let Some(slice) = operand.brought(wanted, operands.get(operand))? else { continue };
