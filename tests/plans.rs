@@ -93,6 +93,20 @@ fn no_split_is_worth_an_error() {
     assert!(matches!(plan(0, Some(4)), Err(Error::LimitExceeded { .. })));
 }
 
+/// A batch of decoding with one prompt among it is one dispatch, as long as all of its rows are.
+#[test]
+fn few_rows_of_a_ragged_batch_are_one_chunk() {
+    let problem = AttentionProblem::new(64, 32, 8, 2048, 4096, 128, 128);
+    let chunks = |problem: &AttentionProblem| {
+        let options = PlanOptions { splits: Some(1), ..PlanOptions::default() };
+        let caps = Caps { max_storage_binding: 1 << 32, max_buffer: 1 << 32, ..Caps::minimal() };
+        Plan::new(problem, &caps, &options).unwrap().chunks()
+    };
+    assert!(chunks(&problem) > 20);
+    assert_eq!(chunks(&problem.clone().with_ragged_queries(2048 + 63)), 1);
+    assert!(chunks(&problem.with_ragged_queries(64 * 2048)) > 20);
+}
+
 /// Ragged queries lie as their total says, whatever was said first.
 #[test]
 fn a_similarity_and_ragged_queries_come_in_any_order() {

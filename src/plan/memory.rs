@@ -159,7 +159,12 @@ impl Plan {
         }
         let p = &self.problem;
         let keys = p.seq_kv.clamp(1, if self.splits > 0 { MAX_SEQ } else { part_keys(p, &self.caps) }) as u64;
-        (dispatch_flop(&self.caps, self.family()) / (2 * keys * (p.head_dim + p.head_dim_v) as u64)).max(64)
+        let rows = dispatch_flop(&self.caps, self.family()) / (2 * keys * (p.head_dim + p.head_dim_v) as u64);
+        // Of a ragged batch few of `batch * seq_q` rows may be there.
+        match p.total_q {
+            Some(total) if (total as u64).saturating_mul(p.heads_q as u64) <= rows => u64::MAX,
+            _ => rows.max(64),
+        }
     }
 
     pub(super) fn check_windows(&self) -> Result<()> {
