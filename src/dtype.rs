@@ -170,7 +170,40 @@ impl<'a> From<&'a [bf16]> for TensorRef<'a> {
     }
 }
 
+impl<'a, T, const N: usize> From<&'a [T; N]> for TensorRef<'a>
+where
+    Self: From<&'a [T]>,
+{
+    fn from(x: &'a [T; N]) -> Self {
+        x.as_slice().into()
+    }
+}
+
+impl<'a, T> From<&'a Vec<T>> for TensorRef<'a>
+where
+    Self: From<&'a [T]>,
+{
+    fn from(x: &'a Vec<T>) -> Self {
+        x.as_slice().into()
+    }
+}
+
+impl<'a> From<&'a Tensor> for TensorRef<'a> {
+    fn from(x: &'a Tensor) -> Self {
+        x.as_ref()
+    }
+}
+
 /// An owned tensor of any element type.
+///
+/// ```
+/// use wgpu_attention::{Dtype, Inputs, Tensor};
+/// let q = vec![0.5; 64];
+/// let (k, v) = (Tensor::from_f32(Dtype::F16, &q), Tensor::zeros(Dtype::F16, 64));
+/// assert_eq!((k.dtype(), v.len()), (Dtype::F16, 64));
+/// let inputs = Inputs::new(&q, &k, &v);
+/// # assert_eq!(inputs.q.len(), 64);
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum Tensor {
@@ -222,6 +255,21 @@ impl Tensor {
             Dtype::Int8 => Self::Int8(collect(bytes)),
             Dtype::Int4 => Self::Int4(collect(bytes)),
         }
+    }
+
+    /// The element type.
+    pub fn dtype(&self) -> Dtype {
+        self.as_ref().dtype()
+    }
+
+    /// Number of stored elements.
+    pub fn len(&self) -> usize {
+        self.as_ref().len()
+    }
+
+    /// Whether there is no element.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
     }
 
     /// A borrowed view.
