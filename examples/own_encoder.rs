@@ -1,7 +1,7 @@
 //! Attention among an application's own commands: its device, its buffers (here one packed QKV
 //! buffer), its encoder, its submission. `cargo run --release --example own_encoder`.
 
-use wgpu_attention::{Attention, AttentionProblem, Layout, Operands, read_buffer};
+use wgpu_attention::{Attention, AttentionProblem, Layout, Operand, Operands, read_buffer};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     pollster::block_on(run())
@@ -34,7 +34,7 @@ async fn run() -> Result<(), Box<dyn std::error::Error>> {
     queue.write_buffer(&qkv, 0, bytemuck::cast_slice(&packed));
     let o = device.create_buffer(&wgpu::BufferDescriptor {
         label: Some("o"),
-        size: 4 * (batch * seq * heads * head_dim) as u64,
+        size: problem.buffer_bytes(Operand::O),
         usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC,
         mapped_at_creation: false,
     });

@@ -162,6 +162,12 @@ pub struct AttentionProblem {
     pub weights: bool,
 }
 
+/// Bytes of so many elements of so many bytes each, in whole words.
+pub(crate) fn whole_words(elements: u128, bytes: usize) -> u64 {
+    let words = elements.saturating_mul(bytes as u128).div_ceil(4);
+    u64::try_from(words.saturating_mul(4)).unwrap_or(u64::MAX)
+}
+
 impl AttentionProblem {
     /// Scaled dot-product attention over contiguous `[batch, heads, seq, dim]` f32 tensors.
     pub fn new(
@@ -361,6 +367,9 @@ impl AttentionProblem {
     }
 
     /// The key-value head that query head `head` reads.
+    ///
+    /// # Panics
+    /// When there is no head of keys, or more of them than of queries: [`AttentionProblem::validate`] refuses both.
     pub fn kv_head(&self, head: usize) -> usize {
         head / self.group_size()
     }
@@ -475,6 +484,19 @@ impl AttentionProblem {
             Operand::Mask => 1,
             _ => 4,
         }
+    }
+
+    /// Bytes that a buffer for this operand needs, or a piece of one: whole words up to its last element. 0 when the
+    /// problem has no such operand or it is empty; `u64::MAX` where no buffer could be so large.
+    ///
+    /// ```
+    /// use wgpu_attention::{AttentionProblem, Dtype, Operand};
+    /// let problem = AttentionProblem::new(1, 8, 8, 128, 512, 64, 63).with_dtype(Dtype::F16);
+    /// assert_eq!(problem.buffer_bytes(Operand::K), 2 * 8 * 512 * 64);
+    /// assert_eq!(problem.buffer_bytes(Operand::Mask), 0);
+    /// ```
+    pub fn buffer_bytes(&self, operand: Operand) -> u64 {
+        whole_words(self.extent(operand), self.element_bytes(operand))
     }
 
     /// Elements that a slice for this operand must hold: one past the largest index of its layout.

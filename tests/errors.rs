@@ -11,8 +11,9 @@ use common::check::{Expected, Gap, poison};
 use common::gpu::{self, Door, Gpu, Guarded, Kind, download, upload};
 use common::subject::Subject;
 use wgpu_attention::{
-    Attention, AttentionProblem, Bias, Cache, Caps, DeviceRequest, Dtype, Error, Family, Inputs, Layout,
-    Operand, Operands, Path, Plan, PlanOptions, Similarity, TensorRef,
+    Append, AppendOperands, Attention, AttentionProblem, BackwardOperands, BackwardProblem, Bias, Cache,
+    Caps, DeviceRequest, Dtype, Error, Family, Inputs, Layout, LinearOperands, LinearProblem, MergeOperands,
+    MergeProblem, Operand, Operands, Partials, Path, Plan, PlanOptions, Similarity, TensorRef,
 };
 
 fn problem() -> AttentionProblem {
@@ -666,4 +667,60 @@ fn texts() {
     assert_eq!(text(inputs), "bias: the problem asks for it, the call did not bring it");
     let inputs = Inputs { bias: Some(TensorRef::F32(&x)), ..inputs };
     assert_eq!(text(inputs), "bias: the problem states f16, the call brings f32");
+}
+
+/// A buffer of as many bytes as is said is enough, and a word less is not: of every call's operands.
+#[test]
+fn buffers_of_the_size_that_is_said() {
+    let Some(gpu) = gpu::get(Kind::Full, false) else { return };
+    let attention = gpu.fresh();
+    let buffers: Vec<_> =
+        (0..9).map(|_| upload(attention.device(), "operand", &[0; 4096], gpu::USAGE)).collect();
+    let hold = |operands: &[(Operand, u64)], call: &dyn Fn(&[wgpu::BufferSlice<'_>]) -> Result<(), Error>| {
+        let slices = |short: Option<usize>| {
+            let bytes = |at: usize| operands[at].1 - if short == Some(at) { 4 } else { 0 };
+            (0..operands.len()).map(|at| buffers[at].slice(..bytes(at))).collect::<Vec<_>>()
+        };
+        assert_eq!(call(&slices(None)), Ok(()));
+        for (at, (operand, _)) in operands.iter().enumerate() {
+            let error = call(&slices(Some(at))).expect_err("a word less was enough").to_string();
+            assert!(error.contains(&operand.to_string()), "{operand}: {error}");
+        }
+    };
+    use Operand::{Bias, Dk, Dout, Dq, Dv, K, KNew, KvLens, Lse, Mask, O, Q, V, VNew, W, X, Y};
+    let half =
+        AttentionProblem { lse: true, ..AttentionProblem::new(1, 1, 1, 3, 5, 7, 9) }.with_dtype(Dtype::F16);
+    let masked = AttentionProblem { mask: Some(Layout::bhsd(1, 3, 5)), ..half.clone() };
+    let plan = attention.plan(&masked).unwrap();
+    hold(&[Q, K, V, O, Lse, Mask].map(|of| (of, masked.buffer_bytes(of))), &|b| {
+        let operands =
+            Operands { lse: Some(b[4]), mask: Some(b[5]), ..Operands::new(b[0], b[1], b[2], b[3]) };
+        attention.prepare(&plan, &operands).map(drop)
+    });
+    let backward = BackwardProblem::of(&half);
+    hold(&[Q, K, V, O, Lse, Dout, Dq, Dk, Dv].map(|of| (of, backward.buffer_bytes(of))), &|b| {
+        let forward = Operands { lse: Some(b[4]), ..Operands::new(b[0], b[1], b[2], b[3]) };
+        let [dq, dk, dv] = [6, 7, 8].map(|at| Some(b[at]));
+        let operands = BackwardOperands { dq, dk, dv, ..BackwardOperands::new(forward, b[5]) };
+        attention.prepare_backward(&backward, &operands).map(drop)
+    });
+    let map = LinearProblem { dtype: Dtype::Bf16, ..LinearProblem::new(3, 5, 7) }.with_bias(Dtype::F16);
+    hold(&[X, W, Y, Bias].map(|of| (of, map.buffer_bytes(of))), &|b| {
+        let operands = LinearOperands { bias: Some(b[3]), ..LinearOperands::new(b[0], b[1], b[2]) };
+        attention.prepare_linear(&map, &operands).map(drop)
+    });
+    let cached =
+        AttentionProblem { kv_lens: true, ..half.clone() }.with_cache(Cache::Contiguous, Dtype::Int8);
+    let append = Append::new(&cached);
+    hold(&[KNew, VNew, K, V, KvLens].map(|of| (of, append.buffer_bytes(of))), &|b| {
+        attention.prepare_append(&append, &AppendOperands::new(b[0], b[1], b[2], b[3], b[4])).map(drop)
+    });
+    let merge =
+        MergeProblem { lse: true, ..MergeProblem::new(vec![Partials::stacked(3, 1, 1, 3, 9)], 1, 1, 3, 9) };
+    let merge = merge.with_dtype(Dtype::F16);
+    let sizes = [(Some(0), O), (Some(0), Lse), (None, O), (None, Lse)];
+    hold(&sizes.map(|(partial, of)| (of, merge.buffer_bytes(partial, of))), &|b| {
+        let operands = MergeOperands { partials: &[(b[0], b[1])], o: b[2], lse: Some(b[3]) };
+        attention.prepare_merge(&merge, &operands).map(drop)
+    });
 }

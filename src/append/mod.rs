@@ -18,7 +18,7 @@ use crate::mask::Align;
 use crate::params::{ParamLayout, Params};
 use crate::pipeline::Recipe;
 use crate::plan::Window;
-use crate::problem::AttentionProblem;
+use crate::problem::{AttentionProblem, whole_words};
 use crate::rope::Rope;
 
 /// What a step of generation does before it attends: the new tokens' k and v go into the cache, turned by
@@ -233,6 +233,14 @@ impl Append {
             },
             _ => self.problem.layout(operand),
         }
+    }
+
+    /// Bytes that a buffer for this operand needs, or a piece of one: whole words up to its last element. 0 when the append
+    /// has no such operand or it is empty; `u64::MAX` where no buffer could be so large.
+    pub fn buffer_bytes(&self, operand: Operand) -> u64 {
+        let layout = OPERANDS.contains(&operand).then(|| self.layout(operand)).flatten();
+        let extent = layout.map_or(0, |layout| layout.extent(self.shape(operand)));
+        whole_words(extent, self.element_bytes(operand))
     }
 
     fn element_bytes(&self, operand: Operand) -> usize {

@@ -14,7 +14,7 @@ use crate::dtype::{Dtype, TensorRef};
 use crate::error::{Error, Operand, Result};
 use crate::host::Inputs;
 use crate::layout::Layout;
-use crate::problem::{AttentionProblem, Similarity};
+use crate::problem::{AttentionProblem, Similarity, whole_words};
 
 /// The backward pass of one attention call: from the gradient of a loss by o, `dout`, those by q, k, v, bias and sinks.
 ///
@@ -127,6 +127,12 @@ impl BackwardProblem {
             Operand::Sinks => Dtype::F32,
             _ => p.out_dtype,
         }
+    }
+
+    /// Bytes that a buffer for this operand needs, or a piece of one: whole words up to its last element. 0 when there is
+    /// no such operand or it is empty; `u64::MAX` where no buffer could be so large.
+    pub fn buffer_bytes(&self, operand: Operand) -> u64 {
+        whole_words(self.extent(operand), self.attention.element_bytes(like(operand)))
     }
 
     /// Elements that a slice for this operand must hold: one past the largest index of its layout. 0 when there is no

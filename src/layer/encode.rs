@@ -277,8 +277,7 @@ type Read<'a> = (Operand, Option<Projection>, Place<'a>);
 
 /// Where an operand of a map lies.
 fn place<'a>(problem: &LinearProblem, operand: Operand, slice: wgpu::BufferSlice<'a>) -> Place<'a> {
-    let bytes = problem.layout(operand).map_or(0, |(_, dtype)| dtype.bytes());
-    (slice, Window { start: 0, end: problem.extent(operand) as u64 * bytes as u64 })
+    (slice, Window { start: 0, end: problem.buffer_bytes(operand) })
 }
 
 fn read_by<'a>(

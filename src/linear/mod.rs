@@ -15,7 +15,7 @@ use crate::dtype::Dtype;
 use crate::error::{Error, Operand, Result};
 use crate::fused_matrix;
 use crate::layout::Layout;
-use crate::problem::{Bias, MAX_SEQ};
+use crate::problem::{Bias, MAX_SEQ, whole_words};
 
 /// Most inputs. A thread takes them four at a time, and lavapipe cuts it off after 65535 iterations, nested
 /// loops together.
@@ -231,6 +231,13 @@ impl LinearProblem {
             Operand::Y => Some((self.y, self.out_dtype)),
             _ => None,
         }
+    }
+
+    /// Bytes that a buffer for x, w, bias or y needs, or a piece of one: whole words up to its last element. 0 when the
+    /// map has no such operand or it is empty; `u64::MAX` where no buffer could be so large.
+    pub fn buffer_bytes(&self, operand: Operand) -> u64 {
+        let bytes = self.layout(operand).map_or(0, |(_, dtype)| dtype.bytes());
+        whole_words(self.extent(operand), bytes)
     }
 
     /// One past the largest index of an operand's elements; 0 where there are none.

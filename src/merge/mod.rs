@@ -11,7 +11,7 @@ pub use encode::MergeOperands;
 use crate::dtype::Dtype;
 use crate::error::{Error, Operand, Result};
 use crate::layout::Layout;
-use crate::problem::{AttentionProblem, MAX_SEQ};
+use crate::problem::{AttentionProblem, MAX_SEQ, whole_words};
 
 /// Most pairs of buffers that a merge reads: with o and lse they are the eight storage buffers that every
 /// device binds.
@@ -96,7 +96,7 @@ impl Partials {
 /// - A chunk of a prompt against a cache and against itself: two calls, two pairs of buffers.
 /// - A prefix that all sequences of a batch share (cascade inference): attended once, as one batch entry with
 ///   the queries of all sequences, then merged with what each sequence finds in its own tail.
-/// - Keys in several places or on several devices: any number of parts in one pair of buffers.
+/// - Keys in several places or on several devices: up to 16384 parts, in one pair of buffers or more.
 ///
 /// ```
 /// use wgpu_attention::{AttentionProblem, Layout, MergeProblem, Partials};
@@ -180,6 +180,17 @@ impl MergeProblem {
     /// Rows over all batch entries and heads (`usize::MAX` where that overflows).
     pub fn rows(&self) -> usize {
         self.batch.saturating_mul(self.heads_q).saturating_mul(self.seq_q)
+    }
+
+    /// Bytes that a buffer needs, or a piece of one, for what [`MergeProblem::extent`] counts the elements of, in whole
+    /// words; `u64::MAX` where no buffer could be so large.
+    pub fn buffer_bytes(&self, partial: Option<usize>, operand: Operand) -> u64 {
+        let bytes = match (partial, operand) {
+            (_, Operand::Lse) => 4,
+            (Some(_), _) => self.dtype.bytes(),
+            (None, _) => self.out_dtype.bytes(),
+        };
+        whole_words(self.extent(partial, operand), bytes)
     }
 
     /// Elements that a slice for o ([`Operand::O`]) or lse ([`Operand::Lse`]) must hold; with `partial`, one
