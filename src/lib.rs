@@ -41,6 +41,12 @@
 //! encoded. (In a browser what the driver itself finds, a lost device or a lack of memory, comes later, as WebGPU has it:
 //! to the device's own handler of errors.)
 //!
+//! # Limits
+//! Sequences have at most 2^28 tokens, `batch * heads_q * seq_q` and the elements of each operand are at most 2^32 - 1
+//! (kernels index by u32), and rows of a linear map at most 2^17 inputs; a merge takes 16384 parts. Fused kernels take a
+//! `head_dim_v` of 512 at most, some of them less, and gradients a `head_dim`, too; staged kernels take any. There is no
+//! dropout. What a device limits is said by [`Error::LimitExceeded`], with what was needed.
+//!
 //! # Features
 //! - `backends` (default): wgpu's default backends.
 //! - `cpu` (default): the `cpu` module. Not on wasm32.

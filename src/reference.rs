@@ -51,6 +51,9 @@ pub fn oracle(problem: &AttentionProblem, inputs: &Inputs<'_>) -> Result<Referen
 ///
 /// # Errors
 /// Those of [`Inputs::check`].
+///
+/// # Panics
+/// When `rows` reaches past those of the problem.
 pub fn oracle_rows(
     problem: &AttentionProblem,
     inputs: &Inputs<'_>,
