@@ -27,7 +27,7 @@ use crate::problem::{AttentionProblem, Similarity, whole_words};
 /// ```
 ///
 /// (FlashAttention 2, Dao 2023, algorithm 2.) Heads of queries that share a head of k and v add up there. Weights are
-/// computed again, tile by tile, and none is ever stored: scratch is two numbers a query. Sums are f32 whatever the
+/// computed again, tile by tile, and none is ever stored ([`BackwardProblem::scratch_bytes`]). Sums are f32 whatever the
 /// storage, have one owner each, and so come out as the same bits each time.
 ///
 /// Scale, soft cap, bias, ALiBi, every mask, key lengths, sinks, grouped heads, ragged sequences, strides and types

@@ -40,8 +40,8 @@ pub struct LayerOperands<'a> {
     pub k_gain: Option<wgpu::BufferSlice<'a>>,
     /// Cosines and sines, f32.
     pub rope: Option<wgpu::BufferSlice<'a>>,
-    /// The output. It may lie where x does, or the context: both have been read when it is written. Its rows behind the last offset of a ragged batch belong to no entry, and what the layer
-    /// leaves there means nothing.
+    /// The output. It may lie where x does, or the context: both have been read when it is written. Its rows behind the
+    /// last offset of a ragged batch belong to no entry, and what the layer leaves there means nothing.
     pub y: wgpu::BufferSlice<'a>,
     /// What attention's options want.
     pub options: LayerOptions<'a>,
@@ -277,7 +277,9 @@ type Read<'a> = (Operand, Option<Projection>, Place<'a>);
 
 /// Where an operand of a map lies.
 fn place<'a>(problem: &LinearProblem, operand: Operand, slice: wgpu::BufferSlice<'a>) -> Place<'a> {
-    (slice, Window { start: 0, end: problem.buffer_bytes(operand) })
+    let first =
+        problem.layout(operand).map_or(0, |(layout, dtype)| layout.offset as u64 * dtype.bytes() as u64);
+    (slice, Window { start: first, end: problem.buffer_bytes(operand) })
 }
 
 fn read_by<'a>(
