@@ -1,6 +1,7 @@
 //! From a backward pass and buffers to recorded dispatches.
 
-use super::kernel::{Backward, Form, LANES, Makes, SINK_QUERIES, own_and_others};
+use super::form::{Form, LANES, Makes, SINK_QUERIES, own_and_others};
+use super::kernel::Backward;
 use super::{BackwardProblem, like};
 use crate::attention::{Attention, Operands, Shared};
 use crate::caps::Caps;

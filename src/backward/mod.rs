@@ -1,7 +1,9 @@
 //! Gradients: what attention hands back to q, k, v, bias and sinks of a loss's gradient by o. Here is what a backward
-//! pass is; `kernel` has the shaders, `encode` the way to them, and `oracle` what they are held to.
+//! pass is; `form` says who owns what, `kernel` has the shaders, `encode` the way to them, and `oracle` what they are
+//! held to.
 
 mod encode;
+mod form;
 pub(crate) mod kernel;
 pub(crate) mod oracle;
 mod run;
