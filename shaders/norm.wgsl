@@ -7,7 +7,7 @@ const SHRINK: f32 = 8.271806e-25;
 // A factor and a divisor that make a vector of length 1 of one with this sum of squares. `shrunk` is the sum
 // of squares of the vector times SHRINK, for where the other is not finite.
 fn to_unit(sum: f32, shrunk: f32) -> vec2<f32> {
-    if (bitcast<u32>(sum) & 0x7f800000u) == 0x7f800000u {
+    if !is_finite(sum) {
         return vec2<f32>(SHRINK, sqrt(shrunk));
     }
     return vec2<f32>(1.0, max(sqrt(sum), LEAST_NORM));

@@ -22,7 +22,7 @@ fn close_row(index: u32, h: u32, m: f32, l: f32, stores: bool) -> f32 {
         let lse = select(row_max + log2(row_sum) * LN_2, row_sum, is_nan(row_sum));
         let b = batch_head(index / params.row_count).x;
         let i = params.row_first + index % params.row_count;
-        store_lse(lse_at(b, h, i), select(lse, bitcast<f32>(neg_inf_bits()), empty));
+        store_lse(lse_at(b, h, i), select(bitcast<u32>(lse), neg_inf_bits(), empty));
     }
     return select(shrink / row_sum, 0.0, empty);
 }

@@ -12,10 +12,15 @@ fn tanh_accurate(x: f32) -> f32 {
     p = p * z + 1.33314422036e-1;
     p = p * z - 3.33332819422e-1;
     let small = a + a * z * p;
-    // Beyond 9 the result is 1 in f32; the clamp keeps exp from overflowing.
-    let large = 1.0 - 2.0 / (exp2(2.0 * LOG2_E * min(a, 16.0)) + 1.0);
-    let t = select(large, small, a < 0.625);
+    let t = select(1.0 - below_one(a), small, a < SMALL);
     return select(t, -t, x < 0.0);
+}
+
+const SMALL: f32 = 0.625;
+
+// 1 - tanh(a), of an `a` that is not small. Beyond 9 tanh is 1 in f32; the clamp keeps exp from overflowing.
+fn below_one(a: f32) -> f32 {
+    return 2.0 / (exp2(2.0 * LOG2_E * min(a, 16.0)) + 1.0);
 }
 
 // A NaN has no sign to select by and no side of 0.625: it goes round the polynomial.
@@ -56,7 +61,7 @@ fn finish_kept(dot: f32, b: u32, h: u32, i: u32, j: u32, len_k: u32, tile: u32) 
         return DROPPED;
     }
     let bias = load_bias(b, h, i, j);
-    if bitcast<u32>(bias) == NEG_INF_BITS {
+    if is_excluded(bias) {
         return DROPPED;
     }
     var s = compared(dot, b, h, j) * params.scale;

@@ -21,7 +21,7 @@ fn stage_k(thread: u32, nought: u32, b: u32, kv_head: u32, first: u32, len_k: u3
 fn have_finite_sum(v: Eight_v) -> bool {
     let four = abs(v.low) + abs(v.high);
     let two = four.xy + four.zw;
-    return (bitcast<u32>(f32(two.x) + f32(two.y)) & 0x7fffffffu) < 0x7f800000u;
+    return is_finite(f32(two.x) + f32(two.y));
 }
 
 // Eight columns of a value, for a product with weights: 0 * NaN is NaN, also where the key is dropped, so that quads

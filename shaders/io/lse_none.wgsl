@@ -1,1 +1,1 @@
-fn store_lse(index: u32, lse: f32) {}
+fn store_lse(index: u32, bits: u32) {}

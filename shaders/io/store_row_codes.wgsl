@@ -32,7 +32,7 @@ fn whole_range(first: u32, end: u32) -> Range {
     var finite = true;
     for (var d = first; d < end; d += 1u) {
         let x = wg_row[d];
-        finite = finite && (bitcast<u32>(x) & 0x7f800000u) != 0x7f800000u;
+        finite = finite && is_finite(x);
         least = min(least, x);
         most = max(most, x);
     }

@@ -23,7 +23,7 @@ fn main(
     let sink = sinks[head];
     var sum = 0.0;
     // One of -inf is none.
-    if bitcast<u32>(sink) != NEG_INF_BITS {
+    if bitcast<u32>(sink) != neg_inf_bits() {
         for (var b = 0u; b < params.batch; b += 1u) {
             for (var i = thread; i < query_count(b); i += THREADS) {
                 let terms = row_terms(b, head, i);

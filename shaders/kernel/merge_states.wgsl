@@ -51,11 +51,11 @@ fn main(
     // The largest weight is 1: no part weighs anything where the sum is 0.
     let empty = sums.weights == 0.0;
     var o = sums.o * select(1.0 / sums.weights, 0.0, empty);
-    var lse = select(largest + log2(sums.weights) * LN_2, bitcast<f32>(neg_inf_bits()), empty);
+    var lse = select(bitcast<u32>(largest + log2(sums.weights) * LN_2), neg_inf_bits(), empty);
     if sums.spoiled {
         // A quiet NaN, again no constant.
-        lse = bitcast<f32>(neg_inf_bits() | 0x00400000u);
-        o = vec4<f32>(lse);
+        lse = neg_inf_bits() | 0x00400000u;
+        o = vec4<f32>(bitcast<f32>(lse));
     }
     store4_o(row_o(row.x, row.y, row.z), d, o);
     if d == 0u {

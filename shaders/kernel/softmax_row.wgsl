@@ -98,7 +98,7 @@ fn main(
         inverse_sums[index] = select(1.0 / row_sum, 0.0, empty);
         let i = params.row_first + row;
         if is_query(bh.x, i) {
-            store_lse(lse_at(bh.x, bh.y, i), select(lse, bitcast<f32>(neg_inf_bits()), empty));
+            store_lse(lse_at(bh.x, bh.y, i), select(bitcast<u32>(lse), neg_inf_bits(), empty));
         }
     }
 }
