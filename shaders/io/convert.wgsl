@@ -8,9 +8,20 @@ fn unpack_bf16(pair: u32) -> vec2<f32> {
     return bitcast<vec2<f32>>(vec2<u32>(pair << 16u, pair & 0xffff0000u));
 }
 
+// Rounded to f16's precision, to nearest, ties to even: pack2x16float may round towards zero, and does on AMD's GPUs. What
+// f16 has no normal number for is left as it is.
+fn nearest_f16(x: f32) -> f32 {
+    let bits = bitcast<u32>(x);
+    let size = bits & 0x7fffffffu;
+    let rounded = (bits + 0xfffu + ((bits >> 13u) & 1u)) & 0xffffe000u;
+    return bitcast<f32>(select(bits, rounded, size >= 0x38800000u && size < 0x47800000u));
+}
+
 // Each by itself: SwiftShader lets a NaN in the lower half reach into the upper one.
 fn pack_f16(x: vec2<f32>) -> u32 {
-    return (pack2x16float(vec2<f32>(x.x, 0.0)) & 0xffffu) | (pack2x16float(vec2<f32>(x.y, 0.0)) << 16u);
+    let low = pack2x16float(vec2<f32>(nearest_f16(x.x), 0.0));
+    let high = pack2x16float(vec2<f32>(nearest_f16(x.y), 0.0));
+    return (low & 0xffffu) | (high << 16u);
 }
 
 // Round to nearest, ties to even; a NaN stays one (rounding could carry it into infinity).
