@@ -139,7 +139,7 @@ fn compute(
         let of = Denominator::new(kept.clone(), inputs.sinks.map(|sinks| f64::from(sinks[h])));
         out.max_score = kept.filter(|s| s.is_finite()).fold(out.max_score, |m, s| m.max(s.abs()));
         let weight = |s: Option<f64>| s.map_or(0.0, |s| round(of.weight(s)));
-        out.lse.push(if of.sum == 0.0 { f64::NEG_INFINITY } else { of.max + of.sum.ln() });
+        out.lse.push(of.lse());
 
         // The weighted sum, over kept keys alone: what lies at a dropped key is never read.
         let mut o = vec![0.0; p.head_dim_v];
@@ -179,6 +179,11 @@ impl Denominator {
 
     fn exp(&self, s: f64) -> f64 {
         if s == f64::NEG_INFINITY { 0.0 } else { (s - self.max).exp() }
+    }
+
+    /// Its logarithm.
+    pub(crate) fn lse(&self) -> f64 {
+        if self.sum == 0.0 { f64::NEG_INFINITY } else { self.max + self.sum.ln() }
     }
 
     /// The weight of a kept score.

@@ -24,6 +24,8 @@ pub struct Gradients {
     pub dsinks: Vec<f64>,
     /// Largest finite magnitude of a kept score, also of one before its soft cap.
     pub max_score: f64,
+    /// Largest finite magnitude of a row's lse.
+    pub max_lse: f64,
     /// Of each of [`Operand::GRADIENTS`]: the largest sum of magnitudes that an element is the sum of.
     pub max_terms: [f64; 5],
     /// The same of those terms alone that o has a part in, as it is stored.
@@ -80,13 +82,14 @@ pub fn backward_naive(
 /// The largest error that each of [`Operand::GRADIENTS`] may have. `naive` is what [`backward_naive`] gives, used where
 /// anything is stored narrower than f32.
 ///
-/// f32: `8 * 2^-24 * max(1, max|s|)` times the largest sum of magnitudes behind an element, never above `1e-4` times
-/// that. f16 and bf16: beside it twice the naive error and the rounding of the largest element, plus 1e-5. Where few
+/// f32: `8 * 2^-24 * max(1, max|s|, max|lse|)` times the largest sum of magnitudes behind an element, never above `1e-4`
+/// times that: weights are `exp(s - lse)`, of an lse that was rounded when it was stored. f16 and bf16: beside it twice the naive error and the rounding of the largest element, plus 1e-5. Where few
 /// rows see a key, the naive error may be small by luck, so that what rounding o can do to an element is always granted.
 pub fn backward_tolerance(problem: &BackwardProblem, oracle: &Gradients, naive: &Gradients) -> [f64; 5] {
     let p = &problem.attention;
     let wide = [p.dtype, p.stored_kv(), p.out_dtype].iter().all(|&dtype| dtype == Dtype::F32);
-    let relative = (8.0 * 2f64.powi(-24) * oracle.max_score.max(1.0)).min(1e-4);
+    let exponent = oracle.max_score.max(oracle.max_lse).max(1.0);
+    let relative = (8.0 * 2f64.powi(-24) * exponent).min(1e-4);
     std::array::from_fn(|at| {
         let gradient = Operand::GRADIENTS[at];
         let sums = relative * oracle.max_terms[at];
@@ -135,7 +138,7 @@ fn compute(
     let places = problem.extent(Operand::Dbias) as usize;
     let heads_sunk = if p.sinks { heads } else { 0 };
     let mut sums = [all * dim, keys * dim, keys * dim_v, places, heads_sunk].map(|n| vec![Sum::default(); n]);
-    let mut max_score = 0.0_f64;
+    let (mut max_score, mut max_lse) = (0.0_f64, 0.0_f64);
     let [k_rows, v_rows] = [Operand::K, Operand::V].map(|operand| KvRows::new(p, inputs, operand));
     let projected = ProjectedKeys::default();
     for row in 0..all {
@@ -146,6 +149,8 @@ fn compute(
         let kept = scores.iter().flatten().copied();
         let of = Denominator::new(kept.clone(), inputs.sinks.map(|sinks| f64::from(sinks[h])));
         max_score = kept.filter(|s| s.is_finite()).fold(max_score, |m, s| m.max(s.abs()));
+        let lse = of.lse().abs();
+        max_lse = if lse.is_finite() { max_lse.max(lse) } else { max_lse };
         if of.sum == 0.0 {
             continue;
         }
@@ -223,7 +228,7 @@ fn compute(
         };
         (0..entries * heads * queries * keys).map(|n| dbias[layout.index(at(n))]).collect()
     });
-    Ok(Gradients { dq, dk, dv, dbias, dsinks, max_score, max_terms, max_terms_of_o })
+    Ok(Gradients { dq, dk, dv, dbias, dsinks, max_score, max_lse, max_terms, max_terms_of_o })
 }
 
 #[cfg(test)]
