@@ -174,7 +174,8 @@ fn a_bias_that_many_share() {
 /// Sums whose terms have one sign, as those of the sum of all of o have: rounding errors do not even out.
 #[test]
 fn long_sums_of_one_sign() {
-    let base = Axes { seq_kv: 17, head_dim: 8, head_dim_v: 8, heads: (1, 1), ..Axes::default() };
+    // Budgets grow with scores: these are small.
+    let base = Axes { seq_kv: 5, head_dim: 8, head_dim_v: 8, heads: (1, 1), spread: 0.2, ..Axes::default() };
     let bias = Some((Dtype::F32, Spread::Shared, false));
     for axes in [
         Axes { seq_q: 16_384, ..base },
@@ -194,6 +195,29 @@ fn long_sums_of_one_sign() {
         pass.dout = Tensor::from_f32(p.out_dtype, &ones);
         hold(&pass, false);
     }
+}
+
+/// Scores of more than five soft caps, whose slopes are what a number near 1 leaves of 1.
+#[test]
+fn slopes_of_saturated_soft_caps() {
+    let axes = Axes {
+        similarity: Sim::Dot,
+        scale: Some(1.0),
+        softcap: Some(5.0),
+        head_dim: 4,
+        seq_q: 33,
+        seq_kv: 3,
+        ..Axes::default()
+    };
+    let mut pass = pass(axes, Move::default(), 11);
+    let p = &pass.case.problem;
+    let fill = |layout, shape, of: &dyn Fn([usize; 4]) -> f32| {
+        common::case::fill(p.dtype, layout, shape, 0, |at| Some(if at[3] == 0 { of(at) } else { 0.0 }))
+    };
+    let q = fill(p.q, p.shape(Operand::Q), &|_| 1.0);
+    let k = fill(p.k, p.shape(Operand::K), &|[_, _, j, _]| 27.0 + j as f32 / 8.0);
+    (pass.case.data.q, pass.case.data.k) = (q.into(), k.into());
+    hold(&pass, false);
 }
 
 /// Buffers have rows, and no entry has any of them.
