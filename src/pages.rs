@@ -1,5 +1,7 @@
 //! Who owns which page of a paged cache: bookkeeping on the host, for the block tables that kernels read.
 
+use std::collections::HashSet;
+
 use crate::error::{Error, Result};
 use crate::problem::MAX_SEQ;
 
@@ -255,9 +257,11 @@ impl Sequence {
         Ok(())
     }
 
-    /// Whether that allocator knows all pages as owned, as the sequence's own does.
+    /// Whether that allocator knows all pages as owned, as the sequence's own does, which hands none out twice: so each can
+    /// be freed.
     fn check(&self, allocator: &PageAllocator) -> Result<()> {
-        match self.pages.iter().find(|&&page| allocator.owners(page) == 0) {
+        let mut seen = HashSet::with_capacity(self.pages.len());
+        match self.pages.iter().find(|&&page| allocator.owners(page) == 0 || !seen.insert(page)) {
             Some(&page) => Err(Error::PageNotInUse { page, pages: allocator.pages() }),
             None => Ok(()),
         }
@@ -365,6 +369,22 @@ mod tests {
     }
 
     /// Any order of appending, forking, truncating and freeing, against a model that counts owners by looking.
+    #[test]
+    fn pages_of_two_allocators_are_not_taken_for_one_s() {
+        let [mut a, mut b] = [PageAllocator::new(4), PageAllocator::new(4)];
+        let mut sequence = Sequence::new(1).unwrap();
+        for allocator in [&mut a, &mut b] {
+            sequence.append(allocator, 1).unwrap();
+        }
+        assert_eq!(sequence.pages(), [0, 0]);
+        let state = |of: &Sequence, a: &PageAllocator| (of.pages().to_vec(), of.len(), a.available());
+        let before = state(&sequence, &a);
+        assert_eq!(sequence.truncate(&mut a, 0), Err(Error::PageNotInUse { page: 0, pages: 4 }));
+        assert!(sequence.fork(&mut a).is_err());
+        assert_eq!(state(&sequence, &a), before);
+        assert!(sequence.free(&mut a).is_err());
+    }
+
     #[test]
     fn no_page_has_two_owners_that_were_not_forked() {
         for seed in 0..200_u64 {
