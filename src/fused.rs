@@ -74,12 +74,14 @@ impl FusedTile {
         let staged = self.tile_kv() * (self.slice + 1) * if self.both { 2 } else { 1 };
         let exchanged = self.tile_q() * (16 * (self.lanes + 1) + 4 * self.lanes);
         let queries = if self.held > 0 { self.held_quads(self.held) } else { 0 };
-        16 * (staged + queries) + if self.subgroup { 0 } else { exchanged } + 8
+        let rest = if self.subgroup { 0 } else { exchanged } + 8;
+        // A head may be wider than any such memory.
+        staged.saturating_add(queries).saturating_mul(16).saturating_add(rest)
     }
 
     /// Quads of workgroup memory that hold rows of `quads`, skewed by one from thread to thread along the rows.
     pub(crate) fn held_quads(self, quads: u32) -> u32 {
-        self.row_lanes * (self.rows * quads + 1)
+        self.rows.saturating_mul(quads).saturating_add(1).saturating_mul(self.row_lanes)
     }
 
     /// Quads of o of each row that share an exchange of weights. (By count, a quad's own loads and shuffles take a
@@ -300,7 +302,7 @@ impl FusedRow {
         let keys = tile.keys.unwrap_or(self.keys);
         check("keys", keys, [1, 2, 4].contains(&keys), "1, 2 or 4")?;
         // Each pair of a row and a key is text of its own.
-        check("rows", rows, rows > 0 && rows * keys <= 24, "from 1 to 24 / keys")?;
+        check("rows", rows, (1..=24 / keys).contains(&rows), "from 1 to 24 / keys")?;
         let side = tile.side.unwrap_or(self.side.min(keys));
         check("side", side, [1, 2, 4].contains(&side) && side <= keys, "1, 2 or 4, and at most keys")?;
         let threads = tile.threads.unwrap_or(self.threads);

@@ -21,7 +21,7 @@ impl Align {
     pub fn offset(self, seq_q: usize, len_k: usize) -> i64 {
         match self {
             Self::TopLeft => 0,
-            Self::BottomRight => len_k as i64 - seq_q as i64,
+            Self::BottomRight => (len_k as i64).saturating_sub(seq_q as i64),
         }
     }
 }
@@ -58,9 +58,9 @@ impl AttentionProblem {
     pub(crate) fn kv_range_of(&self, row: usize, len_q: usize, len_k: usize) -> Range<usize> {
         let len_k = len_k.min(self.seq_kv);
         let (mut lo, mut hi) = (0, len_k as i64);
-        let position = row as i64 + self.positions_align().offset(len_q, len_k);
+        let position = (row as i64).saturating_add(self.positions_align().offset(len_q, len_k));
         if self.causal.is_some() {
-            hi = hi.min(position + 1);
+            hi = hi.min(position.saturating_add(1));
         }
         if let Some(window) = self.window {
             if let Some(left) = window.left {
@@ -68,7 +68,7 @@ impl AttentionProblem {
             }
             if let Some(right) = window.right {
                 let right = right.min(i64::MAX as usize >> 1) as i64;
-                hi = hi.min(position + right + 1);
+                hi = hi.min(position.saturating_add(right).saturating_add(1));
             }
         }
         let hi = hi.max(0) as usize;

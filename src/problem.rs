@@ -435,7 +435,7 @@ impl AttentionProblem {
                 Cache::Paged { max_blocks, .. } => [1, 1, b, max_blocks],
                 _ => [1, 1, b, 0],
             },
-            Operand::CuSeqlensQ | Operand::CuSeqlensK => [1, 1, 1, b + 1],
+            Operand::CuSeqlensQ | Operand::CuSeqlensK => [1, 1, 1, b.saturating_add(1)],
             Operand::Status => [1, 1, 1, 1],
             Operand::Lse => self.total_q.map_or([1, b, h, sq], |total| [1, 1, h, total]),
             // Those of other calls.

@@ -113,9 +113,9 @@ impl Tile {
         }
         // Newer Mesa's compiler takes seconds over as much as instruction caches hold, which are not alike.
         if caps.mesa().is_some_and(|version| version >= NEWER_MESA) {
-            let widths = (problem.head_dim + problem.head_dim_v) as u32;
+            let widths = problem.head_dim.saturating_add(problem.head_dim_v);
             for (rows, keys) in [(6, 2), (8, 2), (4, 4), (5, 4), (6, 4)] {
-                if rows * keys * widths <= 2560 {
+                if widths <= 2560 / (rows * keys) as usize {
                     all.push(Self { rows: Some(rows), keys: Some(keys), ..Self::of(Family::FusedRow) });
                 }
             }

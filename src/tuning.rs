@@ -6,7 +6,7 @@ use std::str::FromStr;
 use crate::caps::Caps;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::problem::AttentionProblem;
+use crate::problem::{AttentionProblem, MAX_SEQ};
 use crate::tile::Tile;
 
 /// A table of measured tiles, keyed by adapter and by class of problem. A plan takes its entry where
@@ -61,7 +61,7 @@ impl Class {
     fn of(problem: &AttentionProblem, caps: &Caps) -> Self {
         // A tab or a line's end would end the field.
         let field = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
-        let length = |n: usize| n.max(1).next_power_of_two().ilog2();
+        let length = |n: usize| n.clamp(1, MAX_SEQ).next_power_of_two().ilog2();
         Self {
             adapter: [field(&caps.adapter), field(&caps.driver), caps.backend.to_string()],
             dtype: problem.dtype,
@@ -74,7 +74,7 @@ impl Class {
     fn distance(&self, of: &Self) -> Option<u32> {
         let same = (&self.adapter, self.dtype, self.widths) == (&of.adapter, of.dtype, of.widths);
         let steps = |i: usize| self.lengths[i].abs_diff(of.lengths[i]);
-        same.then(|| steps(0) + steps(1)).filter(|&steps| steps <= REACH)
+        same.then(|| steps(0).saturating_add(steps(1))).filter(|&steps| steps <= REACH)
     }
 }
 

@@ -14,7 +14,7 @@ use languages::translate;
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 use wgpu_attention::{
     Align, AttentionProblem, Cache, Caps, Dispatch, Dtype, Error, Family, Layout, MatrixUnits, Operand, Path,
-    Plan, PlanOptions, Shader, Similarity, Window,
+    Plan, PlanOptions, Shader, Similarity, Tile, Tuning, Window,
 };
 
 /// Devices that exist, as capabilities.
@@ -91,6 +91,39 @@ fn no_split_is_worth_an_error() {
     }
     // One that was asked for is.
     assert!(matches!(plan(0, Some(4)), Err(Error::LimitExceeded { .. })));
+}
+
+/// Sizes whose products are more than their type holds are refused like any that are too large.
+#[test]
+fn sizes_do_not_wrap_around() {
+    let problem = AttentionProblem::new(1, 1, 1, 8, 8, 8, 8);
+    let wide = AttentionProblem::new(1, 1, 1, 64, 1, 1 << 25, 8);
+    let shared = Layout { offset: 0, strides: [0, 0, 0, 1] };
+    let wide = AttentionProblem { q: shared, ..wide };
+    assert_eq!(wide.validate(), Ok(()));
+    for (problem, tile) in [
+        (&problem, "fused:row:rows=1073741825:keys=4"),
+        (&problem, "fused:row:rows=2147483648:keys=2"),
+        (&problem, "fused:row:rows=0"),
+        (&wide, "fused:tile:rows=4:held=1"),
+        (&wide, "fused:tile:held=1"),
+    ] {
+        let options = PlanOptions { tile: Some(tile.parse().unwrap()), ..PlanOptions::default() };
+        let error = Plan::new(problem, &Caps::minimal(), &options).expect_err(tile);
+        assert!(matches!(error, Error::KernelUnfit { .. }), "{tile}: {error}");
+    }
+    let mesa = Caps { driver: "llvmpipe Mesa 26.1.6".into(), ..Caps::minimal() };
+    assert!(!Tile::candidates(&wide, &mesa).is_empty());
+    let endless = AttentionProblem { seq_q: usize::MAX, batch: usize::MAX, ..problem.clone() };
+    assert_eq!(Tuning::default().get(&endless, &mesa), None);
+    assert_eq!(AttentionProblem { kv_lens: true, ..endless }.buffer_bytes(Operand::KvLens), u64::MAX);
+    // Workgroups are numbered over three dimensions, and no further.
+    for max_dispatch in [0, 2] {
+        let caps = Caps { max_dispatch, ..Caps::minimal() };
+        let many = AttentionProblem::new(1, 64, 64, 512, 512, 64, 64);
+        let error = Plan::new(&many, &caps, &PlanOptions::default()).expect_err("too many workgroups");
+        assert!(matches!(error, Error::LimitExceeded { .. }), "{error}");
+    }
 }
 
 /// A batch of decoding with one prompt among it is one dispatch, as long as all of its rows are.

@@ -219,7 +219,8 @@ fn chunks(kernel: &Backward, problem: &BackwardProblem, caps: &Caps) -> Chunks {
         0 => (1, most / tile * tile),
         heads => (heads.min(owners), rows),
     };
-    let carried = if kernel.parts { of_owners * of_rows.next_multiple_of(tile) * row_bytes } else { 0 };
+    let carried =
+        if kernel.parts && owners > 0 { of_owners * of_rows.next_multiple_of(tile) * row_bytes } else { 0 };
     Chunks { owners, of_owners, rows, of_rows, carried }
 }
 

@@ -132,8 +132,9 @@ pub(super) fn parts(makes: Makes, form: Form, problem: &BackwardProblem, caps: &
 /// flags, and the own rows if they are held.
 pub(super) fn tile_bytes(of: FusedTile, held: Option<[u32; 2]>) -> u32 {
     let quads = held.unwrap_or_default().into_iter().filter(|&quads| quads > 0);
-    let own = quads.map(|quads| of.held_quads(quads)).sum::<u32>();
-    16 * (of.tile_kv() * (of.slice + 1) + of.tile_q() * (of.lanes + 1) + own) + 8
+    let rest = of.tile_kv() * (of.slice + 1) + of.tile_q() * (of.lanes + 1);
+    let all = quads.map(|quads| of.held_quads(quads)).fold(rest, u32::saturating_add);
+    all.saturating_mul(16).saturating_add(8)
 }
 
 /// The fused tile's sizes for own rows and others: its slices serve both products. `whole` says whether all of

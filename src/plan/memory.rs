@@ -167,6 +167,23 @@ impl Plan {
         }
     }
 
+    /// That workgroups can be numbered over three dimensions.
+    pub(super) fn check_groups(&self) -> Result<()> {
+        if self.chunks() == 0 {
+            return Ok(());
+        }
+        let (chunk, got) = (self.chunk(0), u64::from(self.caps.max_dispatch).saturating_pow(3));
+        for stage in &self.stages {
+            let splits = if stage.split { self.splits as u64 } else { 1 };
+            let need = splits * stage.groups(&self.problem, chunk.heads as u64, chunk.rows as u64);
+            if need > got {
+                let what = format!("{}: workgroups of a dispatch", stage.kernel.name());
+                return Err(Error::LimitExceeded { what, need, got });
+            }
+        }
+        Ok(())
+    }
+
     pub(super) fn check_windows(&self) -> Result<()> {
         for operand in self.problem.operands() {
             let window = self.window(operand);

@@ -299,6 +299,7 @@ impl Plan {
         plan.split(options.splits);
         plan.map_mask();
         plan.choose_chunks()?;
+        plan.check_groups()?;
         if options.indirect {
             plan.count_splits();
         }
