@@ -249,6 +249,9 @@ impl Outputs {
     }
 
     /// o in logical order, `[batch, heads_q, seq_q, head_dim_v]`, widened to f32.
+    ///
+    /// # Panics
+    /// When these are the outputs of another problem, and fewer.
     pub fn o_contiguous(&self, problem: &AttentionProblem) -> Vec<f32> {
         let [b, h, s, d] = problem.shape(Operand::O);
         let mut out = Vec::with_capacity(b * h * s * d);

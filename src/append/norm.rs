@@ -26,6 +26,9 @@ pub enum QkNorm {
 
 impl QkNorm {
     /// Normalises a row in place, as the kernels do; `gain` is 1 where there is none.
+    ///
+    /// # Panics
+    /// When there are fewer gains than elements.
     pub fn apply(self, row: &mut [f32], gain: Option<&[f32]>) {
         let sum: f32 = row.chunks(16).map(|part| part.iter().map(|x| x * x).sum::<f32>()).sum();
         let factor = match self {

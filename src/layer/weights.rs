@@ -78,6 +78,7 @@ impl HostWeights {
             let why = "checkpoints have a matrix [out, in] for each of q, k and v".into();
             return Err(Error::Layer { why });
         }
+        layer.validate()?;
         let p = &layer.attention;
         let [q, k, v] = layer.widths();
         let width_kv = layer.context_width.unwrap_or(layer.width);
