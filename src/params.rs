@@ -127,15 +127,44 @@ impl ParamLayout {
     }
 }
 
+/// What tests hold a uniform block to its WGSL twin by.
+#[cfg(test)]
+pub(crate) mod twin {
+    use super::ParamLayout;
+
+    /// The members of the WGSL's `Params`, and which word each is; there are as many bytes as in `T`.
+    pub(crate) fn members<T>(wgsl: &str) -> Vec<(String, u32)> {
+        let module = naga::front::wgsl::parse_str(wgsl).unwrap();
+        let (_, ty) = module.types.iter().find(|(_, ty)| ty.name.as_deref() == Some("Params")).unwrap();
+        let naga::TypeInner::Struct { members, span } = &ty.inner else { panic!("not a struct") };
+        assert_eq!(*span as usize, size_of::<T>());
+        assert!(members.iter().all(|member| member.offset % 4 == 0));
+        members.iter().map(|member| (member.name.clone().unwrap(), member.offset / 4)).collect()
+    }
+
+    /// A block each word of which says its own number: what a WGSL member reads is where it lies.
+    pub(crate) fn numbered<T: bytemuck::Pod>() -> T {
+        let words: Vec<u32> = (0..size_of::<T>() as u32 / 4).collect();
+        *bytemuck::from_bytes(bytemuck::cast_slice(&words))
+    }
+
+    /// The members of a layout.
+    pub(crate) fn layout(name: &str, l: ParamLayout) -> Vec<(String, u32)> {
+        [("offset", l.offset), ("stride_b", l.stride_b), ("stride_h", l.stride_h)]
+            .into_iter()
+            .chain([("stride_s", l.stride_s), ("stride_d", l.stride_d)])
+            .map(|(field, at)| (format!("{name}_{field}"), at))
+            .collect()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn wgsl_twin_has_the_same_members_in_the_same_places() {
-        let module = naga::front::wgsl::parse_str(include_str!("../shaders/params.wgsl")).unwrap();
-        let (_, ty) = module.types.iter().find(|(_, ty)| ty.name.as_deref() == Some("Params")).unwrap();
-        let naga::TypeInner::Struct { members, span } = &ty.inner else { panic!("not a struct") };
+        let members = twin::members::<Params>(include_str!("../shaders/params.wgsl"));
         // Debug prints the Rust fields in order of declaration, and repr(C) keeps that order.
         let printed = format!("{:?}", Params::default());
         let mut names = Vec::new();
@@ -147,11 +176,6 @@ mod tests {
                 names.push(format!("{prefix}{name}"));
             }
         }
-        let expected: Vec<_> = members.iter().map(|m| m.name.clone().unwrap()).collect();
-        assert_eq!(names, expected);
-        assert_eq!(*span as usize, size_of::<Params>().next_multiple_of(4));
-        for (i, member) in members.iter().enumerate() {
-            assert_eq!(member.offset as usize, 4 * i, "{:?}", member.name);
-        }
+        assert_eq!(names.into_iter().zip(0..).collect::<Vec<_>>(), members);
     }
 }

@@ -47,17 +47,12 @@ impl LinearParams {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::params::twin;
 
     #[test]
     fn wgsl_twin_has_the_same_members_in_the_same_places() {
-        let module = naga::front::wgsl::parse_str(include_str!("../../shaders/linear_params.wgsl")).unwrap();
-        let (_, ty) = module.types.iter().find(|(_, ty)| ty.name.as_deref() == Some("Params")).unwrap();
-        let naga::TypeInner::Struct { members, span } = &ty.inner else { panic!("not a struct") };
-        assert_eq!(*span as usize, size_of::<LinearParams>());
-        // Each word of a block says its own number: what a WGSL member reads is where it lies.
-        let words: Vec<u32> = (0..size_of::<LinearParams>() as u32 / 4).collect();
-        let p: LinearParams = *bytemuck::from_bytes(bytemuck::cast_slice(&words));
-        let mut twin: Vec<(String, u32)> = [
+        let p: LinearParams = twin::numbered();
+        let mut own: Vec<(String, u32)> = [
             ("rows", p.rows),
             ("inputs", p.inputs),
             ("outputs", p.outputs),
@@ -69,11 +64,8 @@ mod tests {
         .map(|(name, at)| (name.to_string(), at))
         .to_vec();
         for (name, l) in [("x", p.x), ("w", p.w), ("bias", p.bias), ("y", p.y)] {
-            let fields = [("offset", l.offset), ("stride_b", l.stride_b), ("stride_h", l.stride_h)];
-            let last = [("stride_s", l.stride_s), ("stride_d", l.stride_d)];
-            twin.extend(fields.into_iter().chain(last).map(|(field, at)| (format!("{name}_{field}"), at)));
+            own.extend(twin::layout(name, l));
         }
-        let wgsl: Vec<_> = members.iter().map(|m| (m.name.clone().unwrap(), m.offset / 4)).collect();
-        assert_eq!(twin, wgsl);
+        assert_eq!(own, twin::members::<LinearParams>(include_str!("../../shaders/linear_params.wgsl")));
     }
 }

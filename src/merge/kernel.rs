@@ -171,6 +171,7 @@ mod tests {
     use super::*;
     use crate::layout::Layout;
     use crate::merge::Partials;
+    use crate::params::twin;
     use crate::pipeline::{Recipe, reflection};
 
     /// Every kernel that there is: pairs x types x alignments x lse, with and without the shader's own f16.
@@ -221,21 +222,8 @@ mod tests {
 
     #[test]
     fn wgsl_twin_has_the_same_members_in_the_same_places() {
-        let module = naga::front::wgsl::parse_str(part!("merge_params")).unwrap();
-        let (_, ty) = module.types.iter().find(|(_, ty)| ty.name.as_deref() == Some("Params")).unwrap();
-        let naga::TypeInner::Struct { members, span } = &ty.inner else { panic!("not a struct") };
-        assert_eq!(*span as usize, size_of::<MergeParams>());
-        // Each word of a block says its own number: what a WGSL member reads is where it lies.
-        let words: Vec<u32> = (0..size_of::<MergeParams>() as u32 / 4).collect();
-        let p: MergeParams = *bytemuck::from_bytes(bytemuck::cast_slice(&words));
-        let layout = |name: &str, l: ParamLayout| {
-            [("offset", l.offset), ("stride_b", l.stride_b), ("stride_h", l.stride_h)]
-                .into_iter()
-                .chain([("stride_s", l.stride_s), ("stride_d", l.stride_d)])
-                .map(|(field, at)| (format!("{name}_{field}"), at))
-                .collect::<Vec<_>>()
-        };
-        let mut twin: Vec<(String, u32)> = [
+        let p: MergeParams = twin::numbered();
+        let mut own: Vec<(String, u32)> = [
             ("heads_q", p.heads_q),
             ("seq_q", p.seq_q),
             ("head_dim_v", p.head_dim_v),
@@ -246,16 +234,15 @@ mod tests {
         ]
         .map(|(name, at)| (name.to_string(), at))
         .to_vec();
-        twin.extend(layout("o", p.o));
+        own.extend(twin::layout("o", p.o));
         for n in 0..MOST_PARTIALS {
-            twin.push((format!("part{n}_count"), p.part_count[n]));
-            twin.push((format!("part{n}_step"), p.part_step[n]));
-            twin.push((format!("lse{n}_step"), p.lse_step[n]));
-            twin.extend(layout(&format!("part{n}"), p.part[n]));
-            twin.extend(layout(&format!("lse{n}"), p.lse[n]));
+            own.push((format!("part{n}_count"), p.part_count[n]));
+            own.push((format!("part{n}_step"), p.part_step[n]));
+            own.push((format!("lse{n}_step"), p.lse_step[n]));
+            own.extend(twin::layout(&format!("part{n}"), p.part[n]));
+            own.extend(twin::layout(&format!("lse{n}"), p.lse[n]));
         }
-        twin.sort_by_key(|(_, at)| *at);
-        let wgsl: Vec<_> = members.iter().map(|m| (m.name.clone().unwrap(), m.offset / 4)).collect();
-        assert_eq!(twin, wgsl);
+        own.sort_by_key(|(_, at)| *at);
+        assert_eq!(own, twin::members::<MergeParams>(part!("merge_params")));
     }
 }
