@@ -368,7 +368,6 @@ mod tests {
         assert_eq!((other.truncate(&mut pages, 0), pages.owners(0)), (Ok(None), 1));
     }
 
-    /// Any order of appending, forking, truncating and freeing, against a model that counts owners by looking.
     #[test]
     fn pages_of_two_allocators_are_not_taken_for_one_s() {
         let [mut a, mut b] = [PageAllocator::new(4), PageAllocator::new(4)];
@@ -385,6 +384,7 @@ mod tests {
         assert!(sequence.free(&mut a).is_err());
     }
 
+    /// Any order of appending, forking, truncating and freeing, against a model that counts owners by looking.
     #[test]
     fn no_page_has_two_owners_that_were_not_forked() {
         for seed in 0..200_u64 {

@@ -46,6 +46,11 @@ impl Rope {
         angles.flat_map(|angle| [angle.cos() as f32, angle.sin() as f32]).collect()
     }
 
+    /// Elements of the table (`usize::MAX` where that overflows).
+    pub(crate) fn elements(&self) -> usize {
+        self.positions.saturating_mul(self.width)
+    }
+
     /// Why it does not turn rows of `width` elements at positions below `positions`; `None` when it does.
     pub(crate) fn unfit(&self, width: usize, positions: usize) -> Option<String> {
         if self.width == 0 || self.width % 2 == 1 || self.width > width {

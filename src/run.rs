@@ -144,9 +144,8 @@ impl Uploaded {
         inputs: &Inputs<'_>,
     ) -> Result<Self> {
         let new = |operand| {
-            let bytes = problem.extent(operand) as u64 * problem.element_bytes(operand) as u64;
             let upload = inputs.get(operand).map(|(_, _, bytes)| attention.upload(operand, bytes));
-            (operand, upload.unwrap_or_else(|| attention.target(operand, bytes)))
+            (operand, upload.unwrap_or_else(|| attention.target(operand, problem.buffer_bytes(operand))))
         };
         scoped(attention.device(), "operand memory", || Self(problem.operands().map(new).collect()))
     }

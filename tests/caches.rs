@@ -202,8 +202,7 @@ fn codes_past_f16() {
         numbers[layout.index([0, 1, 40, 3])] = value;
         *data = Tensor::from_f32(p.dtype, &numbers).into();
         for kv_dtype in [Dtype::Int8, Dtype::Int4] {
-            let to =
-                Move { kept: Kept::Plain, kv_dtype: Some(kv_dtype), ragged_q: false, heads_first: false };
+            let to = Move { kv_dtype: Some(kv_dtype), ..Move::default() };
             let mut moved = case.moved(to, 7);
             moved.name = format!("{operand} of {value:e}, {}", moved.name);
             cases.push((moved, Subject::all()));

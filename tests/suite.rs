@@ -565,19 +565,11 @@ fn additive_scores_keep_the_f32_budget() {
 #[test]
 fn large_scores_do_not_overflow() {
     let mut cases = Vec::new();
+    let base = Axes { similarity: Sim::Dot, head_dim: 2, seq_q: 5, seq_kv: 130, ..Axes::default() };
     for (i, (shift, scale)) in
         [(0.0, 1.0), (9000.0, 1.0), (-9000.0, 1.0), (0.0, -1.0)].into_iter().enumerate()
     {
-        let axes = Axes {
-            similarity: Sim::Dot,
-            scale: Some(scale),
-            head_dim: 2,
-            seq_q: 5,
-            seq_kv: 130,
-            weights: true,
-            ..Axes::default()
-        };
-        let mut case = axes.build(i as u64);
+        let mut case = Axes { scale: Some(scale), weights: true, ..base }.build(i as u64);
         let mut rng = Rng::new(i as u64);
         let p = &case.problem;
         let q = fill(p.dtype, p.q, p.shape(Operand::Q), 0, |at| Some([64.0, 1.0][at[3]]));
@@ -592,15 +584,7 @@ fn large_scores_do_not_overflow() {
     for (i, (size, scale)) in
         [(48.0, 1.0), (48.0, 11.0), (62500.0, 1.0), (62500.0, 4.0), (62500.0, 1e12)].into_iter().enumerate()
     {
-        let axes = Axes {
-            similarity: Sim::Dot,
-            scale: Some(scale),
-            head_dim: 2,
-            seq_q: 5,
-            seq_kv: 130,
-            ..Axes::default()
-        };
-        let mut case = axes.build(i as u64);
+        let mut case = Axes { scale: Some(scale), ..base }.build(i as u64);
         let p = &case.problem;
         let q = fill(p.dtype, p.q, p.shape(Operand::Q), 0, |_| Some(1889.0));
         let k = fill(p.dtype, p.k, p.shape(Operand::K), 0, |[_, _, j, d]| {
@@ -611,8 +595,7 @@ fn large_scores_do_not_overflow() {
     }
     // Products below every f32, all alike: the lowest scores that there are, and kept ones. Of all queries, and of one
     // among others (of several that a thread may own).
-    let axes =
-        Axes { similarity: Sim::Dot, head_dim: 3, seq_q: 40, seq_kv: 130, lse: false, ..Axes::default() };
+    let axes = Axes { head_dim: 3, seq_q: 40, lse: false, ..base };
     for others in [1e30, 1e-30] {
         let mut case = axes.build(9);
         let p = &case.problem;

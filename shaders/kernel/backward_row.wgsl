@@ -3,7 +3,7 @@
 // over OTHERS others at a time, whose rows lie at the same address for all threads. No workgroup memory, no barriers.
 
 fn is_finite_sum(x: vec4<f32>) -> bool {
-    return is_finite4(vec4<f32>((x.x + x.y) + (x.z + x.w)));
+    return is_finite((x.x + x.y) + (x.z + x.w));
 }
 
 @compute @workgroup_size(LANES)

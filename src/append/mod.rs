@@ -213,7 +213,7 @@ impl Append {
             Operand::QNew => new(p.heads_q, p.query_dim()),
             Operand::QGain => [1, 1, 1, p.query_dim()],
             Operand::KGain => [1, 1, 1, p.head_dim],
-            Operand::Rope => [1, 1, 1, self.rope.map_or(0, |rope| rope.positions.saturating_mul(rope.width))],
+            Operand::Rope => [1, 1, 1, self.rope.map_or(0, |rope| rope.elements())],
             _ => p.shape(operand),
         }
     }

@@ -1,6 +1,6 @@
 //! From a backward pass and buffers to recorded dispatches.
 
-use super::form::{Form, LANES, Makes, SINK_QUERIES, own_and_others};
+use super::form::{Form, LANES, Makes, SINK_QUERIES, own_and_others, parts};
 use super::kernel::Backward;
 use super::{BackwardProblem, like};
 use crate::attention::{Attention, Operands, Shared};
@@ -203,7 +203,7 @@ fn chunks(kernel: &Backward, problem: &BackwardProblem, caps: &Caps) -> Chunks {
         Makes::Dbias => problem.owners_of_bias(),
         Makes::Dsinks => [1, p.heads_q],
     };
-    let owners = owners.map(|n| n as u64).into_iter().product();
+    let owners: u64 = owners.map(|n| n as u64).into_iter().product();
     let form = kernel.form;
     let tile = u64::from(form.own_rows());
     let [tiles, keys] = key_tiles(kernel, problem);
@@ -216,11 +216,10 @@ fn chunks(kernel: &Backward, problem: &BackwardProblem, caps: &Caps) -> Chunks {
     let most = (flop / a_row).min(if kernel.parts { room } else { u64::MAX }).max(tile);
     let whole = rows.next_multiple_of(tile);
     let (of_owners, of_rows) = match most / whole.max(1) {
-        0 => (1, most / tile * tile),
+        0 => (owners.min(1), most / tile * tile),
         heads => (heads.min(owners), rows),
     };
-    let carried =
-        if kernel.parts && owners > 0 { of_owners * of_rows.next_multiple_of(tile) * row_bytes } else { 0 };
+    let carried = if kernel.parts { of_owners * of_rows.next_multiple_of(tile) * row_bytes } else { 0 };
     Chunks { owners, of_owners, rows, of_rows, carried }
 }
 
@@ -321,7 +320,7 @@ fn gradient(
     let base = params(problem, kernel.makes.gradient(), caps);
     let [key_tiles, _] = key_tiles(kernel, problem);
     let step = kernel.part_others(problem, caps);
-    let parts = own_and_others(kernel.makes, problem)[1].div_ceil(step).max(1);
+    let parts = if kernel.parts { parts(kernel.makes, kernel.form, problem, caps) } else { 1 };
     let mut blocks = Vec::new();
     for head in (0..chunks.owners).step_by(chunks.of_owners as usize) {
         for row in (0..chunks.rows).step_by(chunks.of_rows as usize) {
@@ -416,13 +415,9 @@ fn all_operands() -> impl Iterator<Item = Operand> + Clone {
 /// Every rule about the caller's buffers.
 fn check(problem: &BackwardProblem, operands: &BackwardOperands<'_>, caps: &Caps) -> Result<()> {
     // What only the forward call writes.
-    let p = &problem.attention;
-    let passed_by = |operand| match operand {
-        Operand::Weights => p.weights,
-        Operand::Status => p.status,
-        _ => false,
-    };
-    for operand in all_operands().filter(|&operand| !passed_by(operand)) {
+    let passed_by = [Operand::Weights, Operand::Status];
+    let passed_by = |of: &Operand| passed_by.contains(of) && problem.attention.layout(*of).is_some();
+    for operand in all_operands().filter(|of| !passed_by(of)) {
         let optional = Operand::GRADIENTS.contains(&operand) && operands.get(operand).is_none();
         let wanted = problem.layout(operand).is_some() && !optional;
         let Some(slice) = operand.brought(wanted, operands.get(operand))? else { continue };

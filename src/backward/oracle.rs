@@ -83,8 +83,9 @@ pub fn backward_naive(
 /// anything is stored narrower than f32.
 ///
 /// f32: `8 * 2^-24 * max(1, max|s|, max|lse|)` times the largest sum of magnitudes behind an element, never above `1e-4`
-/// times that: weights are `exp(s - lse)`, of an lse that was rounded when it was stored. f16 and bf16: beside it twice the naive error and the rounding of the largest element, plus 1e-5. Where few
-/// rows see a key, the naive error may be small by luck, so that what rounding o can do to an element is always granted.
+/// times that: weights are `exp(s - lse)`, of an lse that was rounded when it was stored. f16 and bf16: beside it twice
+/// the naive error and the rounding of the largest element, plus 1e-5. Where few rows see a key, the naive error may be
+/// small by luck, so that what rounding o can do to an element is always granted.
 pub fn backward_tolerance(problem: &BackwardProblem, oracle: &Gradients, naive: &Gradients) -> [f64; 5] {
     let p = &problem.attention;
     let wide = [p.dtype, p.stored_kv(), p.out_dtype].iter().all(|&dtype| dtype == Dtype::F32);

@@ -110,7 +110,8 @@ impl Attention {
         let buffers = Uploaded::new(self, &forward, inputs)?;
         let bytes = |operand| problem.extent(operand) as usize * problem.dtype(operand).bytes();
         let (dout, outputs) = scoped(self.device(), "operand memory", || {
-            let outputs = Operand::GRADIENTS.map(|operand| self.target(operand, bytes(operand) as u64));
+            let outputs =
+                Operand::GRADIENTS.map(|operand| self.target(operand, problem.buffer_bytes(operand)));
             (self.upload(Operand::Dout, dout.bytes()), outputs)
         })?;
         let operands = buffers.operands();

@@ -303,7 +303,7 @@ fn check_outputs<'a>(
 ) -> Result<()> {
     let p = &layer.attention;
     let words = |words: usize| Window { start: 0, end: 4 * words as u64 };
-    let rope = layer.rope.map_or(0, |rope| rope.positions * rope.width);
+    let rope = layer.rope.map_or(0, |rope| rope.elements());
     for (operand, slice, window) in [
         (Operand::Rope, operands.rope, words(rope)),
         (Operand::QGain, operands.q_gain, words(p.query_dim())),
@@ -321,7 +321,10 @@ fn check_outputs<'a>(
     let y = place(&layer.projection_o(), Operand::Y, operands.y);
     let aliased = |operand, with, of: Option<Projection>| {
         let error = Error::Aliased { operand, with };
-        Err(of.map_or(error.clone(), |of| error.of(of)))
+        Err(match of {
+            Some(of) => error.of(of),
+            None => error,
+        })
     };
     if let Some(&(with, of, _)) = read.iter().find(|read| read.0 != Operand::X && meet(y, read.2)) {
         return aliased(Operand::Y, with, of);

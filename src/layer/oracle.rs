@@ -158,7 +158,7 @@ impl<'a> LayerInputs<'a> {
         let p = &layer.attention;
         let gains = matches!(layer.norm, Some(QkNorm::Rms { .. }));
         let positions = layer.positions.then(|| layer.tokens());
-        let angles = layer.rope.map(|rope| rope.positions * rope.width);
+        let angles = layer.rope.map(|rope| rope.elements());
         for (operand, need, got) in [
             (Operand::Rope, angles, self.rope.map(<[f32]>::len)),
             (Operand::Positions, positions, self.positions.map(<[u32]>::len)),

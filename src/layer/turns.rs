@@ -107,7 +107,7 @@ impl Attention {
                     Holds::To => (turns.to.slice(..), window(to)),
                     Holds::Operand(Operand::CuSeqlensQ) => words(list.1, list.0, p.batch + 1)?,
                     Holds::Operand(Operand::Rope) => {
-                        let elements = layer.rope.map_or(0, |rope| rope.positions * rope.width);
+                        let elements = layer.rope.map_or(0, |rope| rope.elements());
                         words(operands.rope, Operand::Rope, elements)?
                     }
                     Holds::Operand(Operand::Positions) => {

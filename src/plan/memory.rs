@@ -174,8 +174,7 @@ impl Plan {
         }
         let (chunk, got) = (self.chunk(0), u64::from(self.caps.max_dispatch).saturating_pow(3));
         for stage in &self.stages {
-            let splits = if stage.split { self.splits as u64 } else { 1 };
-            let need = splits * stage.groups(&self.problem, chunk.heads as u64, chunk.rows as u64);
+            let need = self.groups(stage, chunk);
             if need > got {
                 let what = format!("{}: workgroups of a dispatch", stage.kernel.name());
                 return Err(Error::LimitExceeded { what, need, got });

@@ -405,8 +405,7 @@ impl Plan {
             let chunk = self.chunk(index);
             let parts = self.parts();
             self.stages.iter().enumerate().flat_map(move |(stage, blueprint)| {
-                let splits = if blueprint.split { self.splits as u64 } else { 1 };
-                let groups = splits * blueprint.groups(&self.problem, chunk.heads as u64, chunk.rows as u64);
+                let groups = self.groups(blueprint, chunk);
                 // The terms of a head's keys serve all chunks of its rows.
                 let again = chunk.row > 0 && blueprint.kernel.is_of_keys();
                 let due = groups > 0 && !again && (index == 0 || !blueprint.kernel.is_once());
@@ -446,6 +445,12 @@ impl Plan {
 
     pub(crate) fn stages(&self) -> &[Blueprint] {
         &self.stages
+    }
+
+    /// Workgroups of a stage for a chunk.
+    fn groups(&self, stage: &Blueprint, chunk: Chunk) -> u64 {
+        let splits = if stage.split { self.splits as u64 } else { 1 };
+        splits * stage.groups(&self.problem, chunk.heads as u64, chunk.rows as u64)
     }
 
     pub(crate) fn chunk(&self, index: usize) -> Chunk {
