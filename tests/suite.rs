@@ -607,6 +607,27 @@ fn large_scores_do_not_overflow() {
     check_all("large scores", &cases);
 }
 
+/// One large score and thousands of small ones, which are a share of the row together: weights of any size keep their
+/// digits, also where matrix units take them as f16.
+#[test]
+fn many_small_weights_keep_their_digits() {
+    let cases = [(2000, 10.234375), (4000, 12.234375), (16000, 12.5)].map(|(seq_kv, gap)| {
+        let axes =
+            Axes { dtype: Dtype::F16, out_dtype: Dtype::F32, heads: (1, 1), seq_q: 2, ..Axes::default() };
+        let mut case =
+            Axes { similarity: Sim::Dot, scale: Some(gap), seq_kv, head_dim: 1, head_dim_v: 3, ..axes }
+                .build(0);
+        let p = &case.problem;
+        let first = |[_, _, j, _]: [usize; 4]| Some(f32::from(j == 0));
+        let q = fill(p.dtype, p.q, p.shape(Operand::Q), 0, |_| Some(1.0));
+        let k = fill(p.dtype, p.k, p.shape(Operand::K), 0, first);
+        let v = fill(p.dtype, p.v, p.shape(Operand::V), 0, |at| first(at).map(|x| 1.0 - x));
+        (case.data.q, case.data.k, case.data.v) = (q.into(), k.into(), v.into());
+        (case, Subject::all())
+    });
+    check_all("small weights", &cases);
+}
+
 /// Vectors of any length: too long or too short for their squares, no longer than the least norm, or zeros.
 #[test]
 fn cosines_of_long_and_short_vectors() {

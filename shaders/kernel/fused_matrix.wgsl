@@ -18,7 +18,8 @@
 // for the staging and once for each subgroup's reading).
 // O is rescaled there as well, but only in a step where some row's maximum rises by more than LAZY; and
 // what is not finite in V, which staging replaces by 0, joins O on the same way. Sums are taken of P
-// before it is rounded to f16: lse keeps f32's digits.
+// before it is rounded to f16: lse keeps f32's digits. The m that weights refer to lies REACH below the
+// largest score: they use f16 from its largest number on down.
 //
 // Projected queries are f32: each is scaled by a power of two into f16's range and split into two f16
 // (Q_PARTS), whose products with K are summed.
@@ -48,6 +49,10 @@ const SIZE_q = Q_PARTS * TILE_Q * K_STRIDE;
 //$ end
 const SIZE_s = TILE_Q * S_STRIDE;
 const SIZE_p = TILE_Q * P_STRIDE;
+// exp(REACH) = 2^8, and exp(REACH + LAZY) is just below f16's largest number. Below 2^-14 f16 loses digits, or all
+// of them on some devices: a score may lie 15 below the largest then, not 10, and many such keys be a large share.
+const REACH: f32 = 5.545177;
+
 // Whether O has to leave its fragments, and whether for values that are not finite.
 var<workgroup> wg_leaves: atomic<u32>;
 var<workgroup> wg_careful: atomic<u32>;
@@ -250,12 +255,14 @@ fn main(
         }
         peak = row_max(own_row, peak);
         var shrink = 1.0;
-        if peak > m + LAZY {
-            shrink = shrinking(m, peak);
+        // A difference: rounding could lift a sum past what f16 holds.
+        if peak - m > REACH + LAZY {
+            let risen = peak - REACH;
+            shrink = shrinking(m, risen);
             if m != DROPPED {
                 atomicStore(&wg_leaves, 1u);
             }
-            m = peak;
+            m = risen;
             l *= shrink;
         }
         for (var c = 0u; c < OWN_QUADS; c += 1u) {
