@@ -50,6 +50,8 @@ pub struct Caps {
     pub max_registers: u32,
     /// Vector registers of the processor that an adapter on a CPU runs on: this program's, as far as it can tell, else 16.
     pub vector_registers: u32,
+    /// Bytes of the instruction cache of a core of that processor; where no system tells, 32 KiB.
+    pub instruction_cache: u32,
     /// Workgroups along each dimension of a dispatch.
     pub max_dispatch: u32,
     /// Alignment of a storage binding's offset, in bytes.
@@ -112,6 +114,22 @@ fn vector_registers() -> u32 {
         return 32;
     }
     if cfg!(target_arch = "aarch64") { 32 } else { FEW_VECTOR_REGISTERS }
+}
+
+/// Bytes of the instruction cache that most processors have.
+const USUAL_INSTRUCTION_CACHE: u32 = 32 << 10;
+
+/// Bytes of the instruction cache of a core that this runs on, as Linux tells it of the first.
+fn instruction_cache() -> u32 {
+    if !cfg!(target_os = "linux") {
+        return USUAL_INSTRUCTION_CACHE;
+    }
+    let caches = "/sys/devices/system/cpu/cpu0/cache";
+    let of = |index: u32, what: &str| std::fs::read_to_string(format!("{caches}/index{index}/{what}")).ok();
+    let index = (0..4).find(|&index| of(index, "type").is_some_and(|kind| kind.trim() == "Instruction"));
+    let size = index.and_then(|index| of(index, "size"));
+    let kib = size.and_then(|size| size.trim().strip_suffix('K')?.parse::<u16>().ok());
+    kib.filter(|&kib| kib > 0).map_or(USUAL_INSTRUCTION_CACHE, |kib| u32::from(kib) << 10)
 }
 
 fn is_apples(info: &wgpu::AdapterInfo) -> bool {
@@ -184,7 +202,7 @@ impl Caps {
         let [a, b] = [self, other].map(|caps| {
             each!(caps, adapter driver backend device_type shader_f16 timestamps subgroup matrix
                 max_storage_binding max_buffer max_storage_buffers max_workgroup_bytes max_invocations
-                max_workgroup_size max_registers vector_registers max_dispatch storage_alignment uniform_alignment)
+                max_workgroup_size max_registers vector_registers instruction_cache max_dispatch storage_alignment uniform_alignment)
         });
         let first = a.into_iter().zip(b).find(|(a, b)| a != b);
         first.map_or_else(Default::default, |(a, b)| [a, b])
@@ -199,6 +217,7 @@ impl Caps {
         caps.max_registers = registers(info);
         if caps.on_cpu() {
             caps.vector_registers = vector_registers();
+            caps.instruction_cache = instruction_cache();
         }
         caps.subgroup = features.contains(wgpu::Features::SUBGROUP).then_some(subgroups(info));
         caps
@@ -226,6 +245,7 @@ impl Caps {
             ],
             max_registers: MANY_REGISTERS,
             vector_registers: FEW_VECTOR_REGISTERS,
+            instruction_cache: USUAL_INSTRUCTION_CACHE,
             max_dispatch: limits.max_compute_workgroups_per_dimension,
             storage_alignment: limits.min_storage_buffer_offset_alignment,
             uniform_alignment: limits.min_uniform_buffer_offset_alignment,

@@ -326,8 +326,12 @@ impl FusedRow {
     }
 }
 
+/// The instruction cache from which on the row kernel has its longer text.
+const LARGE_INSTRUCTION_CACHE: u32 = 64 << 10;
+
 /// The row kernel's sizes for a problem. More rows and keys use each load (and with more keys each store of o) more
-/// often; but the loop has to stay inside a processor's instruction cache, the variables inside its data cache, and
+/// often; but the loop has to stay inside a processor's instruction cache (of 32 KiB, a step of 8 rows and keys of 64
+/// columns fills most; half of them are slower there than what fits), the variables inside its data cache, and
 /// each score's own finish and each conversion are text, which drivers take seconds to compile. Found by trial on
 /// lavapipe 26.1. To 22.3.6 no address is uniform that comes from a loop's counter: it reads K and V lane by lane, half
 /// of the time, and compiles longer. (More rows share a load there: at head_dim 128, 8 for 3 are 1.7 times as fast and
@@ -352,6 +356,15 @@ pub(crate) fn row(problem: &AttentionProblem, caps: &Caps) -> FusedRow {
             137..=200 => (4, 1),
             _ if p.stored_kv() == Dtype::F32 => (3, 1),
             _ => (2, 1),
+        }
+    } else if caps.mesa().is_some() && caps.instruction_cache < LARGE_INSTRUCTION_CACHE {
+        match widths {
+            0..=40 if !finish => (6, 4),
+            0..=80 if !finish => (6, 2),
+            0..=80 => (4, 2),
+            81..=136 if !finish && !converts && !halves => (4, 2),
+            81..=200 => (4, 1),
+            _ => (3, 1),
         }
     } else {
         // Other drivers, SwiftShader in a browser among them, take their time over the longer text.
@@ -436,7 +449,8 @@ mod tests {
 
     #[test]
     fn older_mesa_gets_more_rows_and_fewer_keys() {
-        let caps = |driver: &str| Caps { driver: driver.into(), ..Caps::minimal() };
+        let instruction_cache = LARGE_INSTRUCTION_CACHE;
+        let caps = |driver: &str| Caps { driver: driver.into(), instruction_cache, ..Caps::minimal() };
         let problem = AttentionProblem::new(1, 8, 8, 1024, 1024, 64, 64);
         for (driver, sizes) in [
             ("llvmpipe Mesa 22.3.6 (LLVM 15.0.6)", (8, 1)),
@@ -449,25 +463,31 @@ mod tests {
         }
     }
 
-    /// As much text as stays inside an instruction cache of 64 KiB; with conversions, rows share more of them.
+    /// As much text as stays inside the instruction cache; with conversions, rows share more of them.
     #[test]
     fn narrow_heads_get_more_rows_and_keys() {
-        let caps = Caps { driver: "llvmpipe Mesa 26.1.6".into(), ..Caps::minimal() };
-        let sizes = |width, kv, softcap: Option<f32>| {
+        let sizes = |kib: u32, width, kv, softcap: Option<f32>| {
+            let caps = Caps { driver: "llvmpipe Mesa 26.1.6".into(), ..Caps::minimal() };
+            let caps = Caps { instruction_cache: kib << 10, ..caps };
             let problem = AttentionProblem::new(1, 8, 8, 1024, 1024, width, width);
             let tile = row(&AttentionProblem { softcap, ..problem }.with_cache(Cache::Contiguous, kv), &caps);
             (tile.rows, tile.keys)
         };
-        for (width, of_f32, of_f16, of_int8, capped) in [
-            (32, (6, 4), (6, 4), (6, 4), (4, 2)),
-            (64, (4, 4), (5, 4), (6, 2), (4, 2)),
-            (80, (4, 4), (4, 2), (4, 2), (4, 2)),
-            (128, (3, 2), (2, 2), (2, 2), (3, 2)),
+        for (kib, width, of_f32, of_f16, of_int8, capped) in [
+            (64, 32, (6, 4), (6, 4), (6, 4), (4, 2)),
+            (64, 64, (4, 4), (5, 4), (6, 2), (4, 2)),
+            (64, 80, (4, 4), (4, 2), (4, 2), (4, 2)),
+            (64, 128, (3, 2), (2, 2), (2, 2), (3, 2)),
+            (32, 16, (6, 4), (6, 4), (6, 4), (4, 2)),
+            (32, 32, (6, 2), (6, 2), (6, 2), (4, 2)),
+            (32, 64, (4, 2), (4, 1), (4, 1), (4, 1)),
+            (32, 80, (4, 1), (4, 1), (4, 1), (4, 1)),
+            (32, 128, (3, 1), (3, 1), (3, 1), (3, 1)),
         ] {
-            assert_eq!(sizes(width, Dtype::F32, None), of_f32, "{width}");
-            assert_eq!(sizes(width, Dtype::F16, None), of_f16, "{width}");
-            assert_eq!(sizes(width, Dtype::Int8, None), of_int8, "{width}");
-            assert_eq!(sizes(width, Dtype::F32, Some(8.0)), capped, "{width}");
+            assert_eq!(sizes(kib, width, Dtype::F32, None), of_f32, "{kib} {width}");
+            assert_eq!(sizes(kib, width, Dtype::F16, None), of_f16, "{kib} {width}");
+            assert_eq!(sizes(kib, width, Dtype::Int8, None), of_int8, "{kib} {width}");
+            assert_eq!(sizes(kib, width, Dtype::F32, Some(8.0)), capped, "{kib} {width}");
         }
     }
 
@@ -475,6 +495,7 @@ mod tests {
     fn more_vector_registers_sum_more_keys_at_once() {
         let problem = AttentionProblem::new(1, 8, 8, 1024, 1024, 64, 64);
         let few = Caps { driver: "llvmpipe Mesa 26.1.6".into(), ..Caps::minimal() };
+        let few = Caps { instruction_cache: LARGE_INSTRUCTION_CACHE, ..few };
         let many = Caps { vector_registers: 32, ..few.clone() };
         assert_eq!([&few, &many].map(|caps| row(&problem, caps).side), [2, 4]);
     }
