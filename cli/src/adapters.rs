@@ -4,7 +4,7 @@ use clap::Args;
 use wgpu_attention::{AttentionProblem, Caps, Dtype, Error, Family, Plan, PlanOptions};
 
 use crate::backend;
-use crate::failure::Result;
+use crate::failure::{Failure, Result};
 use crate::output;
 
 /// Every adapter, and what this crate can do on it.
@@ -32,7 +32,7 @@ pub(crate) fn run(args: &AdaptersArgs) -> Result<()> {
     if text.is_empty() {
         text = match adapters.len() {
             0 => format!("no adapter; the CPU paths work. For {}\n", backend::SOFTWARE_ADAPTER),
-            n => format!("none of {n} adapters matches '{wanted}'\n"),
+            n => return Err(Failure::input(format!("none of {n} adapters matches '{wanted}'"))),
         };
     }
     output::print(&text);

@@ -63,6 +63,11 @@ impl Archive {
         self.metadata.info(name)
     }
 
+    /// What its tensors are called.
+    pub(crate) fn names(&self) -> Vec<String> {
+        self.metadata.offset_keys()
+    }
+
     /// Type and shape of a tensor that must be there.
     pub(crate) fn need(&self, name: &str) -> Result<&TensorInfo> {
         self.info(name).ok_or_else(|| {

@@ -4,7 +4,7 @@ use clap::Args;
 use wgpu_attention::{Caps, Dtype, Path, Plan, PlanOptions, Tile};
 
 use crate::backend::{self, AdapterArgs};
-use crate::failure::{Failure, Result};
+use crate::failure::Result;
 use crate::options::{DtypeArg, SyntheticArgs};
 use crate::output;
 use crate::shapes::Shape;
@@ -48,12 +48,12 @@ fn parse_path(text: &str) -> Result<Path, String> {
     text.parse().map_err(|_| "there are: staged, fused".into())
 }
 
-/// Plans and prints; no device is opened.
+/// Plans and prints, for the adapter that the other commands would open: what it offers has been tried then.
 pub(crate) fn run(args: &ExplainArgs) -> Result<()> {
     let mut problem = args.synthetic.problem(&args.shape, Dtype::from(args.dtype))?;
     (problem.lse, problem.weights) = (args.lse, args.weights);
     problem.validate()?;
-    let caps = if args.minimal { Caps::minimal() } else { caps(args.adapter.adapter.as_deref())? };
+    let caps = if args.minimal { Caps::minimal() } else { caps(&args.adapter)? };
     let tuning = args.adapter.tuning()?;
     let (path, tile, scratch_budget) = (args.path, args.family, args.scratch_budget);
     let options = PlanOptions { path, tile, scratch_budget, tuning, ..PlanOptions::default() };
@@ -75,24 +75,12 @@ pub(crate) fn run(args: &ExplainArgs) -> Result<()> {
     Ok(())
 }
 
-fn caps(wanted: Option<&str>) -> Result<Caps> {
-    let adapters: Vec<Caps> =
-        pollster::block_on(wgpu_attention::adapters()).iter().map(Caps::of_adapter).collect();
-    if let Some(wanted) = wanted {
-        let matches = |caps: &&Caps| caps.adapter.to_lowercase().contains(&wanted.to_lowercase());
-        let names: Vec<&str> = adapters.iter().map(|caps| caps.adapter.as_str()).collect();
-        let there = if names.is_empty() { "no adapter".to_string() } else { names.join(", ") };
-        return adapters
-            .iter()
-            .find(matches)
-            .cloned()
-            .ok_or_else(|| Failure::input(format!("no adapter matches '{wanted}'; there is {there}")));
-    }
-    match backend::open_if_any(&AdapterArgs::default())? {
-        Some(engine) => Ok(engine.caps().clone()),
+fn caps(adapter: &AdapterArgs) -> Result<Caps> {
+    Ok(match backend::open_if_any(adapter)? {
+        Some(engine) => engine.caps().clone(),
         None => {
-            eprintln!("no adapter: the plan is for a device with default limits and no optional feature");
-            Ok(Caps::minimal())
+            output::note("no adapter: the plan is for a device with default limits and no optional feature");
+            Caps::minimal()
         }
-    }
+    })
 }

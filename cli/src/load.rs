@@ -99,6 +99,35 @@ pub(crate) fn load(
     Ok(Loaded { problem, data, o_shape })
 }
 
+/// The tensors of a file that attention knows.
+const KNOWN: [&str; 17] = [
+    "q",
+    "k",
+    "v",
+    "k_pool",
+    "v_pool",
+    "w",
+    "w_q",
+    "w_k",
+    "score_v",
+    "bias",
+    "mask",
+    "alibi_slopes",
+    "sinks",
+    "kv_lens",
+    "block_table",
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+];
+
+/// The tensors of a file that were left alone: a mask by another name is one, and whoever wrote it wants to know.
+pub(crate) fn unused(archive: &Archive) -> Vec<String> {
+    let mut names = archive.names();
+    names.retain(|name| !KNOWN.contains(&name.as_str()));
+    names.sort_unstable();
+    names
+}
+
 /// Ragged tensors and pages have one order, whatever the others have: all heads of a token together.
 const PACKED: LayoutArg = LayoutArg::Bshd;
 

@@ -63,10 +63,10 @@ fn main() -> ExitCode {
         Ok(cli) => dispatch(cli.command),
         Err(error) => usage(&error),
     };
-    match result {
+    match result.and_then(|()| output::printed()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            eprintln!("error: {}", failure.line());
+            output::note(&format!("error: {}", failure.line()));
             ExitCode::from(failure.code)
         }
     }

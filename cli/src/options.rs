@@ -240,6 +240,9 @@ impl SyntheticArgs {
     pub(crate) fn problem(&self, shape: &crate::shapes::Shape, dtype: Dtype) -> Result<AttentionProblem> {
         use wgpu_attention::{Bias, Layout};
         let has = |extra| self.with.contains(&extra);
+        if has(Extra::Mask) && has(Extra::BlockMask) {
+            return Err(Failure::input("--with mask,block-mask: a problem has one mask"));
+        }
         let pairs = [1, shape.heads_q, shape.seq_q, shape.seq_kv];
         let problem = AttentionProblem {
             similarity: self.contract.similarity(shape.head_dim, shape.head_dim, false),

@@ -1,14 +1,33 @@
 //! Standard output that may end early, and files that are complete or not there.
 
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use crate::failure::{Failure, Result};
 
-/// Prints to stdout. A reader that went away (`| head`) is no error.
+/// Why something could not be printed, if so.
+static NOT_PRINTED: OnceLock<String> = OnceLock::new();
+
+/// Prints to stdout. A reader that went away (`| head`) is no error; what else goes wrong, [`printed`] tells.
 pub(crate) fn print(text: &str) {
     let mut out = std::io::stdout().lock();
-    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            NOT_PRINTED.get_or_init(|| format!("stdout: {error}"));
+        }
+        _ => {}
+    }
+}
+
+/// Whether all that was to be printed has been, as far as anybody read it.
+pub(crate) fn printed() -> Result<()> {
+    NOT_PRINTED.get().map_or(Ok(()), |why| Err(Failure::input(why)))
+}
+
+/// Says something on stderr, if anybody listens.
+pub(crate) fn note(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 /// A place to write to that was looked at before any work began.
@@ -35,6 +54,12 @@ impl OutputFile {
             Err(_) => {}
         }
         Ok(Self { shown, target, special })
+    }
+
+    /// Its name if one of others is the same file.
+    pub(crate) fn among(&self, others: &[&Self]) -> Option<std::path::Display<'_>> {
+        let same = |other: &&Self| other.target == self.target && !self.special;
+        others.iter().any(same).then(|| self.shown.display())
     }
 
     /// Writes the whole file, or leaves what was there.

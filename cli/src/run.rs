@@ -12,7 +12,7 @@ use crate::backend::{self, AdapterArgs, Choice};
 use crate::failure::{Failure, Result};
 use crate::load::{self, LayoutArg};
 use crate::options::{ContractArgs, KvDtypeArg};
-use crate::output::OutputFile;
+use crate::output::{self, OutputFile};
 
 /// Element type of the output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -83,7 +83,11 @@ pub(crate) fn run(args: &RunArgs) -> Result<()> {
     let computed = backend::compute(path, &args.adapter, &problem, &loaded.data.inputs())?;
     output.write(&serialize(&problem, &computed.outputs, loaded.o_shape)?)?;
     if !args.quiet {
-        eprintln!("{}: by {}", args.output.display(), computed.by);
+        let unused = match load::unused(&archive) {
+            names if names.is_empty() => String::new(),
+            names => format!("; not used: {}", names.join(", ")),
+        };
+        output::note(&format!("{}: by {}{unused}", args.output.display(), computed.by));
     }
     Ok(())
 }

@@ -21,6 +21,8 @@ const SHAPES: [&str; 4] = ["1x8x512x64", "1x8x2048x64", "1x8x512x128", "1x8x2048
 /// Candidates that are timed again, in turns, after each was timed once.
 const FINALISTS: usize = 4;
 const ROUNDS: usize = 9;
+/// Samples of each finalist below which they are not compared.
+const LEAST_SAMPLES: usize = 3;
 /// Times of the fastest beyond which other sizes of a family are not looked at.
 const HOPELESS: f64 = 3.0;
 /// What a candidate has to gain before it takes the place of the planner's own choice: less is noise.
@@ -31,7 +33,7 @@ const LEAST_GAIN: f64 = 1.03;
 /// Every candidate that fits is run once, and the best few again in turns with the planner's own choice.
 /// One that is at least 3 % faster goes into the table, which `--tuning FILE` reads (in code:
 /// `Options::tuning`); it serves problems of the same type and widths, and of similar lengths. Wrong
-/// results never do. What FILE holds for other adapters and shapes stays.
+/// results never do. What FILE holds for other adapters and shapes stays, and all of it where time was too short.
 #[derive(Args, Debug)]
 pub(crate) struct TuneArgs {
     /// The table, read first if it is there
@@ -97,13 +99,19 @@ pub(crate) fn run(args: &TuneArgs) -> Result<()> {
     let started = Instant::now();
     let all = Duration::from_secs(args.seconds.into());
     let bar = if args.quiet { ProgressBar::hidden() } else { ProgressBar::new_spinner() };
+    // One that the device cannot serve is found before others take their time.
+    for problem in &problems {
+        let what = || Shape::of(problem);
+        engine.plan_with(problem, &PlanOptions::default()).map_err(|e| Failure::from(e).about(what()))?;
+    }
     for (number, problem) in problems.iter().enumerate() {
         // What one leaves of its time is for the rest.
         let left = all.saturating_sub(started.elapsed()) / (problems.len() - number) as u32;
         tune_one(&engine, problem, left, &bar, &mut tuning)?;
+        // What was found stays, whatever comes of the next.
+        file.write(tuning.to_string().as_bytes())?;
     }
     bar.finish_and_clear();
-    file.write(tuning.to_string().as_bytes())?;
     output::print(&format!("{} entries in {}\n", tuning.len(), args.output.display()));
     Ok(())
 }
@@ -198,6 +206,13 @@ fn tune_one(
         &entrants,
         &format!("{timed} of {count} candidates timed{}", if cut { ", then the time was up" } else { "" }),
     );
+    // A sample or two of each decide nothing: what the table holds stays.
+    if entrants.len() < 2 || entrants.iter().any(|entrant| entrant.ms.len() < LEAST_SAMPLES) {
+        output::print(
+            "  too few samples for an entry: the table stays as it is (--seconds gives more time)\n",
+        );
+        return Ok(());
+    }
     let base = entrants[0].median();
     let best = entrants.iter().min_by(|a, b| a.median().total_cmp(&b.median()));
     tuning.remove(problem, engine.caps());

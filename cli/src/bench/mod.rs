@@ -95,6 +95,10 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     }
     let file = |path: &Option<PathBuf>| path.as_deref().map(OutputFile::new).transpose();
     let (csv, json, plot) = (file(&args.csv)?, file(&args.json)?, file(&args.plot)?);
+    let files: Vec<_> = [&csv, &json, &plot].into_iter().flatten().collect();
+    if let Some(twice) = files.iter().enumerate().find_map(|(at, file)| file.among(&files[..at])) {
+        return Err(Failure::input(format!("{twice}: two results cannot be one file")));
+    }
     let problems = problems(args)?;
     let asked = !(args.path.is_empty() && args.kernel.is_empty());
     let (backends, engine) = backends(args)?;
@@ -142,6 +146,9 @@ fn problems(args: &BenchArgs) -> Result<Vec<AttentionProblem>> {
             let problem = args.synthetic.problem(shape, Dtype::from(dtype))?;
             if problem.rows() == 0 {
                 return Err(Failure::input(format!("{shape}: nothing to measure, it has no query")));
+            }
+            if args.decode && problem.seq_q != 1 {
+                return Err(Failure::input(format!("{shape}: --decode is of one query a head")));
             }
             problems.push(problem);
         }

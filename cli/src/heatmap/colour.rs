@@ -2,8 +2,10 @@
 
 /// Steps between the lightest and the darkest colour.
 pub(crate) const LEVELS: usize = 64;
-/// A weight of exactly 0: a key that a mask excludes.
+/// A weight of exactly 0: of a key that a mask excludes, or whose score lies far below another.
 pub(crate) const NOTHING: &str = "#f3f4f6";
+/// A NaN.
+pub(crate) const NO_NUMBER: &str = "#e11d48";
 
 /// The colour map mako of seaborn (Waskom 2021), light to dark: evenly spaced to the eye, and its
 /// lightness alone tells the order.

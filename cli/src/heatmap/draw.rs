@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::Picture;
-use super::colour::{self, LEVELS, NOTHING};
+use super::colour::{self, LEVELS, NO_NUMBER, NOTHING};
 use crate::svg::{Anchor, Svg, Text, short, text_width};
 
 const GREY: &str = "#57606a";
@@ -160,15 +160,19 @@ fn panel(
     (x, y): (&Axis, &Axis),
     largest: f32,
 ) {
-    let mut paths = vec![String::new(); LEVELS];
+    // The last is for blocks with a NaN: the maximum of others would hide it.
+    let mut paths = vec![String::new(); LEVELS + 1];
     for row in 0..y.cells {
         let mut column = 0;
         while column < x.cells {
             let level_at = |column: usize| {
                 let rows = row * y.block..((row + 1) * y.block).min(queries);
                 let columns = column * x.block..((column + 1) * x.block).min(keys);
-                let block = rows.flat_map(|i| &weights[i * keys..][columns.clone()]);
-                let weight = block.copied().fold(0.0, f32::max);
+                let block = rows.flat_map(|i| &weights[i * keys..][columns.clone()]).copied();
+                let weight = block.fold(0.0, |most: f32, w| if w <= most { most } else { w });
+                if weight.is_nan() {
+                    return Some(LEVELS);
+                }
                 (weight > 0.0).then(|| colour::level(colour::position(weight, largest)))
             };
             let level = level_at(column);
@@ -193,7 +197,8 @@ fn panel(
         y.cells,
     );
     for (level, path) in paths.iter().enumerate().filter(|(_, path)| !path.is_empty()) {
-        let _ = writeln!(markup, "<path fill=\"{}\" d=\"{path}\"/>", colour::colour(level));
+        let fill = if level == LEVELS { NO_NUMBER.into() } else { colour::colour(level) };
+        let _ = writeln!(markup, "<path fill=\"{fill}\" d=\"{path}\"/>");
     }
     svg.raw(&(markup + "</g>\n"));
 }
@@ -209,15 +214,22 @@ fn scale(svg: &mut Svg, left: f64, top: f64, largest: f32, has_nothing: bool) {
     for part in [0.0, 0.05, 0.25, 0.5, 1.0] {
         let x = left + colour::position(part, 1.0) * BAR_WIDTH;
         svg.line([x, top + 10.0, x, top + 14.0], GREY, 1.0);
-        let text = short(f64::from((part * largest * 100.0).round() / 100.0));
+        let text = of_scale(part, largest);
         let style = Text { fill: GREY, anchor: Anchor::Middle, ..Text::new(10.0) };
         svg.text(x, top + 25.0, style, &text);
     }
     if has_nothing {
         let style = Text { fill: GREY, anchor: Anchor::End, ..Text::new(10.0) };
-        svg.text(left - 14.0, top + 9.0, style, "excluded");
-        svg.rect([left - 16.0 - text_width("excluded") * 10.0 - 14.0, top, 10.0, 10.0], NOTHING);
+        svg.text(left - 14.0, top + 9.0, style, "weight 0");
+        svg.rect([left - 16.0 - text_width("weight 0") * 10.0 - 14.0, top, 10.0, 10.0], NOTHING);
     }
+}
+
+/// A part of the largest weight in digits: two decimals, and more where the largest has so few.
+fn of_scale(part: f32, largest: f32) -> String {
+    let finer = (-(2.0 * f64::from(largest)).log10()).ceil().clamp(0.0, 40.0) as usize;
+    let text = format!("{:.*}", 2 + finer, part * largest);
+    text.trim_end_matches('0').trim_end_matches('.').to_string()
 }
 
 #[cfg(test)]
@@ -227,6 +239,18 @@ mod tests {
     #[test]
     fn panels_fill_a_rectangle() {
         assert_eq!([1, 4, 6, 8, 9, 12, 16, 32].map(columns), [1, 2, 3, 4, 3, 4, 4, 8]);
+    }
+
+    #[test]
+    fn the_scale_has_digits_for_any_weight() {
+        for (largest, labels) in [
+            (1.0, ["0", "0.05", "0.25", "1"]),
+            (0.25, ["0", "0.013", "0.063", "0.25"]),
+            (1.0 / 300.0, ["0", "0.00017", "0.00083", "0.00333"]),
+            (0.0, ["0", "0", "0", "0"]),
+        ] {
+            assert_eq!([0.0, 0.05, 0.25, 1.0].map(|part| of_scale(part, largest)), labels);
+        }
     }
 
     #[test]

@@ -15,7 +15,7 @@ use crate::backend::{AdapterArgs, Choice};
 use crate::failure::{Failure, Result};
 use crate::load::LayoutArg;
 use crate::options::ContractArgs;
-use crate::output::OutputFile;
+use crate::output::{self, OutputFile};
 use crate::png;
 
 /// More heads than this make no picture that anyone can read.
@@ -170,11 +170,15 @@ impl Form {
 pub(crate) fn run(args: &HeatmapArgs) -> Result<()> {
     let output = OutputFile::new(&args.output)?;
     let form = Form::of(&args.output)?;
-    let picture = match (&args.input, &args.model) {
+    let mut picture = match (&args.input, &args.model) {
         (Some(input), _) => file::picture(args, input)?,
         (None, Some(folder)) => model::picture(args, folder, form == Form::Page)?,
         (None, None) => return Err(Failure::input("want IN.safetensors or --model DIR")),
     };
+    let no_numbers = picture.weights.iter().flatten().filter(|weight| weight.is_nan()).count();
+    if no_numbers > 0 {
+        picture.subtitle += &format!(", {no_numbers} weights are NaN");
+    }
     let bytes = match form {
         Form::Svg => draw::draw(&picture).into_bytes(),
         Form::Png => png::png(&draw::draw(&picture))?,
@@ -182,7 +186,7 @@ pub(crate) fn run(args: &HeatmapArgs) -> Result<()> {
     };
     output.write(&bytes)?;
     if !args.quiet {
-        eprintln!("{}: weights by {}", args.output.display(), picture.by);
+        output::note(&format!("{}: weights by {}", args.output.display(), picture.by));
     }
     Ok(())
 }

@@ -47,7 +47,7 @@ pub(super) fn page(picture: &Picture) -> Result<String> {
 fn steps(weights: &[f32]) -> Vec<u8> {
     let step = |weight: f32| match weight {
         0.0 => 0,
-        // A NaN shows as if it were the smallest.
+        // A NaN shows as if it were the smallest; the page says that there is one.
         weight => (colour::position(weight, 1.0) * 255.0).round().max(1.0) as u8,
     };
     weights.iter().map(|&weight| step(weight)).collect()
