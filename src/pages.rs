@@ -1,6 +1,6 @@
 //! Who owns which page of a paged cache: bookkeeping on the host, for the block tables that kernels read.
 
-use std::collections::HashSet;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::error::{Error, Result};
 use crate::problem::MAX_SEQ;
@@ -33,6 +33,8 @@ use crate::problem::MAX_SEQ;
 /// ```
 #[derive(Debug)]
 pub struct PageAllocator {
+    /// Tells it from others.
+    id: usize,
     pages: u32,
     /// Owners of each page that was ever handed out.
     owners: Vec<u64>,
@@ -42,8 +44,10 @@ pub struct PageAllocator {
 
 impl PageAllocator {
     /// An allocator of pages `0..pages`, all of them free.
-    pub const fn new(pages: u32) -> Self {
-        Self { pages, owners: Vec::new(), free: Vec::new() }
+    pub fn new(pages: u32) -> Self {
+        static NEXT: AtomicUsize = AtomicUsize::new(1);
+        let id = NEXT.fetch_add(1, Ordering::Relaxed);
+        Self { id, pages, owners: Vec::new(), free: Vec::new() }
     }
 
     /// How many pages there are.
@@ -130,6 +134,8 @@ pub struct PageCopy {
 /// allocator that the sequence began with.
 #[derive(Debug)]
 pub struct Sequence {
+    /// The allocator that its pages are of, where it has any.
+    allocator: usize,
     page_size: usize,
     len: usize,
     pages: Vec<u32>,
@@ -144,7 +150,7 @@ impl Sequence {
         if page_size == 0 {
             return Err(Error::ZeroSize { what: "page_size" });
         }
-        Ok(Self { page_size, len: 0, pages: Vec::new() })
+        Ok(Self { allocator: 0, page_size, len: 0, pages: Vec::new() })
     }
 
     /// How many tokens it has.
@@ -171,14 +177,16 @@ impl Sequence {
     /// [`pages`](Self::pages). They come all or none.
     ///
     /// # Errors
-    /// [`Error::OutOfPages`], and [`Error::TooLarge`] where the sequence would be longer than any problem may
-    /// be. Then nothing has changed.
+    /// [`Error::OutOfPages`], [`Error::TooLarge`] where the sequence would be longer than any problem may be, and
+    /// [`Error::PageNotInUse`] with an allocator that is not this sequence's. Then nothing has changed.
     pub fn append(&mut self, allocator: &mut PageAllocator, tokens: usize) -> Result<&[u32]> {
         let len = self.len.saturating_add(tokens);
         if len > MAX_SEQ {
             let what = "the sequence's length".into();
             return Err(Error::TooLarge { what, got: len as u128, max: MAX_SEQ as u64 });
         }
+        self.check(allocator, self.pages.len())?;
+        self.allocator = allocator.id;
         let before = self.pages.len();
         let (need, free) = ((len.div_ceil(self.page_size) - before) as u64, allocator.available());
         if need > u64::from(free) {
@@ -198,7 +206,7 @@ impl Sequence {
     /// [`Error::OutOfPages`], and [`Error::PageNotInUse`] with an allocator that is not this sequence's. Then
     /// nothing has changed.
     pub fn fork(&self, allocator: &mut PageAllocator) -> Result<(Self, Option<PageCopy>)> {
-        self.check(allocator)?;
+        self.check(allocator, 0)?;
         let tokens = self.len % self.page_size;
         let (full, partly) = self.pages.split_at(self.len / self.page_size);
         let mut pages = full.to_vec();
@@ -224,8 +232,8 @@ impl Sequence {
         if len >= self.len {
             return Ok(None);
         }
-        self.check(allocator)?;
         let (kept, tokens) = (len.div_ceil(self.page_size), len % self.page_size);
+        self.check(allocator, kept.saturating_sub(1))?;
         // What is appended must not be written to what another sequence reads.
         let copies = tokens > 0 && allocator.owners(self.pages[kept - 1]) > 1;
         let comes_back = |page: &u32| allocator.owners(*page) == 1;
@@ -250,18 +258,19 @@ impl Sequence {
     /// # Errors
     /// [`Error::PageNotInUse`] with an allocator that is not this sequence's; then nothing has changed there.
     pub fn free(self, allocator: &mut PageAllocator) -> Result<()> {
-        self.check(allocator)?;
+        self.check(allocator, 0)?;
         for page in self.pages {
             allocator.free(page)?;
         }
         Ok(())
     }
 
-    /// Whether that allocator knows all pages as owned, as the sequence's own does, which hands none out twice: so each can
-    /// be freed.
-    fn check(&self, allocator: &PageAllocator) -> Result<()> {
-        let mut seen = HashSet::with_capacity(self.pages.len());
-        match self.pages.iter().find(|&&page| allocator.owners(page) == 0 || !seen.insert(page)) {
+    /// Whether that allocator is the one that the pages are of, and these pages from that number on are in use there: so
+    /// each can be shared and freed.
+    fn check(&self, allocator: &PageAllocator, from: usize) -> Result<()> {
+        let other = !self.pages.is_empty() && self.allocator != allocator.id;
+        let unknown = |page: &&u32| other || allocator.owners(**page) == 0;
+        match self.pages[from..].iter().find(unknown).or(self.pages.first().filter(|_| other)) {
             Some(&page) => Err(Error::PageNotInUse { page, pages: allocator.pages() }),
             None => Ok(()),
         }
@@ -341,7 +350,7 @@ mod tests {
         // Another allocator's pages.
         let mut other = PageAllocator::new(1);
         other.alloc().unwrap();
-        let not_in_use = Error::PageNotInUse { page: 1, pages: 1 };
+        let not_in_use = Error::PageNotInUse { page: 0, pages: 1 };
         assert_eq!(sequence.fork(&mut other).unwrap_err(), not_in_use);
         assert_eq!((sequence.free(&mut other), other.owners(0)), (Err(not_in_use), 1));
     }
@@ -369,19 +378,24 @@ mod tests {
     }
 
     #[test]
-    fn pages_of_two_allocators_are_not_taken_for_one_s() {
+    fn pages_of_one_allocator_are_not_taken_for_another_s() {
         let [mut a, mut b] = [PageAllocator::new(4), PageAllocator::new(4)];
-        let mut sequence = Sequence::new(1).unwrap();
-        for allocator in [&mut a, &mut b] {
-            sequence.append(allocator, 1).unwrap();
-        }
-        assert_eq!(sequence.pages(), [0, 0]);
-        let state = |of: &Sequence, a: &PageAllocator| (of.pages().to_vec(), of.len(), a.available());
-        let before = state(&sequence, &a);
-        assert_eq!(sequence.truncate(&mut a, 0), Err(Error::PageNotInUse { page: 0, pages: 4 }));
-        assert!(sequence.fork(&mut a).is_err());
-        assert_eq!(state(&sequence, &a), before);
-        assert!(sequence.free(&mut a).is_err());
+        let [mut of_a, mut of_b] = [(); 2].map(|()| Sequence::new(1).unwrap());
+        of_a.append(&mut a, 1).unwrap();
+        of_b.append(&mut b, 1).unwrap();
+        assert_eq!((of_a.pages(), of_b.pages()), (&[0][..], &[0][..]));
+        let not_in_use = Error::PageNotInUse { page: 0, pages: 4 };
+        assert_eq!(of_a.append(&mut b, 1), Err(not_in_use.clone()));
+        assert_eq!(of_a.truncate(&mut b, 0), Err(not_in_use.clone()));
+        assert_eq!(of_a.fork(&mut b).unwrap_err(), not_in_use);
+        assert_eq!((of_a.pages(), of_a.len(), a.available(), b.available()), (&[0][..], 1, 3, 3));
+        assert_eq!((of_a.free(&mut b), b.owners(0)), (Err(not_in_use.clone()), 1));
+        // One without pages is nobody's.
+        of_b.truncate(&mut b, 0).unwrap();
+        assert_eq!(of_b.append(&mut a, 1), Ok(&[1][..]));
+        // A page that was given back behind its back.
+        a.free(1).unwrap();
+        assert_eq!(of_b.truncate(&mut a, 0), Err(Error::PageNotInUse { page: 1, pages: 4 }));
     }
 
     /// Any order of appending, forking, truncating and freeing, against a model that counts owners by looking.
