@@ -709,6 +709,13 @@ fn weights_by_the_names_of_llama() {
             format!("checkpoint: model.layers.5.self_attn.{name}.weight: it is not there")
         );
     }
+    // What the layer would leave out makes other numbers, too.
+    let bytes = file("model.", "");
+    let file = safetensors::SafeTensors::deserialize(&bytes).expect("safetensors");
+    let other = Layer { norm: None, ..layer };
+    let error = HostWeights::from_safetensors(&file, Naming::Llama, 5, &other).expect_err("refused");
+    let why = "it is there, and the layer has no such part";
+    assert_eq!(error.to_string(), format!("checkpoint: model.layers.5.self_attn.q_norm.weight: {why}"));
 }
 
 #[test]
@@ -719,6 +726,11 @@ fn wrong_layers_are_errors() {
     let said = |layer: Layer| layer.validate().expect_err("refused").to_string();
     assert!(said(Layer::new(&AttentionProblem { seq_kv: 6, ..attention.clone() }, 16)).contains("context"));
     assert!(said(Layer::new(&AttentionProblem { lse: true, ..attention.clone() }, 16)).contains("lse"));
+    for norm in
+        [QkNorm::L2 { epsilon: 1e-40 }, QkNorm::Rms { epsilon: 0.0 }, QkNorm::Rms { epsilon: f32::NAN }]
+    {
+        assert!(said(Layer { norm: Some(norm), ..layer.clone() }).contains("epsilon"), "{norm:?}");
+    }
     let rope = Some(Rope { positions: 4, ..Rope::new(8) });
     assert!(said(Layer { rope, ..layer.clone() }).contains("4 positions"));
     // Queries of cross-attention: no place, or one that the table does not have.

@@ -9,7 +9,7 @@ use crate::problem::AttentionProblem;
 #[non_exhaustive]
 pub enum QkNorm {
     /// `x / sqrt(mean(x^2) + epsilon) * gain` over a head's width (Qwen 3, Gemma 3); the gains are an operand
-    /// of `[head_dim]` f32 for all heads.
+    /// of `[head_dim]` f32 for all heads. (Gemma's checkpoints hold the gains less 1.)
     Rms {
         /// Keeps a row of zeros finite.
         epsilon: f32,
@@ -43,8 +43,9 @@ impl QkNorm {
     /// Whether its epsilon keeps a row of zeros finite.
     pub(crate) fn validate(self) -> Result<()> {
         let got = self.epsilon();
-        let need = "finite and above 0";
-        if got.is_finite() && got > 0.0 {
+        // Devices flush what is not normal: a row of zeros would be divided by zero.
+        let need = "a normal number above 0";
+        if got.is_normal() && got > 0.0 {
             Ok(())
         } else {
             Err(Error::BadNumber { what: "norm's epsilon", got, need })

@@ -14,7 +14,8 @@ use crate::error::{Error, Result};
 pub enum Naming {
     /// `encoder.layer.N.attention.self.query.weight` and its kin (BERT, MiniLM).
     Bert,
-    /// `model.layers.N.self_attn.q_proj.weight` and its kin (Llama, Mistral, Qwen, SmolLM).
+    /// `model.layers.N.self_attn.q_proj.weight` and its kin (Llama, Mistral, Qwen, SmolLM; and Gemma, but for the gains
+    /// of its norms: 1 is to be added to those).
     Llama,
 }
 
@@ -66,8 +67,9 @@ impl HostWeights {
     ///
     /// # Errors
     /// [`Error::Checkpoint`], which names the tensor, for one that is not there, that has another shape than the
-    /// layer needs, or whose element type is none of f32, f16 and bf16; [`Error::Layer`] for a packed or a
-    /// transposed layer, which these checkpoints do not have.
+    /// layer needs, or whose element type is none of f32, f16 and bf16, and for a bias or a norm of q and k that is there
+    /// and that the layer does not have; [`Error::Layer`] for a packed or a transposed layer, which these checkpoints
+    /// do not have.
     pub fn from_safetensors(
         tensors: &SafeTensors<'_>,
         naming: Naming,
@@ -86,9 +88,16 @@ impl HostWeights {
             read(tensors, &naming.names(number, part, kind), shape, layer.weight_dtype)
         };
         let matrix = |part, outputs, inputs| read(part, "weight", &[outputs, inputs]);
+        // What a checkpoint has and a layer leaves out would make other numbers, and nothing would say so.
+        let unwanted = |part: &str, kind: &str| {
+            let names = naming.names(number, part, kind);
+            let found = names.into_iter().find(|name| tensors.tensor(name).is_ok());
+            let why = "it is there, and the layer has no such part".into();
+            found.map_or(Ok(None::<Tensor>), |tensor| Err(Error::Checkpoint { tensor, why }))
+        };
         let bias = |part, outputs| {
             let wanted = if part == "o" { layer.bias_o } else { layer.bias };
-            wanted.then(|| read(part, "bias", &[outputs])).transpose()
+            if wanted { read(part, "bias", &[outputs]).map(Some) } else { unwanted(part, "bias") }
         };
         // f32 whatever the matrices are, as the layer takes them.
         let gain = |part, dim| match layer.norm {
@@ -96,7 +105,7 @@ impl HostWeights {
                 let names = naming.names(number, part, "weight");
                 Ok::<_, Error>(Some(self::read(tensors, &names, &[dim], Dtype::F32)?.to_f32()))
             }
-            _ => Ok(None),
+            _ => unwanted(part, "weight").map(|_| None),
         };
         Ok(Self {
             w_q: matrix("q", q, layer.width)?,
