@@ -20,19 +20,25 @@ fn add_NUMBER(row: vec3<u32>, d: u32, so_far: Sums) -> Sums {
     let first = row_lseNUMBER(row.x, row.y, row.z);
     let at = row_partNUMBER(row.x, row.y, row.z);
     var sums = so_far;
-    for (var part = 0u; part < params.partNUMBER_count; part += 1u) {
-        let bits = lseNUMBER[first + part * params.lseNUMBER_step];
-        // A part that has seen no key of the row: whatever lies in its o is not read.
-        if bits == NEG_INF_BITS {
-            continue;
+    for (var near = 0u; near < params.partNUMBER_count; near += NEAR) {
+        var weights = 0.0;
+        var o = vec4<f32>();
+        for (var part = near; part < min(near + NEAR, params.partNUMBER_count); part += 1u) {
+            let bits = lseNUMBER[first + part * params.lseNUMBER_step];
+            // A part that has seen no key of the row: whatever lies in its o is not read.
+            if bits == NEG_INF_BITS {
+                continue;
+            }
+            if !is_finite_bits(bits) {
+                sums.spoiled = true;
+                continue;
+            }
+            let weight = exp2((bitcast<f32>(bits) - sums.largest) * LOG2_E);
+            weights += weight;
+            o += weight * load4_partNUMBER(at + part * params.partNUMBER_step, d);
         }
-        if !is_finite_bits(bits) {
-            sums.spoiled = true;
-            continue;
-        }
-        let weight = exp2((bitcast<f32>(bits) - sums.largest) * LOG2_E);
-        sums.weights += weight;
-        sums.o += weight * load4_partNUMBER(at + part * params.partNUMBER_step, d);
+        sums.weights += weights;
+        sums.o += o;
     }
     return sums;
 }

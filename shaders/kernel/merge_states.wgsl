@@ -6,6 +6,9 @@
 // A thread owns a quad of a row of O, and reads the row's lse twice: the maximum comes first, so that no sum
 // is ever rescaled. No workgroup memory, no barriers.
 
+// Parts that are added up apart from the others, so that rounding errors do not grow with their number.
+const NEAR = 32u;
+
 struct Sums {
     largest: f32,
     weights: f32,

@@ -66,8 +66,16 @@ pub(super) fn run(context: &Context<'_>, out: TileOut<'_, '_>, isa: Isa) {
             })
             .collect_into_vec(&mut parts);
         parts.par_chunks_mut(splits).zip(outs).zip(&tiles).for_each(|((parts, out), rows)| {
-            if let Some((first, others)) = parts.split_first_mut() {
-                others.iter().for_each(|other| first.merge(other, context.to_log2));
+            // Two and two, so that rounding errors do not grow with their number.
+            let mut apart = 1;
+            while apart < parts.len() {
+                for at in (0..parts.len() - apart).step_by(2 * apart) {
+                    let (to, from) = parts.split_at_mut(at + apart);
+                    to[at].merge(&from[0], context.to_log2);
+                }
+                apart *= 2;
+            }
+            if let Some(first) = parts.first_mut() {
                 first.write(context, &Tile::new(context, rows.clone()), out, isa);
             }
         });
