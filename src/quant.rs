@@ -12,7 +12,8 @@
 //! An element is `lowest + scale * code`. Unused bits of the last word may be anything.
 //!
 //! Why so: a range that need not be symmetric about 0 is a third finer on real keys and values, and bf16
-//! reaches as far as f32, so that no row is too small or too large. Of 4-bit codes a group of 16 makes up
+//! reaches as far as f32: a row is too large only where it spans more than f32's largest number, or ends within the last
+//! 1/256 of it (it becomes NaN, as one with a number that is not finite). Of 4-bit codes a group of 16 makes up
 //! for the few channels of a row that are many times larger than the others, and its range is then moved by
 //! least squares to where its codes are least wrong: a fifth less error on real keys and values.
 

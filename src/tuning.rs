@@ -136,14 +136,16 @@ impl fmt::Display for Tuning {
 impl FromStr for Tuning {
     type Err = Error;
 
-    /// Reads a table; lines that are empty or begin with `#` say nothing.
+    /// Reads a table; lines that are empty, or begin with `#` and have no tab, say nothing.
     ///
     /// # Errors
     /// [`Error::Tuning`] with the number of the first line that is none.
     fn from_str(text: &str) -> Result<Self> {
         let mut tuning = Self::default();
         for (number, line) in text.lines().enumerate() {
-            if !line.trim().is_empty() && !line.starts_with('#') {
+            // An adapter's name may begin with anything.
+            let remark = line.starts_with('#') && !line.contains('\t');
+            if !line.trim().is_empty() && !remark {
                 let fail = |why| Error::Tuning { line: number + 1, why };
                 tuning.put(entry(line).map_err(fail)?);
             }
@@ -196,7 +198,8 @@ mod tests {
 
     #[test]
     fn newer_entries_replace() {
-        let caps = Caps { adapter: "a card\tof\ntwo lines".into(), ..Caps::minimal() };
+        // What a name begins with is no remark.
+        let caps = Caps { adapter: "# a card\tof\ntwo lines".into(), ..Caps::minimal() };
         let mut tuning = Tuning::default();
         tuning.set(&problem(512), &caps, Family::StagedTile.into());
         let mut newer = Tuning::default();

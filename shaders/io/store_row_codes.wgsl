@@ -103,10 +103,17 @@ fn range_of(first: u32) -> Range {
 // A group begins with a word, whose thread also stores the group's range.
 fn store_row(to: u32, lane: u32) {
     let groups = div_ceil(WIDTH, GROUP);
+    var range: Range;
+    // One group: its range is looked for once, and not for every word.
+    if GROUP >= WIDTH {
+        range = range_of(0u);
+    }
     for (var word = lane; word < div_ceil(WIDTH, CODES); word += LANES) {
         let first = word * CODES;
         let group = first / GROUP;
-        let range = range_of(group * GROUP);
+        if GROUP < WIDTH {
+            range = range_of(group * GROUP);
+        }
         if first == group * GROUP {
             k_data[to + group] = (bitcast<u32>(range.scale) >> 16u) | bitcast<u32>(range.lowest);
         }

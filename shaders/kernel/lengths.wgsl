@@ -6,6 +6,8 @@
 
 @group(0) @binding(23) var<storage, read_write> lens_out: array<u32>;
 
+const LEVEL = 1024u * LANES;
+
 // The first block whose page does not exist.
 var<workgroup> wg_bad: atomic<u32>;
 
@@ -24,10 +26,13 @@ fn main(
         atomicStore(&wg_bad, 0xffffffffu);
     }
     workgroupBarrier();
-    for (var block = lane; block < blocks; block += LANES) {
-        if !is_page(b, block) {
-            atomicMin(&wg_bad, block);
-            break;
+    // In two loops: lavapipe 22.3 leaves one after 65535 rounds.
+    for (var level = 0u; level < blocks; level += LEVEL) {
+        for (var block = level + lane; block < min(level + LEVEL, blocks); block += LANES) {
+            if !is_page(b, block) {
+                atomicMin(&wg_bad, block);
+                break;
+            }
         }
     }
     workgroupBarrier();
