@@ -9,6 +9,12 @@ const NEG_INF_BITS: u32 = 0xff800000u;
 // of a kept key whose weight underflows (which must still spread a NaN in v).
 const DROPPED_WEIGHT_BITS: u32 = 0x80000000u;
 
+// Weights with the mark where keys are dropped. As bits: among floats FXC takes minus zero for the plus zero that it may
+// have at hand.
+fn marked(weights: vec4<f32>, dropped: vec4<bool>) -> vec4<f32> {
+    return bitcast<vec4<f32>>(select(bitcast<vec4<u32>>(weights), vec4<u32>(DROPPED_WEIGHT_BITS), dropped));
+}
+
 fn is_dropped_weight(weight: f32) -> bool {
     return bitcast<u32>(weight) == DROPPED_WEIGHT_BITS;
 }
@@ -47,6 +53,17 @@ fn add_dots(
         add_dot(sums.z, a, b2),
         add_dot(sums.w, a, b3),
     );
+}
+
+// A vector's component by its number, and the vector with another in its place. By selects and not by an index: DirectX's
+// older compiler (FXC) makes a dot product with a unit vector of the one, which spreads a NaN and loses a zero's sign, and
+// unrolls whatever stands around the other, or fails.
+fn component(v: vec4<f32>, c: u32) -> f32 {
+    return select(select(v.x, v.y, c == 1u), select(v.z, v.w, c == 3u), c > 1u);
+}
+
+fn with_component(v: vec4<f32>, c: u32, x: f32) -> vec4<f32> {
+    return select(v, vec4<f32>(x), vec4<u32>(c) == vec4<u32>(0u, 1u, 2u, 3u));
 }
 
 fn div_ceil(a: u32, b: u32) -> u32 {

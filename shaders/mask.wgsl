@@ -19,13 +19,16 @@ fn kv_range(b: u32, row: u32, len_k: u32) -> vec2<u32> {
 // where the entry has no such query.
 fn tile_kv_range(b: u32, row: u32, row_end: u32, len_k: u32) -> vec2<u32> {
     let end = min(row_end, query_count(b));
-    if row >= end {
-        return vec2<u32>();
+    // One return: of a function with two, FXC takes the result for perhaps not initialised, and no branch by that for
+    // one that all threads of a workgroup take alike.
+    var range = vec2<u32>();
+    if row < end {
+        let first = kv_range(b, row, len_k);
+        let last = kv_range(b, end - 1u, len_k);
+        // An early row before the first key has an empty range at 0, a late row an empty one at its end.
+        range = vec2<u32>(min(first.x, last.y), last.y);
     }
-    let first = kv_range(b, row, len_k);
-    let last = kv_range(b, end - 1u, len_k);
-    // An early row before the first key has an empty range at 0, a late row an empty one at its end.
-    return vec2<u32>(min(first.x, last.y), last.y);
+    return range;
 }
 
 // [lo, hi) of the keys that all of the queries [row, row_end) see; empty where lo >= hi.

@@ -33,6 +33,8 @@ pub(crate) fn translate(module: &naga::Module, info: &naga::valid::ModuleInfo, c
         if matrices {
             continue;
         }
+        let numbered = numbered_components(module, info);
+        assert!(numbered.is_empty(), "{context}: {numbered:?} number a vector's component, see `component`");
         let options = hlsl::Options {
             // The first with 16-bit numbers.
             shader_model: hlsl::ShaderModel::V6_2,
@@ -59,4 +61,29 @@ pub(crate) fn translate(module: &naga::Module, info: &naga::valid::ModuleInfo, c
             assert!(told, "{context}: DirectX knows no {argument:?}");
         }
     }
+}
+
+/// Functions that take a vector's component by an index that is no constant: DirectX's older compiler (FXC) refuses to store
+/// one, and loads one as a dot product with a unit vector, which spreads NaN and loses the sign of a zero.
+fn numbered_components(module: &naga::Module, info: &naga::valid::ModuleInfo) -> Vec<String> {
+    use naga::TypeInner::{Pointer, ValuePointer, Vector};
+    let numbers = |function: &naga::Function, info: &naga::valid::FunctionInfo| {
+        function.expressions.iter().any(|(_, expression)| {
+            let naga::Expression::Access { base, .. } = *expression else { return false };
+            match *info[base].ty.inner_with(&module.types) {
+                Vector { .. } | ValuePointer { size: Some(_), .. } => true,
+                Pointer { base, .. } => matches!(module.types[base].inner, Vector { .. }),
+                _ => false,
+            }
+        })
+    };
+    let functions = module.functions.iter().map(|(at, function)| (&function.name, function, &info[at]));
+    let found = functions.filter(|(_, function, info)| numbers(function, info));
+    let mut found: Vec<String> = found.map(|(name, ..)| name.clone().unwrap_or_default()).collect();
+    for (at, entry) in module.entry_points.iter().enumerate() {
+        if numbers(&entry.function, info.get_entry_point(at)) {
+            found.push(entry.name.clone());
+        }
+    }
+    found
 }

@@ -12,14 +12,21 @@ var<workgroup> wg_own_b: array<vec4<f32>, ROW_LANES * B_STRIDE>;
 
 // A barrier has to follow. Rows past the last one repeat it.
 fn stage_own(thread: u32, b: u32, head: u32, first: u32, last: u32) {
-    for (var at = thread; at < TILE * A_QUADS; at += THREADS) {
-        let own = own_a(b, head, min(first + at / A_QUADS, last));
-        wg_own_a[at / (ROWS * A_QUADS) + at] = load_own_a(own, 4u * (at % A_QUADS));
+    // Turns that all threads take alike, as in shaders/kernel/linear_tile.wgsl.
+    for (var round = 0u; round < TILE * A_QUADS; round += THREADS) {
+        let at = round + thread;
+        if at < TILE * A_QUADS {
+            let own = own_a(b, head, min(first + at / A_QUADS, last));
+            wg_own_a[at / (ROWS * A_QUADS) + at] = load_own_a(own, 4u * (at % A_QUADS));
+        }
     }
     //$ for n in 0..OF_SCORES
-    for (var at = thread; at < TILE * B_QUADS; at += THREADS) {
-        let own = own_b(b, head, min(first + at / B_QUADS, last));
-        wg_own_b[at / (ROWS * B_QUADS) + at] = load_own_b(own, 4u * (at % B_QUADS));
+    for (var round = 0u; round < TILE * B_QUADS; round += THREADS) {
+        let at = round + thread;
+        if at < TILE * B_QUADS {
+            let own = own_b(b, head, min(first + at / B_QUADS, last));
+            wg_own_b[at / (ROWS * B_QUADS) + at] = load_own_b(own, 4u * (at % B_QUADS));
+        }
     }
     //$ end
 }

@@ -30,13 +30,15 @@ fn pair_of(own: u32, other: u32) -> vec2<u32> {
 // position - window_left to position + window_right, so that both ends grow with the key.
 fn met_by(b: u32, own: u32, own_end: u32, len_k: u32) -> vec2<u32> {
     let end = min(own_end, len_k);
-    if own >= end {
-        return vec2<u32>();
+    // One return, as in tile_kv_range.
+    var range = vec2<u32>();
+    if own < end {
+        let offset = position_offset(b, len_k);
+        let lo = max(0, i32(own) - offset - params.window_right);
+        let hi = clamp(i32(end) - offset + params.window_left, 0, i32(query_count(b)));
+        range = vec2<u32>(u32(min(lo, hi)), u32(hi));
     }
-    let offset = position_offset(b, len_k);
-    let lo = max(0, i32(own) - offset - params.window_right);
-    let hi = clamp(i32(end) - offset + params.window_left, 0, i32(query_count(b)));
-    return vec2<u32>(u32(min(lo, hi)), u32(hi));
+    return range;
 }
 
 // Others that there are, and own rows that get a gradient.

@@ -10,8 +10,9 @@ fn all_kept(b: u32, own: u32, own_end: u32, first: u32, len_k: u32) -> bool {
 var<workgroup> wg_terms: array<vec2<f32>, STEP>;
 
 fn stage_terms(thread: u32, b: u32, head: u32, first: u32, end: u32) {
-    for (var at = thread; at < STEP; at += THREADS) {
-        if first + at < end {
+    for (var round = 0u; round < STEP; round += THREADS) {
+        let at = round + thread;
+        if at < STEP && first + at < end {
             wg_terms[at] = row_terms(b, head, first + at);
         }
     }

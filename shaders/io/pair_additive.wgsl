@@ -16,7 +16,7 @@ fn pair_weights(h: u32, d: u32) -> vec4<f32> {
     var v = vec4<f32>();
     for (var e = 0u; e < 4u; e += 1u) {
         if d + e < params.hidden {
-            v[e] = OPERAND_data[at + d + e];
+            v = with_component(v, e, OPERAND_data[at + d + e]);
         }
     }
     return v;

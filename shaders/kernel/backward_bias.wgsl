@@ -112,10 +112,11 @@ fn main(
             let range = kv_range(b, i, len_k);
             for (var c = 0u; c < 4u; c += 1u) {
                 let j = key + x + SIDE * c;
-                let s = finish_score(dots[r][c], b, head, i, j, range, len_k, TILE_MIXED);
+                let s = finish_score(component(dots[r], c), b, head, i, j, range, len_k, TILE_MIXED);
                 // As bits: a NaN is no number that differs, on some adapters.
                 if bitcast<u32>(s) != bitcast<u32>(DROPPED) {
-                    sums[r][c] += exp_of_one((s - terms.x) * LOG2_E) * (dps[r][c] - terms.y);
+                    let of_pair = exp_of_one((s - terms.x) * LOG2_E) * (component(dps[r], c) - terms.y);
+                    sums[r] = with_component(sums[r], c, component(sums[r], c) + of_pair);
                 }
             }
         }
@@ -141,7 +142,7 @@ fn main(
         for (var c = 0u; c < 4u; c += 1u) {
             let j = key + x + SIDE * c;
             if i < row_end && j < params.seq_kv {
-                store1_grad(row_grad(first_entry, first_head, i) + j * params.grad_stride_d, sums[r][c]);
+                store1_grad(row_grad(first_entry, first_head, i) + j * params.grad_stride_d, component(sums[r], c));
             }
         }
     }

@@ -29,7 +29,12 @@ var<workgroup> wg_careful: array<atomic<u32>, 2>;
 
 // Stages SLICE quads, from `begin` on, of the others from `first` to `end`.
 fn stage(thread: u32, b: u32, head: u32, first: u32, end: u32, begin: u32, turn: u32, is_a: bool) {
-    for (var at = thread; at < STEP * SLICE; at += THREADS) {
+    // Turns that all threads take alike, as in shaders/kernel/linear_tile.wgsl.
+    for (var round = 0u; round < STEP * SLICE; round += THREADS) {
+        let at = round + thread;
+        if at >= STEP * SLICE {
+            continue;
+        }
         let other = first + at / SLICE;
         let d = 4u * (begin + at % SLICE);
         var x = vec4<f32>();
@@ -156,8 +161,8 @@ fn main(
                 var delta: vec4<f32>;
                 for (var c = 0u; c < 4u; c += 1u) {
                     let terms = terms_of(own_term[r], x + c * LANES);
-                    lse[c] = terms.x;
-                    delta[c] = terms.y;
+                    lse = with_component(lse, c, terms.x);
+                    delta = with_component(delta, c, terms.y);
                 }
                 let scaled = dots[r] * params.scale;
                 // Zeros by name: in a browser what is declared without them keeps those of the row before.
@@ -175,15 +180,17 @@ fn main(
                         }
                         let pair = pair_of(own[r], other);
                         let range = kv_range(b, pair.x, len_k);
-                        let s = finish_score(dots[r][c], b, head, pair.x, pair.y, range, len_k, TILE_MIXED);
+                        let s = finish_score(component(dots[r], c), b, head, pair.x, pair.y, range, len_k, TILE_MIXED);
                         // As bits: a NaN is no number that differs, on some adapters.
                         if bitcast<u32>(s) == bitcast<u32>(DROPPED) {
                             continue;
                         }
-                        weight[c] = exp_of_one((s - lse[c]) * LOG2_E);
+                        var of_pair = exp_of_one((s - component(lse, c)) * LOG2_E);
                         if OF_SCORES == 1u {
-                            weight[c] *= (dps[r][c] - delta[c]) * slope_of(dots[r][c]);
+                            let dp = component(dps[r], c) - component(delta, c);
+                            of_pair *= dp * slope_of(component(dots[r], c));
                         }
+                        weight = with_component(weight, c, of_pair);
                     }
                 }
                 wg_weights[(own_row + r) * P_SKEW + x] = weight;

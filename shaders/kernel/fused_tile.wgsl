@@ -169,7 +169,8 @@ fn main(
                 }
                 for (var c = 0u; c < 4u; c += 1u) {
                     let j = first + x + c * LANES;
-                    dots[r][c] = finish_score(dots[r][c], bh.x, h, i, j, range, len_k, masked);
+                    let s = finish_score(component(dots[r], c), bh.x, h, i, j, range, len_k, masked);
+                    dots[r] = with_component(dots[r], c, s);
                 }
             }
             let s = dots[r];
@@ -197,9 +198,8 @@ fn main(
             } else {
                 let dropped = bitcast<vec4<u32>>(dots[r]) == vec4<u32>(bitcast<u32>(DROPPED));
                 let p = exp_of((dots[r] - m[r]) * LOG2_E);
-                let mark = vec4<f32>(bitcast<f32>(DROPPED_WEIGHT_BITS));
                 kept = select(p, vec4<f32>(), dropped);
-                dots[r] = select(p, mark, dropped);
+                dots[r] = marked(p, dropped);
             }
             l[r] += (kept.x + kept.y) + (kept.z + kept.w);
             give_weights(own_row + r, x, dots[r]);
@@ -257,7 +257,7 @@ fn main(
                     // All lanes take part in the exchange, whatever they load.
                     var weights: array<f32, ROWS>;
                     for (var r = 0u; r < ROWS; r += 1u) {
-                        weights[r] = weights_of(own_row + r, key % LANES, dots[r], place)[key / LANES];
+                        weights[r] = component(weights_of(own_row + r, key % LANES, dots[r], place), key / LANES);
                     }
                     for (var n = 0u; n < count; n += 1u) {
                         let d = 4u * (x + (begin + n) * LANES);

@@ -38,17 +38,22 @@ fn main(
     //$ end
     var steps = 0u;
     for (var k = 0u; k < params.inputs; k += 4u * STEP) {
-        for (var at = thread; at < SIDE_Y * ROWS * STEP; at += SIDE_X * SIDE_Y) {
+        // Turns that all threads take alike: of loops that begin at a thread's number, with a branch inside, FXC says that
+        // a barrier after them is met by some alone.
+        for (var round = 0u; round < SIDE_Y * ROWS * STEP; round += SIDE_X * SIDE_Y) {
+            let at = round + thread;
             // Past the edges the last row is read again; beyond the inputs lie zeros.
             let e = at % STEP;
             var own = vec4<f32>();
             if k + 4u * e < params.inputs {
                 own = x4(min(first_row + at / STEP, params.rows - 1u), k + 4u * e);
             }
-            wg_x[at / STEP * SKEW + e] = own;
+            if at < SIDE_Y * ROWS * STEP {
+                wg_x[at / STEP * SKEW + e] = own;
+            }
         }
-        for (var at = thread; at < 4u * SIDE_X * STEP; at += SIDE_X * SIDE_Y) {
-            stage_w(at, first_quad, k);
+        for (var round = 0u; round < 4u * SIDE_X * STEP; round += SIDE_X * SIDE_Y) {
+            stage_w(round + thread, first_quad, k);
         }
         workgroupBarrier();
         //$ for e in 0..STEP

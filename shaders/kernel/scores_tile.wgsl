@@ -77,7 +77,7 @@ fn main(
                 let j = first_key + local.x + c * SIDE;
                 if j < params.score_stride {
                     let at = (head * params.row_count + query) * params.score_stride + j;
-                    scores[at] = finish_score(dots[r][c], bh.x, bh.y, i, j, range, len_k, TILE_MIXED);
+                    scores[at] = finish_score(component(dots[r], c), bh.x, bh.y, i, j, range, len_k, TILE_MIXED);
                 }
             }
         }

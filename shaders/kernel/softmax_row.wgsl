@@ -72,16 +72,17 @@ fn main(
     while j < visited.y {
         var sum = vec4<f32>();
         for (var n = 0u; n < 64u && j < visited.y; n += 1u) {
-            var weight = vec4<f32>(bitcast<f32>(DROPPED_WEIGHT_BITS));
+            // As bits: see `marked`.
+            var weight = vec4<u32>(DROPPED_WEIGHT_BITS);
             if j + 4u > range.x && j < range.y {
                 let s = scores[(base + j) / 4u];
                 let p = exp_of((s - row_max) * LOG2_E);
                 let dropped = bitcast<vec4<u32>>(s) == vec4<u32>(bitcast<u32>(DROPPED));
-                weight = select(p, weight, dropped);
-                sum += weight;
+                weight = select(bitcast<vec4<u32>>(p), weight, dropped);
+                sum += bitcast<vec4<f32>>(weight);
             }
             if stores {
-                scores[(base + j) / 4u] = weight;
+                scores[(base + j) / 4u] = bitcast<vec4<f32>>(weight);
             }
             j += 4u * LANES;
         }
