@@ -16,7 +16,8 @@ use crate::tuning::Tuning;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Options {
     /// Keep the bounds checks that wgpu injects into shaders. Off by default, because validation has
-    /// already proved every bound; the results are the same bits either way.
+    /// already proved every bound; the results are the same bits either way. (With them, DirectX's FXC compiles some
+    /// kernels for minutes.)
     pub runtime_checks: bool,
     /// The cooperative matrices of the device, which only its adapter tells: see
     /// [`MatrixUnits::of_adapter`]. Without effect on a device that was opened without
