@@ -254,7 +254,7 @@ impl Out {
         let p = &merge.problem;
         let parts: usize = p.partials.iter().map(|of| of.parts).sum();
         // 32 parts are added up apart from the others.
-        let relative = (64 + parts.div_ceil(32)) as f64 * EPSILON;
+        let relative = (32 + parts.min(32 + parts / 32)) as f64 * EPSILON;
         let values = merge.partials.iter().flat_map(|(o, _)| o.to_f32());
         let largest = values.filter(|x| x.is_finite()).fold(0.0_f64, |max, x| max.max(f64::from(x).abs()));
         let rounding = rounding(p.out_dtype);
