@@ -206,8 +206,8 @@ fn tune_one(
         &entrants,
         &format!("{timed} of {count} candidates timed{}", if cut { ", then the time was up" } else { "" }),
     );
-    // A sample or two of each decide nothing: what the table holds stays.
-    if entrants.len() < 2 || entrants.iter().any(|entrant| entrant.ms.len() < LEAST_SAMPLES) {
+    // A sample or two of each decide nothing, and no other candidate for want of time: what the table holds stays.
+    if cut && entrants.len() < 2 || entrants.iter().any(|entrant| entrant.ms.len() < LEAST_SAMPLES) {
         output::print(
             "  too few samples for an entry: the table stays as it is (--seconds gives more time)\n",
         );
