@@ -330,8 +330,8 @@ impl FusedRow {
 const LARGE_INSTRUCTION_CACHE: u32 = 64 << 10;
 
 /// The row kernel's sizes for a problem. More rows and keys use each load (and with more keys each store of o) more
-/// often; but the loop has to stay inside a processor's instruction cache (of 32 KiB, a step of 8 rows and keys of 64
-/// columns fills most; half of them are slower there than what fits), the variables inside its data cache, and
+/// often; but the loop has to stay inside a processor's instruction cache (a step of four rows and two keys of 64 columns
+/// takes most of 32 KiB; four keys would take half as long again), the variables inside its data cache, and
 /// each score's own finish and each conversion are text, which drivers take seconds to compile. Found by trial on
 /// lavapipe 26.1. To 22.3.6 no address is uniform that comes from a loop's counter: it reads K and V lane by lane, half
 /// of the time, and compiles longer. (More rows share a load there: at head_dim 128, 8 for 3 are 1.7 times as fast and

@@ -270,7 +270,7 @@ impl Sequence {
     fn check(&self, allocator: &PageAllocator, from: usize) -> Result<()> {
         let other = !self.pages.is_empty() && self.allocator != allocator.id;
         let unknown = |page: &&u32| other || allocator.owners(**page) == 0;
-        match self.pages[from..].iter().find(unknown).or(self.pages.first().filter(|_| other)) {
+        match self.pages[if other { 0 } else { from }..].iter().find(unknown) {
             Some(&page) => Err(Error::PageNotInUse { page, pages: allocator.pages() }),
             None => Ok(()),
         }

@@ -76,7 +76,9 @@ pub(crate) fn run(args: &ExplainArgs) -> Result<()> {
 }
 
 fn caps(adapter: &AdapterArgs) -> Result<Caps> {
-    Ok(match backend::open_if_any(adapter)? {
+    // The tuning table is the plan's business.
+    let adapter = AdapterArgs { adapter: adapter.adapter.clone(), tuning: None };
+    Ok(match backend::open_if_any(&adapter)? {
         Some(engine) => engine.caps().clone(),
         None => {
             output::note("no adapter: the plan is for a device with default limits and no optional feature");

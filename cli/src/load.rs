@@ -120,12 +120,12 @@ const KNOWN: [&str; 17] = [
     "cu_seqlens_k",
 ];
 
-/// The tensors of a file that were left alone: a mask by another name is one, and whoever wrote it wants to know.
-pub(crate) fn unused(archive: &Archive) -> Vec<String> {
+/// Says which tensors of a file were left alone, if any: a mask by another name is one, and whoever wrote it wants to know.
+pub(crate) fn unused(archive: &Archive) -> String {
     let mut names = archive.names();
     names.retain(|name| !KNOWN.contains(&name.as_str()));
     names.sort_unstable();
-    names
+    if names.is_empty() { String::new() } else { format!("; not used: {}", names.join(", ")) }
 }
 
 /// Ragged tensors and pages have one order, whatever the others have: all heads of a token together.

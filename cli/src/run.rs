@@ -83,10 +83,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<()> {
     let computed = backend::compute(path, &args.adapter, &problem, &loaded.data.inputs())?;
     output.write(&serialize(&problem, &computed.outputs, loaded.o_shape)?)?;
     if !args.quiet {
-        let unused = match load::unused(&archive) {
-            names if names.is_empty() => String::new(),
-            names => format!("; not used: {}", names.join(", ")),
-        };
+        let unused = load::unused(&archive);
         output::note(&format!("{}: by {}{unused}", args.output.display(), computed.by));
     }
     Ok(())

@@ -6,6 +6,7 @@
 
 @group(0) @binding(23) var<storage, read_write> lens_out: array<u32>;
 
+// Blocks of an inner loop.
 const LEVEL = 1024u * LANES;
 
 // The first block whose page does not exist.

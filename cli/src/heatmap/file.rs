@@ -63,7 +63,7 @@ pub(super) fn picture(args: &HeatmapArgs, input: &Path) -> Result<Picture> {
         title: args.title.clone(),
         query_labels,
         key_labels,
-        by: computed.by,
+        by: computed.by + &load::unused(&archive),
     })
 }
 
