@@ -330,8 +330,9 @@ impl FusedRow {
 const LARGE_INSTRUCTION_CACHE: u32 = 64 << 10;
 
 /// The row kernel's sizes for a problem. More rows and keys use each load (and with more keys each store of o) more
-/// often; but the loop has to stay inside a processor's instruction cache (a step of four rows and two keys of 64 columns
-/// takes most of 32 KiB; four keys would take half as long again), the variables inside its data cache, and
+/// often; but the loop has to stay inside a processor's instruction cache (a step of three rows and two keys of 64 columns
+/// takes 23 of 32 KiB; a fourth row makes it 29, and takes a tenth less or a third more time, as what surrounds it is
+/// laid out), the variables inside its data cache, and
 /// each score's own finish and each conversion are text, which drivers take seconds to compile. Found by trial on
 /// lavapipe 26.1. To 22.3.6 no address is uniform that comes from a loop's counter: it reads K and V lane by lane, half
 /// of the time, and compiles longer. (More rows share a load there: at head_dim 128, 8 for 3 are 1.7 times as fast and
@@ -362,7 +363,7 @@ pub(crate) fn row(problem: &AttentionProblem, caps: &Caps) -> FusedRow {
             0..=40 if !finish => (6, 4),
             0..=80 if !finish => (6, 2),
             0..=80 => (4, 2),
-            81..=136 if !finish && !converts && !halves => (4, 2),
+            81..=136 if !converts && !halves => (3, 2),
             81..=200 => (4, 1),
             _ => (3, 1),
         }
@@ -480,7 +481,7 @@ mod tests {
             (64, 128, (3, 2), (2, 2), (2, 2), (3, 2)),
             (32, 16, (6, 4), (6, 4), (6, 4), (4, 2)),
             (32, 32, (6, 2), (6, 2), (6, 2), (4, 2)),
-            (32, 64, (4, 2), (4, 1), (4, 1), (4, 1)),
+            (32, 64, (3, 2), (4, 1), (4, 1), (3, 2)),
             (32, 80, (4, 1), (4, 1), (4, 1), (4, 1)),
             (32, 128, (3, 1), (3, 1), (3, 1), (3, 1)),
         ] {

@@ -9,7 +9,7 @@ use common::case::{Axes, Case, Lens, Sim, Spread, Storage, fill, indices};
 use common::check::Expected;
 use common::rng::{Rng, fresh_seed, has_turn};
 use common::subject::{Outcome, Subject};
-use wgpu_attention::{Align, Bias, Dtype, Layout, Operand, Outputs, Similarity, Tensor, Window};
+use wgpu_attention::{Align, Bias, Dtype, Family, Layout, Operand, Outputs, Similarity, Tensor, Window};
 
 /// Runs a law on every subject of a short list with a seed of its own. (Laws are about f32 tensors:
 /// the budgets of f16 are as wide as the differences that a law looks for.)
@@ -273,6 +273,32 @@ fn values_of_one_give_one() {
         let want: Vec<f32> = lse.iter().map(|&lse| if lse > f32::NEG_INFINITY { 1.0 } else { 0.0 }).collect();
         close("V = 1", "sum of weights", &sums, &want, 2.0 * budget + 1e-5);
     });
+}
+
+/// The mean of equal values is that value. Rounding errors of sums whose terms are all alike go one way: they must not
+/// grow with the keys. (Where O stays in a GPU's registers there is no room for what a sum cannot take, and steps add up
+/// plainly: those kernels are asked as many keys as that allows.)
+#[test]
+fn equal_values_give_that_value() {
+    for subject in Subject::few().into_iter().filter(|subject| subject.takes(Dtype::F32)) {
+        let by_tiles =
+            matches!(subject, Subject::Gpu { family: Some(Family::FusedTile | Family::FusedSubgroup), .. });
+        for (seq_kv, head_dim_v) in [(500, 64), (8192, 8), (60_000, 64)] {
+            if by_tiles && seq_kv > 8192 {
+                continue;
+            }
+            let mut case = Axes { seq_q: 9, seq_kv, head_dim: 8, head_dim_v, ..Axes::default() }.build(7);
+            let p = &case.problem;
+            case.data.q = Tensor::F32(vec![0.0; p.extent(Operand::Q) as usize]).into();
+            for value in [0.1, 0.7, 0.9] {
+                case.data.v = Tensor::F32(vec![value; p.extent(Operand::V) as usize]).into();
+                // Thrice the contract's, whose 8 roundings 64 steps of such terms can exceed (the row kernel).
+                let budget = 12.0 * f64::from(f32::EPSILON) * f64::from(value);
+                let o = run(subject, &case).o_contiguous(&case.problem);
+                close(&format!("{subject:?}, {seq_kv} keys"), "o", &o, &vec![value; o.len()], budget);
+            }
+        }
+    }
 }
 
 /// `p = exp(s - lse)` always: o is the weights times V, and lse is what the weights lack.

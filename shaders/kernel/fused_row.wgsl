@@ -7,7 +7,8 @@
 // A thread owns ROWS query rows and all that belongs to them: q, o, m and l live in variables of their
 // own, hence the unrolled text (src/unroll.rs). K and V are read at workgroup-uniform addresses, which
 // such an adapter turns into broadcasts: nothing is gathered, scattered or exchanged in the loop, and
-// there is no workgroup memory. Sums run in two levels of LEVEL keys, so that the rounding error of a
+// there is no workgroup memory. Sums run in two levels: each step's is added to that of LEVEL keys, and this one
+// to the total. What the total cannot take of it begins the next (Kahan 1965), so that the rounding error of a
 // long row does not grow with it.
 //
 // A step begins with the exponentials of scores that the step before has computed, computes the next
@@ -26,8 +27,9 @@
 // 30 bytes of it a cycle out of its instruction cache, 64 KiB, and 13 where it is longer, so that eight rows of four
 // keys take half as long again.
 
-// Keys between two additions to the outer sums.
-const LEVEL = 256u;
+// Keys between two additions to the outer sums. (Half as many steps would take processors with small instruction
+// caches 4 % longer, since the additions drive the loop out of them.)
+const LEVEL = min(64u * KEYS, 128u);
 // Where the last quad of q begins.
 const LAST = 4u * QUADS - 4u;
 
@@ -61,7 +63,8 @@ fn main(
     let v_begin = begin_v(bh.x, kv_head);
 
     // False and zero, which no compiler can know. Exponentials lose a NaN on some adapters, so a score that
-    // is not finite makes the sum NaN by nought, and the second look does the rest.
+    // is not finite makes the sum NaN by nought, and the second look does the rest. And (a + b) - a is b to some,
+    // unless nought is added between.
     let never = (params.row_count >> 31u) != 0u;
     let nought = f32(never);
 
@@ -97,37 +100,39 @@ fn main(
     var l_$r = 0.0;
     //$ end
 
-    // Whole steps, so that none reaches from one tile of the mask into the next.
-    for (var level = seen.x / KEYS * KEYS; level < seen.y; level += LEVEL) {
-        let level_end = min(level + LEVEL, seen.y);
+    //$ for r in 0..ROWS
+    //$ for i in 0..QUADS_V
+    var o_$r_$i = vec4<f32>();
+    //$ end
+    var sum_$r = 0.0;
+    //$ for c in 0..KEYS
+    var s_$r_$c = 0.0;
+    //$ end
+    //$ end
+    // Whole steps, so that none reaches from one tile of the mask into the next; and one step more than there are, since
+    // one computes scores for the next.
+    let begin = seen.x / KEYS * KEYS;
+    let end = select(begin, seen.y + KEYS, seen.x < seen.y);
+    for (var level = begin; level < end; level += LEVEL) {
         //$ for r in 0..ROWS
-        //$ for i in 0..QUADS_V
-        var o_$r_$i = vec4<f32>();
-        //$ end
-        var sum_$r = 0.0;
         var shrink_$r = 1.0;
         //$ end
         // One loop, or two where the mask is mapped: from one of its tiles to the next. (What is repeated
         // once or never is an option; a loop more costs a tenth.)
         //$ for once in MAPPED..1
-        let first = level;
-        let last = level_end;
+        let first = begin;
         let masked = TILE_MIXED;
+        for (var next = level; next < min(level + LEVEL, end); next += KEYS) {
         //$ end
         //$ for once in 0..MAPPED
+        let level_end = min(level + LEVEL, seen.y);
         for (var first = level; first < level_end; first = mask_tile_end(first, level_end)) {
-            let last = mask_tile_end(first, level_end);
             let masked = mask_tile(bh.x, bh.y, queries.x, first);
             if masked == TILE_DROPPED {
                 continue;
             }
+        for (var next = first; next < mask_tile_end(first, level_end) + KEYS; next += KEYS) {
         //$ end
-        //$ for r in 0..ROWS
-        //$ for c in 0..KEYS
-        var s_$r_$c = 0.0;
-        //$ end
-        //$ end
-        for (var next = first; next < last + KEYS; next += KEYS) {
             // The keys of this step. None in the first.
             let j = next - KEYS;
             //$ for c in 0..KEYS
@@ -229,9 +234,13 @@ fn main(
                 let v4_$c = quad_v(v_$c, $iu);
                 //$ end
                 //$ for r in 0..ROWS
-                //$ for c in 0..KEYS
-                o_$r_$i += p_$r_$c * v4_$c;
-                //$ end
+                {
+                    var part = p_$r_0 * v4_0;
+                    //$ for c in 1..KEYS
+                    part += p_$r_$c * v4_$c;
+                    //$ end
+                    o_$r_$i += part;
+                }
                 //$ end
             }
             //$ end
@@ -240,9 +249,17 @@ fn main(
         }
         //$ end
         //$ for r in 0..ROWS
-        l_$r = l_$r * shrink_$r + sum_$r;
+        {
+            let rest = l_$r * shrink_$r;
+            l_$r = rest + sum_$r;
+            sum_$r -= (l_$r + nought) - rest;
+        }
         //$ for i in 0..QUADS_V
-        total_$r_$i = total_$r_$i * shrink_$r + o_$r_$i;
+        {
+            let rest = total_$r_$i * shrink_$r;
+            total_$r_$i = rest + o_$r_$i;
+            o_$r_$i -= (total_$r_$i + nought) - rest;
+        }
         //$ end
         //$ end
     }

@@ -2,8 +2,9 @@
 //
 // A thread owns four neighbours of VALUES_ROWS output rows; a workgroup owns VALUES_ROWS queries and
 // LANES such quads. The weights are read at workgroup-uniform addresses, VALUES_STEP = 4 keys at a
-// time; no workgroup memory, no barrier. Sums run in two levels, so that the rounding error of a
-// long row does not grow with it.
+// time; no workgroup memory, no barrier. Sums run in two levels; what
+// the outer one cannot take of an inner one begins the next (Kahan 1965), so that the rounding error of a long row does
+// not grow with it.
 
 @group(0) @binding(11) var<storage, read> weights: array<vec4<f32>>;
 
@@ -32,13 +33,15 @@ fn main(
 
     var at: array<u32, VALUES_ROWS>;
     var acc: array<vec4<f32>, VALUES_ROWS>;
+    // Zero, which no compiler can know: (a + b) - a is b to some of them, unless it is added between.
+    let nought = f32((params.row_count >> 31u) != 0u);
+    var part: array<vec4<f32>, VALUES_ROWS>;
     for (var r = 0u; r < VALUES_ROWS; r += 1u) {
         at[r] = (head * params.row_count + min(row + r, params.row_count - 1u)) * params.score_stride;
     }
     var j = visited.x;
     while j < visited.y {
-        var part = array<vec4<f32>, VALUES_ROWS>();
-        for (var n = 0u; n < 16u && j < visited.y; n += 1u) {
+        for (var n = 0u; n < 8u && j < visited.y; n += 1u) {
             // Weights at and beyond len_k are dropped ones: any finite value does there.
             let v0 = load4_v(row_v(bh.x, kv_head, min(j, len_k - 1u)), d);
             let v1 = load4_v(row_v(bh.x, kv_head, min(j + 1u, len_k - 1u)), d);
@@ -55,7 +58,9 @@ fn main(
             j += VALUES_STEP;
         }
         for (var r = 0u; r < VALUES_ROWS; r += 1u) {
+            let rest = acc[r];
             acc[r] += part[r];
+            part[r] -= (acc[r] + nought) - rest;
         }
     }
 

@@ -3,8 +3,8 @@
 // A workgroup of SIDE x SIDE threads owns VALUES_ROWS = 4 SIDE queries and SIDE quads of head_dim_v;
 // a thread owns one quad of four rows, spread by SIDE. VALUES_STEP keys are staged at a time:
 // VALUES_ROWS (VALUES_STEP / 4 + 1) + SIDE VALUES_STEP vec4 of workgroup memory, two barriers a
-// step. Each step has a sum of its own, so that the rounding error of a long row does not grow with
-// it.
+// step. Each step has a sum of its own; what the total cannot take of it begins the next (Kahan 1965), so that the
+// rounding error of a long row does not grow with it.
 
 const QUADS = VALUES_STEP / 4u;
 const SKEW = QUADS + 1u;
@@ -36,6 +36,9 @@ fn main(
     let visited = own_part(values_range(bh.x, row, len_k));
 
     var acc: array<vec4<f32>, 4>;
+    // Zero, which no compiler can know: (a + b) - a is b to some of them, unless it is added between.
+    let nought = f32((params.row_count >> 31u) != 0u);
+    var part: array<vec4<f32>, 4>;
     for (var j = visited.x; j < visited.y; j += VALUES_STEP) {
         for (var at = lane; at < VALUES_ROWS * QUADS; at += SIDE * SIDE) {
             let r = min(row + at / QUADS, params.row_count - 1u);
@@ -52,7 +55,6 @@ fn main(
             wg_v[at] = v;
         }
         workgroupBarrier();
-        var part = array<vec4<f32>, 4>();
         for (var e = 0u; e < QUADS; e += 1u) {
             let v0 = wg_v[(4u * e) * SIDE + local.x];
             let v1 = wg_v[(4u * e + 1u) * SIDE + local.x];
@@ -64,7 +66,9 @@ fn main(
             }
         }
         for (var r = 0u; r < 4u; r += 1u) {
+            let rest = acc[r];
             acc[r] += part[r];
+            part[r] -= (acc[r] + nought) - rest;
         }
         workgroupBarrier();
     }
