@@ -62,6 +62,8 @@ pub(crate) struct Blueprint {
     pub(crate) projected: bool,
     /// What they read of keys that another kernel has made of k.
     pub(crate) key_terms: KeyTerms,
+    /// It reads what other kernels have made of k and v: [`Kernel::UnpackK`] and [`Kernel::UnpackV`].
+    pub(crate) unpacked: bool,
     pub(crate) softcap: bool,
     pub(crate) alibi: bool,
     pub(crate) mask: bool,
@@ -99,7 +101,8 @@ impl Blueprint {
         let io = |wanted: bool, operand| {
             let io = Io::of(problem, caps, operand).filter(|_| wanted)?;
             // An adapter on a CPU loads elements one by one: two at a time are half of the loads.
-            Some(Io { native: io.native && kernel != Kernel::FusedRow, ..io })
+            let by_pairs = kernel == Kernel::FusedRow || kernel.unpacks();
+            Some(Io { native: io.native && !by_pairs, ..io })
         };
         let (bundles, maps) = (kernel == Kernel::Bundle, kernel == Kernel::MaskMap);
         let scores = kernel.is_scores() || kernel.is_fused();
@@ -128,12 +131,13 @@ impl Blueprint {
                 _ => None,
             },
             q: io(of_queries || (scores && !problem.projects()), Operand::Q),
-            k: io((scores && !of_terms) || of_keys, Operand::K),
-            v: io(values, Operand::V),
+            k: io((scores && !of_terms) || (of_keys && kernel != Kernel::UnpackV), Operand::K),
+            v: io(values || kernel == Kernel::UnpackV, Operand::V),
             o: io(values || merges, Operand::O),
             bias: io(scores, Operand::Bias),
             projected: scores && problem.projects(),
             key_terms: if scores { problem.key_terms() } else { KeyTerms::None },
+            unpacked: false,
             softcap: scores && problem.softcap.is_some(),
             alibi: (scores || bundles) && problem.alibi,
             mask: (scores || maps) && problem.mask.is_some(),
@@ -166,6 +170,15 @@ impl Blueprint {
     /// The same kernel where the splits that have keys have been counted.
     pub(crate) fn counted(self) -> Self {
         Self { counted: true, ..self }
+    }
+
+    /// The same kernel where keys and values have been unpacked.
+    pub(crate) fn unpacked(self) -> Self {
+        let rows = Some(Io { dtype: Dtype::F32, vec4: true, native: false });
+        // How many keys an entry of a ragged batch has is asked as before.
+        let asks = self.keys == Keys::Ragged && !self.looked_after;
+        let keys = if asks { Keys::Ragged } else { Keys::Contiguous };
+        Self { unpacked: true, k: rows, v: rows, keys, ..self }
     }
 
     /// The same kernel with its lists in one buffer.
@@ -216,6 +229,8 @@ impl Blueprint {
             }
             Kernel::NormalizeQ
             | Kernel::KeyNorms
+            | Kernel::UnpackK
+            | Kernel::UnpackV
             | Kernel::Weights
             | Kernel::Lengths
             | Kernel::Bundle
@@ -261,12 +276,17 @@ impl Blueprint {
         let tiles = |n: u64, tile: u32| n.div_ceil(u64::from(tile));
         let group = if self.packed { problem.group_size() as u64 } else { 1 };
         let product = |rows| self.product.map_or(0, |of| of.tiles(rows, problem.compared_dim() as u64));
+        let unpacked = |width: usize| {
+            problem.key_term_heads(heads) * tiles(keys * (width as u64).div_ceil(4), ELEMENT_LANES)
+        };
         let fused = |tile: u32| heads / group * tiles(rows * group, tile.max(1));
         match self.kernel {
             Kernel::Project | Kernel::ProjectQ => heads * product(rows),
             Kernel::NormalizeQ => tiles(heads * rows, ELEMENT_LANES),
             Kernel::KeyNorms => problem.key_term_heads(heads) * tiles(keys, ELEMENT_LANES),
             Kernel::ProjectK => problem.key_term_heads(heads) * product(keys),
+            Kernel::UnpackK => unpacked(problem.head_dim),
+            Kernel::UnpackV => unpacked(problem.head_dim_v),
             Kernel::ScoresTile | Kernel::ScoresDirect => {
                 heads * tiles(rows, t.scores_rows) * tiles(keys, t.scores_keys)
             }
@@ -329,8 +349,8 @@ impl Blueprint {
         let mut all = vec![read(Slot::Params)];
         for (present, operand) in [
             (self.q.is_some(), Operand::Q),
-            (self.k.is_some(), Operand::K),
-            (self.v.is_some(), Operand::V),
+            (self.k.is_some() && !self.unpacked, Operand::K),
+            (self.v.is_some() && !self.unpacked, Operand::V),
             (self.bias.is_some(), Operand::Bias),
             (self.mask, Operand::Mask),
             (self.kernel == Kernel::Project, Operand::W),
@@ -349,6 +369,8 @@ impl Blueprint {
             (self.status, write(Slot::Operand(Operand::Status))),
             (self.projected, read(Slot::Projected)),
             (self.key_terms != KeyTerms::None, read(Slot::KeyTerms)),
+            (self.unpacked, read(Slot::UnpackedK)),
+            (self.unpacked, read(Slot::UnpackedV)),
             (self.lse, write(Slot::Operand(Operand::Lse))),
             (self.parts || self.split, write(Slot::Carried)),
             (self.bundled, read(Slot::Bundle)),
@@ -363,6 +385,8 @@ impl Blueprint {
         match self.kernel {
             Kernel::Project | Kernel::NormalizeQ | Kernel::ProjectQ => all.push(write(Slot::Projected)),
             Kernel::KeyNorms | Kernel::ProjectK => all.push(write(Slot::KeyTerms)),
+            Kernel::UnpackK => all.push(write(Slot::UnpackedK)),
+            Kernel::UnpackV => all.push(write(Slot::UnpackedV)),
             Kernel::ScoresTile | Kernel::ScoresDirect => all.push(write(Slot::Scores)),
             Kernel::SoftmaxRow => all.extend([write(Slot::Scores), write(Slot::InverseSums)]),
             Kernel::ValuesTile | Kernel::ValuesDirect => {

@@ -274,6 +274,8 @@ pub(crate) struct FusedRow {
     pub(crate) keys: u32,
     /// Keys of a step whose scores are summed side by side.
     pub(crate) side: u32,
+    /// Keys and values are rows of f32 that another kernel has made.
+    pub(crate) unpacked: bool,
     /// head_dim and head_dim_v.
     pub(crate) width: u32,
     pub(crate) width_v: u32,
@@ -289,7 +291,7 @@ const MOST_ROW_WIDTH_BY_ELEMENT: u32 = 160;
 impl FusedRow {
     /// Of kernels that are none.
     pub(crate) const NONE: Self =
-        Self { threads: 0, rows: 0, keys: 0, side: 0, width: 0, width_v: 0, widest: 0 };
+        Self { threads: 0, rows: 0, keys: 0, side: 0, unpacked: false, width: 0, width_v: 0, widest: 0 };
 
     /// Query rows of a workgroup.
     pub(crate) fn tile_q(self) -> u32 {
@@ -297,18 +299,24 @@ impl FusedRow {
     }
 
     /// The same with sizes of a caller's choice; or why those make no kernel.
-    pub(crate) fn sized(self, tile: &Tile) -> Result<Self, String> {
-        let rows = tile.rows.unwrap_or(self.rows);
-        let keys = tile.keys.unwrap_or(self.keys);
+    pub(crate) fn sized(self, tile: &Tile, problem: &AttentionProblem, caps: &Caps) -> Result<Self, String> {
+        let of = match tile.unpacked {
+            Some(asked) => {
+                row_of(problem, caps, check("unpacked", asked, asked <= 1, "0 or 1").map(|n| n == 1)?)
+            }
+            None => self,
+        };
+        let rows = tile.rows.unwrap_or(of.rows);
+        let keys = tile.keys.unwrap_or(of.keys);
         check("keys", keys, [1, 2, 4].contains(&keys), "1, 2 or 4")?;
         // Each pair of a row and a key is text of its own.
         check("rows", rows, (1..=24 / keys).contains(&rows), "from 1 to 24 / keys")?;
-        let side = tile.side.unwrap_or(self.side.min(keys));
+        let side = tile.side.unwrap_or(of.side.min(keys));
         check("side", side, [1, 2, 4].contains(&side) && side <= keys, "1, 2 or 4, and at most keys")?;
-        let threads = tile.threads.unwrap_or(self.threads);
+        let threads = tile.threads.unwrap_or(of.threads);
         let fits = threads.is_power_of_two() && (4..=64).contains(&threads);
         check("threads", threads, fits, "a power of two from 4 to 64")?;
-        Ok(Self { threads, rows, keys, side, ..self })
+        Ok(Self { threads, rows, keys, side, ..of })
     }
 
     /// Variables of a thread that live through a step: q, o in two levels, maxima and sums.
@@ -329,6 +337,30 @@ impl FusedRow {
 /// The instruction cache from which on the row kernel has its longer text.
 const LARGE_INSTRUCTION_CACHE: u32 = 64 << 10;
 
+/// Whether the row kernel has nothing to gain from unpacked keys and values.
+pub(crate) fn row_reads_plainly(problem: &AttentionProblem) -> bool {
+    let p = problem;
+    p.stored_kv() == Dtype::F32 && p.k.is_vec4(p.head_dim) && p.v.is_vec4(p.head_dim_v)
+}
+
+/// Whether the row kernel should read keys and values that another kernel has made rows of f32, since each of its
+/// threads converts all of them for its few rows. That kernel takes as long as conversions for so many rows of a head
+/// of keys; half of a causal call's see a key. (To Mesa before 26, which reads lane by lane, halves are half of the
+/// loads.)
+fn row_unpacks(problem: &AttentionProblem, caps: &Caps) -> bool {
+    let p = problem;
+    let least = match p.stored_kv() {
+        _ if row_reads_plainly(p) => return false,
+        Dtype::F32 => 128,
+        Dtype::F16 | Dtype::Bf16 if p.k.is_vec4(p.head_dim) && p.v.is_vec4(p.head_dim_v) => 768,
+        Dtype::F16 | Dtype::Bf16 => 128,
+        Dtype::Int8 | Dtype::Int4 => 256,
+    };
+    let rows = p.seq_q.saturating_mul(p.group_size()) / if p.causal.is_some() { 2 } else { 1 };
+    let newer = caps.on_cpu() && caps.mesa().is_some_and(|version| version >= NEWER_MESA);
+    newer && rows >= least
+}
+
 /// The row kernel's sizes for a problem. More rows and keys use each load (and with more keys each store of o) more
 /// often; but the loop has to stay inside a processor's instruction cache (a step of three rows and two keys of 64 columns
 /// takes 23 of 32 KiB; a fourth row makes it 29, and takes a tenth less or a third more time, as what surrounds it is
@@ -338,14 +370,19 @@ const LARGE_INSTRUCTION_CACHE: u32 = 64 << 10;
 /// of the time, and compiles longer. (More rows share a load there: at head_dim 128, 8 for 3 are 1.7 times as fast and
 /// take 2.2 times as long to compile.)
 pub(crate) fn row(problem: &AttentionProblem, caps: &Caps) -> FusedRow {
+    row_of(problem, caps, row_unpacks(problem, caps))
+}
+
+/// The same, with keys and values unpacked or not.
+fn row_of(problem: &AttentionProblem, caps: &Caps, unpacked: bool) -> FusedRow {
     let (width, width_v) = (problem.head_dim as u32, problem.head_dim_v as u32);
     let p = problem;
     let finish = p.softcap.is_some() || p.bias.is_some() || p.alibi || p.mask.is_some();
     // Codes are read by the word, however rows of them are aligned.
     let codes = !p.stored_kv().is_float();
-    let vec4 = codes || (p.k.is_vec4(p.head_dim) && p.v.is_vec4(p.head_dim_v));
-    let converts = codes || p.stored_kv() == Dtype::F16;
-    let halves = matches!(p.stored_kv(), Dtype::F16 | Dtype::Bf16);
+    let vec4 = unpacked || codes || (p.k.is_vec4(p.head_dim) && p.v.is_vec4(p.head_dim_v));
+    let converts = !unpacked && (codes || p.stored_kv() == Dtype::F16);
+    let halves = !unpacked && matches!(p.stored_kv(), Dtype::F16 | Dtype::Bf16);
     let widths = width.next_multiple_of(4) + width_v.next_multiple_of(4);
     let (rows, keys) = if !vec4 {
         (2, 1)
@@ -364,6 +401,7 @@ pub(crate) fn row(problem: &AttentionProblem, caps: &Caps) -> FusedRow {
             0..=80 if !finish => (6, 2),
             0..=80 => (4, 2),
             81..=136 if !converts && !halves => (3, 2),
+            81..=136 if halves => (6, 1),
             81..=200 => (4, 1),
             _ => (3, 1),
         }
@@ -395,7 +433,7 @@ pub(crate) fn row(problem: &AttentionProblem, caps: &Caps) -> FusedRow {
     let widest = if vec4 { MOST_ROW_WIDTH } else { MOST_ROW_WIDTH_BY_ELEMENT };
     // Four rows of a key have four sums: those of two keys fit a processor's 16 vector registers.
     let side = keys.min(if caps.vector_registers < 32 { 2 } else { 4 });
-    FusedRow { threads, rows, keys, side, width, width_v, widest }
+    FusedRow { threads, rows, keys, side, unpacked, width, width_v, widest }
 }
 
 #[cfg(test)]
@@ -467,11 +505,12 @@ mod tests {
     /// As much text as stays inside the instruction cache; with conversions, rows share more of them.
     #[test]
     fn narrow_heads_get_more_rows_and_keys() {
-        let sizes = |kib: u32, width, kv, softcap: Option<f32>| {
+        let sizes = |kib: u32, width, kv, softcap: Option<f32>, unpacked| {
             let caps = Caps { driver: "llvmpipe Mesa 26.1.6".into(), ..Caps::minimal() };
             let caps = Caps { instruction_cache: kib << 10, ..caps };
             let problem = AttentionProblem::new(1, 8, 8, 1024, 1024, width, width);
-            let tile = row(&AttentionProblem { softcap, ..problem }.with_cache(Cache::Contiguous, kv), &caps);
+            let problem = AttentionProblem { softcap, ..problem }.with_cache(Cache::Contiguous, kv);
+            let tile = row_of(&problem, &caps, unpacked);
             (tile.rows, tile.keys)
         };
         for (kib, width, of_f32, of_f16, of_int8, capped) in [
@@ -481,14 +520,46 @@ mod tests {
             (64, 128, (3, 2), (2, 2), (2, 2), (3, 2)),
             (32, 16, (6, 4), (6, 4), (6, 4), (4, 2)),
             (32, 32, (6, 2), (6, 2), (6, 2), (4, 2)),
-            (32, 64, (3, 2), (4, 1), (4, 1), (3, 2)),
+            (32, 64, (3, 2), (6, 1), (4, 1), (3, 2)),
             (32, 80, (4, 1), (4, 1), (4, 1), (4, 1)),
             (32, 128, (3, 1), (3, 1), (3, 1), (3, 1)),
         ] {
-            assert_eq!(sizes(kib, width, Dtype::F32, None), of_f32, "{kib} {width}");
-            assert_eq!(sizes(kib, width, Dtype::F16, None), of_f16, "{kib} {width}");
-            assert_eq!(sizes(kib, width, Dtype::Int8, None), of_int8, "{kib} {width}");
-            assert_eq!(sizes(kib, width, Dtype::F32, Some(8.0)), capped, "{kib} {width}");
+            for unpacked in [false, true] {
+                assert_eq!(sizes(kib, width, Dtype::F32, None, unpacked), of_f32, "{kib} {width}");
+                assert_eq!(sizes(kib, width, Dtype::F32, Some(8.0), unpacked), capped, "{kib} {width}");
+                for (dtype, of) in [(Dtype::F16, of_f16), (Dtype::Int8, of_int8)] {
+                    let want = if unpacked { of_f32 } else { of };
+                    assert_eq!(sizes(kib, width, dtype, None, unpacked), want, "{kib} {width}");
+                }
+            }
+        }
+    }
+
+    /// As many rows share a conversion as pay for a kernel of its own.
+    #[test]
+    fn many_rows_have_their_keys_unpacked() {
+        let newer = Caps {
+            device_type: wgpu::DeviceType::Cpu,
+            driver: "llvmpipe Mesa 26.1.6".into(),
+            ..Caps::minimal()
+        };
+        let older = Caps { driver: "llvmpipe Mesa 22.3.6".into(), ..newer.clone() };
+        let gpu = Caps::minimal();
+        let problem = |dtype, width| AttentionProblem::new(1, 8, 4, 128, 99, width, width).with_dtype(dtype);
+        for (of, least) in [
+            (problem(Dtype::F32, 64), usize::MAX),
+            (problem(Dtype::F32, 66), 128),
+            (problem(Dtype::F16, 64), 768),
+            (problem(Dtype::Bf16, 66), 128),
+            (problem(Dtype::F32, 64).with_cache(Cache::Contiguous, Dtype::Int4), 256),
+        ] {
+            let unpacks =
+                |seq_q, causal, caps| row(&AttentionProblem { seq_q, causal, ..of.clone() }, caps).unpacked;
+            for (causal, least) in [(None, least / 2), (Some(crate::Align::TopLeft), least)] {
+                assert!(!unpacks(least - 1, causal, &newer), "{of:?}");
+                assert_eq!(unpacks(least, causal, &newer), least < usize::MAX / 2, "{of:?}");
+                assert!(!unpacks(least, causal, &older) && !unpacks(least, causal, &gpu));
+            }
         }
     }
 

@@ -17,6 +17,8 @@ pub(crate) enum Kernel {
     KeyNorms,
     ProjectQ,
     ProjectK,
+    UnpackK,
+    UnpackV,
     ScoresTile,
     ScoresDirect,
     SoftmaxRow,
@@ -42,6 +44,8 @@ impl Kernel {
             Self::KeyNorms => "key_norms",
             Self::ProjectQ => "project_q",
             Self::ProjectK => "project_k",
+            Self::UnpackK => "unpack_k",
+            Self::UnpackV => "unpack_v",
             Self::ScoresTile => "scores_tile",
             Self::ScoresDirect => "scores_direct",
             Self::SoftmaxRow => "softmax_row",
@@ -79,9 +83,14 @@ impl Kernel {
         matches!(self, Self::Project | Self::NormalizeQ | Self::ProjectQ)
     }
 
-    /// Whether it makes the terms of keys.
+    /// Whether it makes something of keys, or values, that all rows of a chunk's heads read.
     pub(crate) fn is_of_keys(self) -> bool {
-        matches!(self, Self::KeyNorms | Self::ProjectK)
+        matches!(self, Self::KeyNorms | Self::ProjectK) || self.unpacks()
+    }
+
+    /// Whether it makes rows of f32 of k or v.
+    pub(crate) fn unpacks(self) -> bool {
+        matches!(self, Self::UnpackK | Self::UnpackV)
     }
 
     pub(crate) fn is_scores(self) -> bool {

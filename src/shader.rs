@@ -53,12 +53,23 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
     {
         if let Some(io) = io {
             let eights = b.kernel == Kernel::FusedMatrix && b.tiles.matrix.eights;
-            add(&match operand {
-                Operand::K | Operand::V if eights => named(part!("io/load_f16_eight"), operand),
+            let unpacked = match operand {
+                Operand::K if b.unpacked => Some(Slot::UnpackedK),
+                Operand::V if b.unpacked => Some(Slot::UnpackedV),
+                _ => None,
+            };
+            add(&match (operand, unpacked) {
+                (_, Some(slot)) => {
+                    named(&load_part(io).replace("BINDING", &slot.number().to_string()), operand)
+                }
+                (Operand::K | Operand::V, _) if eights => named(part!("io/load_f16_eight"), operand),
                 _ => load(io, operand).replace("WIDTH", width),
             });
             if operand == Operand::Q {
                 add(&row(operand, b.ragged_q));
+            } else if unpacked.is_some() {
+                add(&named(part!("io/key_unpacked"), operand).replace("WIDTH", width));
+                add(&named(part!("io/key_row"), operand));
             } else {
                 keys(&mut add, operand, b.keys);
             }
@@ -124,7 +135,14 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
     }
     if b.kernel.is_of_keys() {
         add(part!("key_terms"));
-        if b.kernel == Kernel::KeyNorms {
+        if b.kernel.unpacks() {
+            let (operand, slot, width) = match b.kernel {
+                Kernel::UnpackK => (Operand::K, Slot::UnpackedK, "head_dim"),
+                _ => (Operand::V, Slot::UnpackedV, "head_dim_v"),
+            };
+            let text = part!("kernel/unpack").replace("BINDING", &slot.number().to_string());
+            add(&named(&text, operand).replace("WIDTH", width));
+        } else if b.kernel == Kernel::KeyNorms {
             add(part!("norm"));
             add(part!("kernel/key_norms"));
         } else {
@@ -150,7 +168,12 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         after_products(&mut add, b.bias, b.mask, b.alibi);
         let terms = Slot::KeyTerms.number().to_string();
         match b.key_terms {
-            KeyTerms::None | KeyTerms::Projected => add(part!("io/compared_dot")),
+            KeyTerms::None | KeyTerms::Projected => {
+                add(part!("io/compared_dot"));
+                if b.unpacked {
+                    add(part!("key_terms"));
+                }
+            }
             KeyTerms::InverseNorms => {
                 add(part!("key_terms"));
                 add(&part!("io/compared_cosine").replace("BINDING", &terms));
@@ -226,6 +249,8 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         | Kernel::KeyNorms
         | Kernel::ProjectQ
         | Kernel::ProjectK
+        | Kernel::UnpackK
+        | Kernel::UnpackV
         | Kernel::Lengths
         | Kernel::Bundle
         | Kernel::MaskMap
@@ -488,6 +513,8 @@ fn constants(b: &Blueprint) -> Vec<(&'static str, u32)> {
         Kernel::Project | Kernel::ProjectQ | Kernel::ProjectK => &[],
         Kernel::NormalizeQ
         | Kernel::KeyNorms
+        | Kernel::UnpackK
+        | Kernel::UnpackV
         | Kernel::Lengths
         | Kernel::Bundle
         | Kernel::MaskMap

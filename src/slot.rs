@@ -11,6 +11,9 @@ pub(crate) enum Slot {
     InverseSums,
     Projected,
     KeyTerms,
+    /// Keys, and values, as rows of f32.
+    UnpackedK,
+    UnpackedV,
     Carried,
     Bundle,
     MaskMap,
@@ -72,6 +75,8 @@ impl Slot {
             Self::LayerAttended => 35,
             Self::KeyTerms => 39,
             Self::Gathered => 43,
+            Self::UnpackedK => 44,
+            Self::UnpackedV => 45,
         }
     }
 }

@@ -47,11 +47,15 @@ pub struct Tile {
     /// 1: queries lie in workgroup memory. 0: threads read them anew for each step of keys, from the caches, and more
     /// workgroups fit a multiprocessor ([`Family::FusedTile`] and [`Family::FusedSubgroup`]).
     pub held: Option<u32>,
+    /// 1: keys and values are made rows of f32 first, in scratch memory. 0: threads convert them as they read
+    /// ([`Family::FusedRow`]).
+    pub unpacked: Option<u32>,
 }
 
 impl Tile {
     /// The names of sizes in text, in their order there.
-    const NAMES: [&'static str; 7] = ["rows", "lanes", "keys", "side", "slice", "threads", "held"];
+    const NAMES: [&'static str; 8] =
+        ["rows", "lanes", "keys", "side", "slice", "threads", "held", "unpacked"];
 
     /// A family, with every size left to the planner.
     pub fn of(family: Family) -> Self {
@@ -64,11 +68,13 @@ impl Tile {
             slice: None,
             threads: None,
             held: None,
+            unpacked: None,
         }
     }
 
-    fn sizes(&self) -> [Option<u32>; 7] {
-        [self.rows, self.lanes, self.keys, self.side, self.slice, self.threads, self.held]
+    fn sizes(&self) -> [Option<u32>; 8] {
+        let Self { rows, lanes, keys, side, slice, threads, held, unpacked, .. } = *self;
+        [rows, lanes, keys, side, slice, threads, held, unpacked]
     }
 
     fn size_mut(&mut self, name: &str) -> Option<&mut Option<u32>> {
@@ -80,6 +86,7 @@ impl Tile {
             "slice" => Some(&mut self.slice),
             "threads" => Some(&mut self.threads),
             "held" => Some(&mut self.held),
+            "unpacked" => Some(&mut self.unpacked),
             _ => None,
         }
     }
@@ -125,6 +132,9 @@ impl Tile {
         }
         for threads in some(&[4, 16, 32]) {
             all.push(Self { threads, ..Self::of(Family::FusedRow) });
+        }
+        for unpacked in some(&[0, 1]).into_iter().filter(|_| !fused::row_reads_plainly(problem)) {
+            all.push(Self { unpacked, ..Self::of(Family::FusedRow) });
         }
         // For matrices of 16 and of 8 in subgroups of 32, and of 8 in vectors of 8.
         for (rows, lanes, threads) in [
@@ -172,9 +182,9 @@ impl Tile {
                 Self { rows: Some(edge * bands), lanes, keys: Some(tile_kv), threads, ..of }
             }
             Family::FusedRow => {
-                let FusedRow { threads, rows, keys, side, .. } = tiles.row;
-                let (side, threads) = (Some(side), Some(threads));
-                Self { rows: Some(rows), keys: Some(keys), side, threads, ..of }
+                let FusedRow { threads, rows, keys, side, unpacked, .. } = tiles.row;
+                let (side, threads, unpacked) = (Some(side), Some(threads), Some(unpacked.into()));
+                Self { rows: Some(rows), keys: Some(keys), side, threads, unpacked, ..of }
             }
         }
     }
@@ -186,14 +196,14 @@ impl Tile {
             Family::StagedTile | Family::StagedDirect => &[],
             Family::FusedTile | Family::FusedSubgroup => &["rows", "lanes", "slice", "threads", "held"],
             Family::FusedMatrix => &["rows", "lanes", "keys", "threads"],
-            Family::FusedRow => &["rows", "keys", "side", "threads"],
+            Family::FusedRow => &["rows", "keys", "side", "threads", "unpacked"],
         };
         for (name, size) in Self::NAMES.into_iter().zip(self.sizes()) {
             if size.is_some() && !takes.contains(&name) {
                 return Err(format!("{} has no size {name}; it has {}", self.family, list(takes)));
             }
         }
-        if self.sizes() == [None; 7] {
+        if self.sizes() == [None; 8] {
             return Ok(tiles);
         }
         match self.family {
@@ -202,7 +212,7 @@ impl Tile {
                 tiles.fused = fused::sized(tiles.fused, self, problem, caps)?;
             }
             Family::FusedMatrix => tiles.matrix = tiles.matrix.sized(self)?,
-            Family::FusedRow => tiles.row = tiles.row.sized(self)?,
+            Family::FusedRow => tiles.row = tiles.row.sized(self, problem, caps)?,
         }
         Ok(tiles)
     }
@@ -269,6 +279,7 @@ mod tests {
             "fused:row",
             "staged:tile",
             "fused:row:rows=3:keys=4:side=2",
+            "fused:row:rows=2:unpacked=1",
             "fused:tile:threads=64:held=0",
             "fused:tile_matrix:lanes=2:keys=64:threads=128",
         ] {
@@ -296,6 +307,7 @@ mod tests {
             ("staged:tile:rows=4", "none"),
             ("fused:row:lanes=4", "no size lanes"),
             ("fused:row:held=0", "no size held"),
+            ("fused:row:unpacked=2", "unpacked"),
             ("fused:row:rows=0", "rows"),
             ("fused:row:keys=3", "keys"),
             ("fused:row:keys=2:side=4", "side"),

@@ -151,7 +151,7 @@ fn a_similarity_and_ragged_queries_come_in_any_order() {
 }
 
 /// Kernels that are dispatched once for all rows of a head.
-const OF_KEYS: [&str; 2] = ["key_norms", "project_k"];
+const OF_KEYS: [&str; 4] = ["key_norms", "project_k", "unpack_k", "unpack_v"];
 
 /// Every plan that `problem` has on `caps`: each family, and the plan's own choice.
 fn plans(problem: &AttentionProblem, caps: &Caps, scratch_budget: Option<u64>) -> Vec<Plan> {
@@ -163,7 +163,12 @@ fn plans(problem: &AttentionProblem, caps: &Caps, scratch_budget: Option<u64>) -
         .filter_map(|family| {
             let (splits, indirect) = if problem.status { (Some(3), true) } else { (None, false) };
             let splits = splits.filter(|_| family.is_some_and(|family| family.path() == Path::Fused));
-            let options = PlanOptions { family, scratch_budget, splits, indirect, ..PlanOptions::default() };
+            // The row kernel reads keys and values as they are, or unpacked.
+            let unpacked = Some(problem.status.into());
+            let tile = family.filter(|&of| of == Family::FusedRow);
+            let tile = tile.map(|family| Tile { unpacked, ..Tile::of(family) });
+            let options =
+                PlanOptions { family, tile, scratch_budget, splits, indirect, ..PlanOptions::default() };
             match Plan::new(problem, caps, &options) {
                 Ok(plan) => Some(plan),
                 Err(Error::KernelUnfit { .. }) if family.is_some() => None,
@@ -317,6 +322,8 @@ fn every_composed_shader_is_valid_and_declares_what_the_plan_says() {
         "key_norms",
         "project_q",
         "project_k",
+        "unpack_k",
+        "unpack_v",
         "scores_tile",
         "scores_direct",
         "softmax_row",
@@ -475,6 +482,44 @@ fn terms_of_keys_are_priced() {
         let error = Plan::new(&long, &caps, &options).unwrap_err();
         assert!(matches!(&error, Error::LimitExceeded { what, .. } if what.contains("keys")), "{error}");
     }
+}
+
+/// Keys and values that a row kernel would convert for many rows are unpacked first, if half of the budget has room for
+/// those of a head.
+#[test]
+fn unpacked_keys_are_priced() {
+    let caps =
+        Caps { device_type: wgpu::DeviceType::Cpu, driver: "llvmpipe Mesa 26.1.6".into(), ..Caps::minimal() };
+    let (heads, group, queries, keys, dim) = (8, 2, 512, 1000, 66);
+    let of =
+        |dtype| AttentionProblem::new(2, heads, heads / group, queries, keys, dim, dim).with_dtype(dtype);
+    let plan = |problem: &AttentionProblem, scratch_budget| {
+        Plan::new(problem, &caps, &PlanOptions { scratch_budget, ..PlanOptions::default() }).unwrap()
+    };
+    let unpacked = ["unpack_k", "unpack_v", "fused_row"];
+    let a_head = 2 * 4 * keys as u64 * 68;
+    for problem in [of(Dtype::F16), of(Dtype::F32), of(Dtype::F32).with_cache(Cache::Contiguous, Dtype::Int8)]
+    {
+        let whole = plan(&problem, None);
+        assert_eq!((whole.kernels(), whole.chunks()), (unpacked.to_vec(), 1), "{whole}");
+        assert_eq!(whole.scratch_bytes(), 2 * (heads / group) as u64 * a_head);
+        // Three heads of keys at a time.
+        let some = plan(&problem, Some(3 * a_head));
+        assert_eq!((some.kernels(), some.chunks()), (unpacked.to_vec(), 3), "{some}");
+        assert_eq!(some.scratch_bytes(), 3 * a_head);
+        let none = plan(&problem, Some(2 * a_head - 1));
+        assert_eq!((none.kernels(), none.scratch_bytes()), (vec!["fused_row"], 0), "{none}");
+        assert!(none.to_string().contains("stay as they are"), "{none}");
+        // Not for few rows, nor on other devices.
+        let few = AttentionProblem { seq_q: 20, ..problem.clone() };
+        let few =
+            AttentionProblem { q: Layout::bhsd(heads, 20, dim), o: Layout::bhsd(heads, 20, dim), ..few };
+        assert_eq!(plan(&few, None).kernels(), ["fused_row"]);
+        let gpu = Plan::new(&problem, &Caps::minimal(), &PlanOptions::default()).unwrap();
+        assert_eq!(gpu.kernels()[0], "fused_tile");
+    }
+    let plain = AttentionProblem::new(2, heads, heads / group, queries, keys, 64, 64);
+    assert_eq!(plan(&plain, None).kernels(), ["fused_row"]);
 }
 
 /// Everything about f16 that needs a feature is used only where the feature is.

@@ -94,6 +94,9 @@ impl Plan {
             Slot::KeyTerms => {
                 self.problem.key_term_heads(self.heads_per_chunk as u64) * self.key_term_bytes()
             }
+            Slot::UnpackedK | Slot::UnpackedV => {
+                self.problem.key_term_heads(self.heads_per_chunk as u64) * self.unpacked_bytes(slot)
+            }
             Slot::Carried => rows * self.carried_bytes(),
             Slot::Params | Slot::Operand(_) => 0,
             // A layer's, and a gradient's own.
@@ -119,10 +122,30 @@ impl Plan {
         }
     }
 
-    /// At most `heads` heads, as many as fit the budget and a binding together with the terms of their keys:
+    /// Whether keys and values are unpacked first.
+    pub(super) fn unpacks(&self) -> bool {
+        self.stages.iter().any(|stage| stage.unpacked)
+    }
+
+    /// Bytes of a head's unpacked keys or values; not none where there are no keys.
+    fn unpacked_bytes(&self, slot: Slot) -> u64 {
+        let width = match slot {
+            Slot::UnpackedK => self.problem.head_dim,
+            _ => self.problem.head_dim_v,
+        };
+        let quads = self.problem.seq_kv as u64 * (width as u64).div_ceil(4);
+        if self.unpacks() { 16 * quads.max(1) } else { 0 }
+    }
+
+    /// Bytes of all that is made of a head's keys and values.
+    pub(super) fn bytes_of_keys(&self) -> u64 {
+        self.key_term_bytes() + self.unpacked_bytes(Slot::UnpackedK) + self.unpacked_bytes(Slot::UnpackedV)
+    }
+
+    /// At most `heads` heads, as many as fit the budget and a binding together with what is made of their keys:
     /// whole groups, or less than one.
     fn heads_with_key_terms(&self, heads: usize, room: u64, binding: u64) -> usize {
-        let own = self.key_term_bytes();
+        let own = self.bytes_of_keys();
         if own == 0 {
             return heads;
         }
@@ -222,7 +245,7 @@ impl Plan {
 
     /// Bytes of scratch for one row.
     pub(super) fn least_bytes(&self) -> u64 {
-        self.row_bytes() + self.fixed_bytes() + self.key_term_bytes()
+        self.row_bytes() + self.fixed_bytes() + self.bytes_of_keys()
     }
 
     /// Whole heads if at least one fits the budget, else rows of one head.
@@ -232,11 +255,11 @@ impl Plan {
             return Ok(());
         }
         let binding = self.caps.max_storage_binding.min(self.caps.max_buffer);
-        let (widest, terms) = (self.widest_row_bytes(), self.key_term_bytes());
+        let (widest, terms) = (self.widest_row_bytes(), self.bytes_of_keys());
         // Kernels index scratch by u32.
         let of_terms = binding.min(4 * u64::from(u32::MAX));
         for (what, need, got) in
-            [("one row", widest, binding), ("the terms of one head's keys", terms, of_terms)]
+            [("one row", widest, binding), ("what is made of one head's keys", terms, of_terms)]
         {
             if need > got {
                 let what = format!("scratch: bytes of {what} in one storage binding");

@@ -1,6 +1,7 @@
 //! What a plan adds to its kernels: splits of the keys, and the map of a boolean mask.
 
 use super::Plan;
+use super::choice::stages;
 use crate::blueprint::{Blueprint, Keys};
 use crate::error::Result;
 use crate::kernel::{Kernel, part_keys};
@@ -92,6 +93,27 @@ impl Plan {
         self.reasons.push(format!("splits counted on the GPU, an indirect dispatch: {why}"));
     }
 
+    /// Says what unpacked keys and values take; or leaves them as they are where there is no room for them.
+    pub(super) fn unpack(&mut self) {
+        if !self.unpacks() {
+            return;
+        }
+        let need = self.bytes_of_keys();
+        let room = (self.budget / 2).min(self.caps.max_storage_binding).min(self.caps.max_buffer);
+        let packed = (need > room).then(|| stages(self.tiles, &self.problem, &self.caps, false));
+        let why = match packed {
+            None => format!("keys and values are unpacked to f32 first, {need} B a head"),
+            Some(Ok(stages)) => {
+                self.stages = stages;
+                format!(
+                    "keys and values stay as they are: unpacked, a head's have {need} bytes, there is room for {room}"
+                )
+            }
+            Some(Err(why)) => why,
+        };
+        self.reasons.push(why);
+    }
+
     pub(super) fn map_bytes(&self) -> u64 {
         self.tiles.map().map_or(0, |tile| mask_map::words(&self.problem, tile).saturating_mul(4))
     }
@@ -117,7 +139,7 @@ impl Plan {
         }
         // What the rows need comes first, and most of the budget stays theirs.
         let need = self.map_bytes();
-        let rows = self.row_bytes() + self.fixed_bytes() + self.key_term_bytes();
+        let rows = self.row_bytes() + self.fixed_bytes() + self.bytes_of_keys();
         let room = (self.budget / 4)
             .min(self.budget.saturating_sub(rows))
             .min(self.caps.max_storage_binding)

@@ -1,7 +1,7 @@
 //! The things under test behind one call: the oracle (to prove the harness), the CPU path, and the
 //! GPU paths on every device kind, kernel family, shader mode and way in.
 
-use wgpu_attention::{Dtype, Error, Family, Outputs, Path, PlanOptions, Similarity, Tensor, reference};
+use wgpu_attention::{Dtype, Error, Family, Outputs, Path, PlanOptions, Similarity, Tensor, Tile, reference};
 
 use super::case::Case;
 use super::check::{Expected, Gap};
@@ -129,16 +129,21 @@ impl Subject {
         }
     }
 
-    fn plan_options(family: Option<Family>, split: bool) -> PlanOptions {
+    fn plan_options(family: Option<Family>, kind: Kind, split: bool) -> PlanOptions {
+        // The row kernel reads keys and values as they are, or unpacked: both on each kind of device, in turn.
+        let unpacked = Some(((kind == Kind::Minimal) == split).into());
+        let tile =
+            (family == Some(Family::FusedRow)).then_some(Tile { unpacked, ..Tile::of(Family::FusedRow) });
         // Where lengths lie on the GPU, splits without keys are not even launched.
-        PlanOptions { family, splits: split.then_some(3), indirect: split, ..PlanOptions::default() }
+        PlanOptions { family, tile, splits: split.then_some(3), indirect: split, ..PlanOptions::default() }
     }
 
     /// Whether its kernel fits the case, by the plan alone.
     pub fn serves(self, case: &Case) -> bool {
         let Self::Gpu { kind, checks, family, split, .. } = self else { return true };
         let gpu = gpu::get(kind, checks).expect("subjects are listed where there is an adapter");
-        let planned = gpu.attention.plan_with(&self.asked(case).problem, &Self::plan_options(family, split));
+        let planned =
+            gpu.attention.plan_with(&self.asked(case).problem, &Self::plan_options(family, kind, split));
         !matches!(planned, Err(Error::KernelUnfit { .. }))
     }
 
@@ -157,7 +162,7 @@ impl Subject {
             }
             Self::Gpu { kind, checks, family, door, split } => {
                 let gpu = gpu::get(kind, checks).expect("subjects are listed where there is an adapter");
-                let options = PlanOptions { scratch_budget, ..Self::plan_options(family, split) };
+                let options = PlanOptions { scratch_budget, ..Self::plan_options(family, kind, split) };
                 match gpu.run(case, &options, door) {
                     Ok((out, gap)) => Ok(Outcome::Done(Box::new(out), gap)),
                     // A kernel that was forced may not fit; the plan's own choice always does.
