@@ -36,6 +36,10 @@ impl Io {
     }
 }
 
+/// Elements that rows of many heads are multiples of: a compiler that knows it adds numbers of quads to where a row
+/// begins without a carry, and so without a sum of its own for each quad.
+pub(crate) const ROW_BLOCK: usize = 64;
+
 /// How a kernel finds the rows of k and v: [`Cache`], with what is compiled in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Keys {
@@ -64,6 +68,8 @@ pub(crate) struct Blueprint {
     pub(crate) key_terms: KeyTerms,
     /// It reads what other kernels have made of k and v: [`Kernel::UnpackK`] and [`Kernel::UnpackV`].
     pub(crate) unpacked: bool,
+    /// The row kernel's: rows of k, and of v, begin at multiples of [`ROW_BLOCK`] elements.
+    pub(crate) in_blocks: [bool; 2],
     pub(crate) softcap: bool,
     pub(crate) alibi: bool,
     pub(crate) mask: bool,
@@ -138,6 +144,10 @@ impl Blueprint {
             projected: scores && problem.projects(),
             key_terms: if scores { problem.key_terms() } else { KeyTerms::None },
             unpacked: false,
+            in_blocks: [Operand::K, Operand::V].map(|operand| {
+                let layout = problem.layout(operand).filter(|_| kernel == Kernel::FusedRow);
+                layout.is_some_and(|layout| layout.is_vec(ROW_BLOCK, problem.shape(operand)[3]))
+            }),
             softcap: scores && problem.softcap.is_some(),
             alibi: (scores || bundles) && problem.alibi,
             mask: (scores || maps) && problem.mask.is_some(),
@@ -178,7 +188,9 @@ impl Blueprint {
         // How many keys an entry of a ragged batch has is asked as before.
         let asks = self.keys == Keys::Ragged && !self.looked_after;
         let keys = if asks { Keys::Ragged } else { Keys::Contiguous };
-        Self { unpacked: true, k: rows, v: rows, keys, ..self }
+        let widths = [self.tiles.row.width, self.tiles.row.width_v];
+        let in_blocks = widths.map(|width| width.is_multiple_of(ROW_BLOCK as u32));
+        Self { unpacked: true, in_blocks, k: rows, v: rows, keys, ..self }
     }
 
     /// The same kernel with its lists in one buffer.

@@ -2,7 +2,7 @@
 //! preprocessor; an option that is absent is another part (a branch would still count its binding).
 
 use crate::append::{APPEND_ROPE, AppendStep, Stand};
-use crate::blueprint::{Blueprint, Io, Keys};
+use crate::blueprint::{Blueprint, Io, Keys, ROW_BLOCK};
 use crate::dtype::Dtype;
 use crate::error::Operand;
 use crate::kernel::Kernel;
@@ -84,7 +84,11 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
                 });
             }
             if b.kernel == Kernel::FusedRow && operand != Operand::Q {
-                add(&named(if io.vec4 { part!("io/quad_vec4") } else { part!("io/quad_any") }, operand));
+                let in_blocks = b.in_blocks[usize::from(operand == Operand::V)];
+                let block = if in_blocks { ROW_BLOCK as u32 / 4 } else { 1 };
+                let mask = format!("{:#010x}u", 0x0400_0000 - block);
+                let text = if io.vec4 { part!("io/quad_vec4") } else { part!("io/quad_any") };
+                add(&named(text, operand).replace("MASK", &mask));
             }
         }
     }
