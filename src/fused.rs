@@ -364,9 +364,8 @@ fn row_unpacks(problem: &AttentionProblem, caps: &Caps) -> bool {
 /// The row kernel's sizes for a problem. More rows and keys use each load (and with more keys each store of o) more
 /// often; but the loop has to stay inside a processor's instruction cache (a step of three rows and two keys of 64 columns
 /// takes 23 of 32 KiB; a fourth row makes it 29, and takes a tenth less or a third more time, as what surrounds it is
-/// laid out), the variables inside its data cache, and
-/// each score's own finish and each conversion are text, which drivers take seconds to compile. Found by trial on
-/// lavapipe 26.1. To 22.3.6 no address is uniform that comes from a loop's counter: it reads K and V lane by lane, half
+/// laid out), the variables inside its data cache, and each score's own finish and each conversion are text, which
+/// drivers take seconds to compile. Found by trial on lavapipe 26.1. To 22.3.6 no address is uniform that comes from a loop's counter: it reads K and V lane by lane, half
 /// of the time, and compiles longer. (More rows share a load there: at head_dim 128, 8 for 3 are 1.7 times as fast and
 /// take 2.2 times as long to compile.)
 pub(crate) fn row(problem: &AttentionProblem, caps: &Caps) -> FusedRow {

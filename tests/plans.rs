@@ -520,6 +520,20 @@ fn unpacked_keys_are_priced() {
     }
     let plain = AttentionProblem::new(2, heads, heads / group, queries, keys, 64, 64);
     assert_eq!(plan(&plain, None).kernels(), ["fused_row"]);
+    // Nor more than the kernel's index reaches, however large bindings may be: 2^28 elements of keys and values.
+    let caps = Caps { max_storage_binding: 1 << 32, max_buffer: 1 << 40, ..caps };
+    let options = PlanOptions { scratch_budget: Some(u64::MAX), ..PlanOptions::default() };
+    for (seq_kv, chunks, kernels) in
+        [(1 << 20, 8, &unpacked[..]), (1 << 19, 4, &unpacked[..]), (1 << 21, 1, &unpacked[2..])]
+    {
+        let long = AttentionProblem::new(1, 8, 8, 2048, seq_kv, 128, 128).with_dtype(Dtype::F16);
+        let one_head = Layout { strides: [0, 0, 128, 1], offset: 0 };
+        let long = AttentionProblem { k: one_head, v: one_head, ..long };
+        let plan = Plan::new(&long, &caps, &options).unwrap();
+        assert_eq!(plan.kernels(), kernels, "{plan}");
+        let heads = plan.dispatches().filter(|dispatch| dispatch.kernel == "unpack_k").count();
+        assert_eq!(heads, if kernels.len() == 3 { chunks } else { 0 }, "{plan}");
+    }
 }
 
 /// Everything about f16 that needs a feature is used only where the feature is.

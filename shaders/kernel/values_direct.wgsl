@@ -2,9 +2,8 @@
 //
 // A thread owns four neighbours of VALUES_ROWS output rows; a workgroup owns VALUES_ROWS queries and
 // LANES such quads. The weights are read at workgroup-uniform addresses, VALUES_STEP = 4 keys at a
-// time; no workgroup memory, no barrier. Sums run in two levels; what
-// the outer one cannot take of an inner one begins the next (Kahan 1965), so that the rounding error of a long row does
-// not grow with it.
+// time; no workgroup memory, no barrier. Sums run in two levels; what the outer one cannot take of an
+// inner one begins the next (Kahan 1965), so that the rounding error of a long row does not grow with it.
 
 @group(0) @binding(11) var<storage, read> weights: array<vec4<f32>>;
 

@@ -9,7 +9,7 @@ use crate::plan::Path;
 use crate::problem::{AttentionProblem, KeyTerms, Similarity};
 
 /// Elements of k or v that the row kernel's masked index reaches: 2^26 quads.
-const MOST_ROW_ELEMENTS: u128 = 1 << 28;
+pub(super) const MOST_ROW_ELEMENTS: u128 = 1 << 28;
 
 /// Every family, the best for a device first, with what it is for.
 pub(super) fn preference(caps: &Caps) -> Vec<(Family, &'static str)> {

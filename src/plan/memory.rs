@@ -1,6 +1,7 @@
 //! What a plan's kernels are bound to and told: uniform blocks, windows of operands, scratch, and the chunks
 //! that keep scratch inside its budget.
 
+use super::choice::MOST_ROW_ELEMENTS;
 use super::{Path, Plan, Window, dispatch_flop};
 use crate::error::{Error, Operand, Result};
 use crate::kernel::{bundle_words, key_parts, looks_after_lengths, part_keys};
@@ -8,6 +9,9 @@ use crate::layout::Layout;
 use crate::params::{ParamLayout, Params};
 use crate::problem::MAX_SEQ;
 use crate::slot::Slot;
+
+/// Most bytes of unpacked keys, or values: those that the row kernel's masked index reaches.
+pub(super) const MOST_UNPACKED: u64 = 4 * MOST_ROW_ELEMENTS as u64;
 
 impl Plan {
     /// Bytes from one uniform block to the next.
@@ -149,6 +153,7 @@ impl Plan {
         if own == 0 {
             return heads;
         }
+        let binding = if self.unpacks() { binding.min(MOST_UNPACKED) } else { binding };
         let group = self.problem.key_term_group() as u64;
         let rows = (self.problem.seq_q as u64).saturating_mul(self.row_bytes());
         let groups = (heads as u64 / group)

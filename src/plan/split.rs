@@ -2,6 +2,7 @@
 
 use super::Plan;
 use super::choice::stages;
+use super::memory::MOST_UNPACKED;
 use crate::blueprint::{Blueprint, Keys};
 use crate::error::Result;
 use crate::kernel::{Kernel, part_keys};
@@ -99,7 +100,8 @@ impl Plan {
             return;
         }
         let need = self.bytes_of_keys();
-        let room = (self.budget / 2).min(self.caps.max_storage_binding).min(self.caps.max_buffer);
+        let room =
+            (self.budget / 2).min(self.caps.max_storage_binding).min(self.caps.max_buffer).min(MOST_UNPACKED);
         let packed = (need > room).then(|| stages(self.tiles, &self.problem, &self.caps, false));
         let why = match packed {
             None => format!("keys and values are unpacked to f32 first, {need} B a head"),
