@@ -512,6 +512,7 @@ fn constants(b: &Blueprint) -> Vec<(&'static str, u32)> {
     let t = &b.tiles;
     let values = [("VALUES_ROWS", t.values_rows), ("VALUES_STEP", t.values_step)];
     let plain = !b.softcap && b.bias.is_none() && !b.alibi && !b.mask && b.key_terms == KeyTerms::None;
+    let narrow = |io: Io| io.dtype != Dtype::F32;
     let own: &[(&str, u32)] = match b.kernel {
         // The linear map's.
         Kernel::Project | Kernel::ProjectQ | Kernel::ProjectK => &[],
@@ -574,6 +575,7 @@ fn constants(b: &Blueprint) -> Vec<(&'static str, u32)> {
             ("KEYS", t.row.keys),
             ("SIDE", t.row.side),
             ("SIDES", t.row.keys / t.row.side),
+            ("LEVEL", t.row.level(b.q.is_some_and(narrow) && b.o.is_some_and(narrow))),
             ("QUADS", t.row.width.div_ceil(4)),
             ("QUADS_V", t.row.width_v.div_ceil(4)),
             ("MAPPED", b.mapped.into()),

@@ -7,8 +7,8 @@
 // A thread owns ROWS query rows and all that belongs to them: q, o, m and l live in variables of their
 // own, hence the unrolled text (src/unroll.rs). K and V are read at workgroup-uniform addresses, which
 // such an adapter turns into broadcasts: nothing is gathered, scattered or exchanged in the loop, and
-// there is no workgroup memory. Sums run in two levels: each step's is added to that of LEVEL keys, and this one
-// to the total. What the total cannot take of it begins the next (Kahan 1965), so that the rounding error of a
+// there is no workgroup memory. Sums run in two levels: each step's is added to that of LEVEL keys (src/fused.rs), and
+// this one to the total. What the total cannot take of it begins the next (Kahan 1965), so that the rounding error of a
 // long row does not grow with it.
 //
 // A step begins with the exponentials of scores that the step before has computed, computes the next
@@ -27,9 +27,6 @@
 // 30 bytes of it a cycle out of its instruction cache, 64 KiB, and 13 where it is longer, so that eight rows of four
 // keys take half as long again.
 
-// Keys between two additions to the outer sums. (Half as many steps would take processors with small instruction
-// caches 4 % longer, since the additions drive the loop out of them.)
-const LEVEL = min(64u * KEYS, 128u);
 // Where the last quad of q begins.
 const LAST = 4u * QUADS - 4u;
 
