@@ -107,8 +107,7 @@ impl Blueprint {
         let io = |wanted: bool, operand| {
             let io = Io::of(problem, caps, operand).filter(|_| wanted)?;
             // An adapter on a CPU loads elements one by one: two at a time are half of the loads.
-            let by_pairs = kernel == Kernel::FusedRow || kernel.unpacks();
-            Some(Io { native: io.native && !by_pairs, ..io })
+            Some(Io { native: io.native && kernel != Kernel::FusedRow, ..io })
         };
         let (bundles, maps) = (kernel == Kernel::Bundle, kernel == Kernel::MaskMap);
         let scores = kernel.is_scores() || kernel.is_fused();
@@ -288,17 +287,14 @@ impl Blueprint {
         let tiles = |n: u64, tile: u32| n.div_ceil(u64::from(tile));
         let group = if self.packed { problem.group_size() as u64 } else { 1 };
         let product = |rows| self.product.map_or(0, |of| of.tiles(rows, problem.compared_dim() as u64));
-        let unpacked = |width: usize| {
-            problem.key_term_heads(heads) * tiles(keys * (width as u64).div_ceil(4), ELEMENT_LANES)
-        };
         let fused = |tile: u32| heads / group * tiles(rows * group, tile.max(1));
         match self.kernel {
             Kernel::Project | Kernel::ProjectQ => heads * product(rows),
             Kernel::NormalizeQ => tiles(heads * rows, ELEMENT_LANES),
-            Kernel::KeyNorms => problem.key_term_heads(heads) * tiles(keys, ELEMENT_LANES),
+            Kernel::KeyNorms | Kernel::UnpackK | Kernel::UnpackV => {
+                problem.key_term_heads(heads) * tiles(keys, ELEMENT_LANES)
+            }
             Kernel::ProjectK => problem.key_term_heads(heads) * product(keys),
-            Kernel::UnpackK => unpacked(problem.head_dim),
-            Kernel::UnpackV => unpacked(problem.head_dim_v),
             Kernel::ScoresTile | Kernel::ScoresDirect => {
                 heads * tiles(rows, t.scores_rows) * tiles(keys, t.scores_keys)
             }

@@ -2,7 +2,8 @@
 // for a kernel that reads each row many times, on adapters where a conversion, or an element that lies by itself,
 // takes as long as a multiplication.
 //
-// A thread owns a quad of a key's row; a workgroup LANES of one head. No workgroup memory, no barriers.
+// A thread owns a key; a workgroup LANES of one head. No workgroup memory, no barriers. (Adapters on a CPU store lane by
+// lane in any case; that a thread's quads are neighbours spares a division for each.)
 
 @group(0) @binding(BINDING) var<storage, read_write> unpacked: array<vec4<f32>>;
 
@@ -12,20 +13,21 @@ fn main(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let quads = div_ceil(params.WIDTH, 4u);
-    let tiles = div_ceil(params.seq_kv * quads, LANES);
+    let tiles = div_ceil(params.seq_kv, LANES);
     let tile = linear_group(group, groups);
     if tile >= tiles * key_heads() {
         return;
     }
     let bh = entry_and_head(tile / tiles);
-    let at = tile % tiles * LANES + lane;
-    let j = at / quads;
+    let j = tile % tiles * LANES + lane;
     // Rows beyond the keys may hold anything, or not exist.
     if j >= key_length(bh.x) {
         return;
     }
-    let d = 4u * (at % quads);
     let row = row_OPERAND(bh.x, bh.y / params.group_size, j);
-    unpacked[key_term(bh.x, bh.y, j) * quads + d / 4u] = load4_OPERAND(row, d);
+    let quads = div_ceil(params.WIDTH, 4u);
+    let begin = key_term(bh.x, bh.y, j) * quads;
+    for (var i = 0u; i < quads; i += 1u) {
+        unpacked[begin + i] = load4_OPERAND(row, 4u * i);
+    }
 }

@@ -3,7 +3,7 @@
 // A thread owns four neighbours of VALUES_ROWS output rows; a workgroup owns VALUES_ROWS queries and
 // LANES such quads. The weights are read at workgroup-uniform addresses, VALUES_STEP = 4 keys at a
 // time; no workgroup memory, no barrier. Sums run in two levels; what the outer one cannot take of an
-// inner one begins the next (Kahan 1965), so that the rounding error of a long row does not grow with it.
+// inner one begins the next (Neumaier 1974), so that the rounding error of a long row does not grow with it.
 
 @group(0) @binding(11) var<storage, read> weights: array<vec4<f32>>;
 
@@ -57,9 +57,11 @@ fn main(
             j += VALUES_STEP;
         }
         for (var r = 0u; r < VALUES_ROWS; r += 1u) {
-            let rest = acc[r];
-            acc[r] += part[r];
-            part[r] -= (acc[r] + nought) - rest;
+            // Exact whichever is larger (Knuth): steps of nothing then change nothing.
+            let sum = acc[r] + part[r];
+            let taken = (sum + nought) - acc[r];
+            part[r] = (acc[r] - (sum - taken)) + (part[r] - taken);
+            acc[r] = sum;
         }
     }
 

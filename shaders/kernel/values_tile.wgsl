@@ -3,7 +3,7 @@
 // A workgroup of SIDE x SIDE threads owns VALUES_ROWS = 4 SIDE queries and SIDE quads of head_dim_v;
 // a thread owns one quad of four rows, spread by SIDE. VALUES_STEP keys are staged at a time:
 // VALUES_ROWS (VALUES_STEP / 4 + 1) + SIDE VALUES_STEP vec4 of workgroup memory, two barriers a
-// step. Each step has a sum of its own; what the total cannot take of it begins the next (Kahan 1965), so that the
+// step. Each step has a sum of its own; what the total cannot take of it begins the next (Neumaier 1974), so that the
 // rounding error of a long row does not grow with it.
 
 const QUADS = VALUES_STEP / 4u;
@@ -66,9 +66,11 @@ fn main(
             }
         }
         for (var r = 0u; r < 4u; r += 1u) {
-            let rest = acc[r];
-            acc[r] += part[r];
-            part[r] -= (acc[r] + nought) - rest;
+            // Exact whichever is larger (Knuth): steps of nothing then change nothing.
+            let sum = acc[r] + part[r];
+            let taken = (sum + nought) - acc[r];
+            part[r] = (acc[r] - (sum - taken)) + (part[r] - taken);
+            acc[r] = sum;
         }
         workgroupBarrier();
     }

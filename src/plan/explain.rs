@@ -45,8 +45,7 @@ impl std::fmt::Display for Plan {
                 }
                 Kernel::Weights | Kernel::Bundle | Kernel::Merge => "element by element".into(),
                 Kernel::NormalizeQ => "a query each".into(),
-                Kernel::KeyNorms => "a key each".into(),
-                Kernel::UnpackK | Kernel::UnpackV => "a quad of a key each".into(),
+                Kernel::KeyNorms | Kernel::UnpackK | Kernel::UnpackV => "a key each".into(),
                 Kernel::Lengths => "an entry each".into(),
                 Kernel::Count => "once".into(),
                 Kernel::MaskMap => match t.map() {
