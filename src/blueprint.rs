@@ -187,9 +187,8 @@ impl Blueprint {
         // How many keys an entry of a ragged batch has is asked as before.
         let asks = self.keys == Keys::Ragged && !self.looked_after;
         let keys = if asks { Keys::Ragged } else { Keys::Contiguous };
-        let widths = [self.tiles.row.width, self.tiles.row.width_v];
-        let in_blocks = widths.map(|width| width.is_multiple_of(ROW_BLOCK as u32));
-        Self { unpacked: true, in_blocks, k: rows, v: rows, keys, ..self }
+        // Where strides are widths, LLVM makes all addresses of a step first if it may, and keeps them on the stack.
+        Self { unpacked: true, in_blocks: [false; 2], k: rows, v: rows, keys, ..self }
     }
 
     /// The same kernel with its lists in one buffer.
