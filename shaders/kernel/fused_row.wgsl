@@ -8,8 +8,7 @@
 // own, hence the unrolled text (src/unroll.rs). K and V are read at workgroup-uniform addresses, which
 // such an adapter turns into broadcasts: nothing is gathered, scattered or exchanged in the loop, and
 // there is no workgroup memory. Sums run in two levels: each step's is added to that of LEVEL keys (src/fused.rs), and
-// this one to the total. What the total cannot take of it begins the next (Kahan 1965), so that the rounding error of a
-// long row does not grow with it.
+// this one to the total, so that the rounding error of a long row hardly grows with it (a dispatch takes 4096 keys).
 //
 // A step begins with the exponentials of scores that the step before has computed, computes the next
 // ones, and comes to the values last: both chains of dependent instructions, through a row's score and
@@ -60,8 +59,7 @@ fn main(
     let v_begin = begin_v(bh.x, kv_head);
 
     // False and zero, which no compiler can know. Exponentials lose a NaN on some adapters, so a score that
-    // is not finite makes the sum NaN by nought, and the second look does the rest. And (a + b) - a is b to some,
-    // unless nought is added between.
+    // is not finite makes the sum NaN by nought, and the second look does the rest.
     let never = (params.row_count >> 31u) != 0u;
     let nought = f32(never);
 
@@ -98,10 +96,6 @@ fn main(
     //$ end
 
     //$ for r in 0..ROWS
-    //$ for i in 0..QUADS_V
-    var o_$r_$i = vec4<f32>();
-    //$ end
-    var sum_$r = 0.0;
     //$ for c in 0..KEYS
     var s_$r_$c = 0.0;
     //$ end
@@ -112,6 +106,10 @@ fn main(
     let end = select(begin, seen.y + KEYS, seen.x < seen.y);
     for (var level = begin; level < end; level += LEVEL) {
         //$ for r in 0..ROWS
+        //$ for i in 0..QUADS_V
+        var o_$r_$i = vec4<f32>();
+        //$ end
+        var sum_$r = 0.0;
         var shrink_$r = 1.0;
         //$ end
         // One loop, or two where the mask is mapped: from one of its tiles to the next. (What is repeated
@@ -246,17 +244,9 @@ fn main(
         }
         //$ end
         //$ for r in 0..ROWS
-        {
-            let rest = l_$r * shrink_$r;
-            l_$r = rest + sum_$r;
-            sum_$r -= (l_$r + nought) - rest;
-        }
+        l_$r = l_$r * shrink_$r + sum_$r;
         //$ for i in 0..QUADS_V
-        {
-            let rest = total_$r_$i * shrink_$r;
-            total_$r_$i = rest + o_$r_$i;
-            o_$r_$i -= (total_$r_$i + nought) - rest;
-        }
+        total_$r_$i = total_$r_$i * shrink_$r + o_$r_$i;
         //$ end
         //$ end
     }
