@@ -19,3 +19,12 @@ fn careful_key(acc: vec4<f32>, weight: f32, b: u32, kv_head: u32, j: u32, len_k:
     }
     return fma(vec4<f32>(weight), load4_v(row_v(b, kv_head, j), d), acc);
 }
+
+// What `sum`, the rounded a + b, has not taken; exact whichever is larger (Knuth), so that adding it to nothing more
+// changes nothing.
+fn left_over(a: vec4<f32>, b: vec4<f32>, sum: vec4<f32>) -> vec4<f32> {
+    // Zero, which no compiler can know: (a + b) - a is b to some of them, unless it is added between.
+    let nought = f32((params.row_count >> 31u) != 0u);
+    let taken = (sum + nought) - a;
+    return (a - (sum - taken)) + (b - taken);
+}

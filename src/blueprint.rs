@@ -66,8 +66,6 @@ pub(crate) struct Blueprint {
     pub(crate) projected: bool,
     /// What they read of keys that another kernel has made of k.
     pub(crate) key_terms: KeyTerms,
-    /// It reads what other kernels have made of k and v: [`Kernel::UnpackK`] and [`Kernel::UnpackV`].
-    pub(crate) unpacked: bool,
     /// The row kernel's: rows of k, and of v, begin at multiples of [`ROW_BLOCK`] elements.
     pub(crate) in_blocks: [bool; 2],
     pub(crate) softcap: bool,
@@ -121,7 +119,10 @@ impl Blueprint {
         let looked_after = counts && !lengths && looks_after_lengths(problem);
         // Additive scores are of keys that lie in scratch, one after the other.
         let of_terms = scores && problem.key_terms() == KeyTerms::Projected;
-        let finds = (scores && !of_terms) || values || lengths || bundles || of_keys;
+        let unpacked = kernel == Kernel::FusedRow && tiles.row.unpacked;
+        let reads = ((scores && !of_terms) || values) && !unpacked;
+        let finds = reads || lengths || bundles || of_keys;
+        let rows = Some(Io { dtype: Dtype::F32, vec4: true, native: false }).filter(|_| unpacked);
         let product = |operand, rows, inputs| {
             let sizes = [rows, inputs, problem.compared_dim()];
             Some(Linear::product(Io::of(problem, caps, operand)?, sizes, kernel == Kernel::Project, caps))
@@ -136,15 +137,15 @@ impl Blueprint {
                 _ => None,
             },
             q: io(of_queries || (scores && !problem.projects()), Operand::Q),
-            k: io((scores && !of_terms) || (of_keys && kernel != Kernel::UnpackV), Operand::K),
-            v: io(values || kernel == Kernel::UnpackV, Operand::V),
+            k: rows.or(io((scores && !of_terms) || (of_keys && kernel != Kernel::UnpackV), Operand::K)),
+            v: rows.or(io(values || kernel == Kernel::UnpackV, Operand::V)),
             o: io(values || merges, Operand::O),
             bias: io(scores, Operand::Bias),
             projected: scores && problem.projects(),
             key_terms: if scores { problem.key_terms() } else { KeyTerms::None },
-            unpacked: false,
+            // Where strides are widths, LLVM makes all addresses of a step first if it may, and keeps them on the stack.
             in_blocks: [Operand::K, Operand::V].map(|operand| {
-                let layout = problem.layout(operand).filter(|_| kernel == Kernel::FusedRow);
+                let layout = problem.layout(operand).filter(|_| kernel == Kernel::FusedRow && !unpacked);
                 layout.is_some_and(|layout| layout.is_vec(ROW_BLOCK, problem.shape(operand)[3]))
             }),
             softcap: scores && problem.softcap.is_some(),
@@ -181,14 +182,9 @@ impl Blueprint {
         Self { counted: true, ..self }
     }
 
-    /// The same kernel where keys and values have been unpacked.
-    pub(crate) fn unpacked(self) -> Self {
-        let rows = Some(Io { dtype: Dtype::F32, vec4: true, native: false });
-        // How many keys an entry of a ragged batch has is asked as before.
-        let asks = self.keys == Keys::Ragged && !self.looked_after;
-        let keys = if asks { Keys::Ragged } else { Keys::Contiguous };
-        // Where strides are widths, LLVM makes all addresses of a step first if it may, and keeps them on the stack.
-        Self { unpacked: true, in_blocks: [false; 2], k: rows, v: rows, keys, ..self }
+    /// Whether it reads what other kernels have made of k and v: [`Kernel::UnpackK`] and [`Kernel::UnpackV`].
+    pub(crate) fn unpacked(&self) -> bool {
+        self.kernel == Kernel::FusedRow && self.tiles.row.unpacked
     }
 
     /// The same kernel with its lists in one buffer.
@@ -356,8 +352,8 @@ impl Blueprint {
         let mut all = vec![read(Slot::Params)];
         for (present, operand) in [
             (self.q.is_some(), Operand::Q),
-            (self.k.is_some() && !self.unpacked, Operand::K),
-            (self.v.is_some() && !self.unpacked, Operand::V),
+            (self.k.is_some() && !self.unpacked(), Operand::K),
+            (self.v.is_some() && !self.unpacked(), Operand::V),
             (self.bias.is_some(), Operand::Bias),
             (self.mask, Operand::Mask),
             (self.kernel == Kernel::Project, Operand::W),
@@ -376,8 +372,8 @@ impl Blueprint {
             (self.status, write(Slot::Operand(Operand::Status))),
             (self.projected, read(Slot::Projected)),
             (self.key_terms != KeyTerms::None, read(Slot::KeyTerms)),
-            (self.unpacked, read(Slot::UnpackedK)),
-            (self.unpacked, read(Slot::UnpackedV)),
+            (self.unpacked(), read(Slot::UnpackedK)),
+            (self.unpacked(), read(Slot::UnpackedV)),
             (self.lse, write(Slot::Operand(Operand::Lse))),
             (self.parts || self.split, write(Slot::Carried)),
             (self.bundled, read(Slot::Bundle)),

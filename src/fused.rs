@@ -301,9 +301,7 @@ impl FusedRow {
     /// The same with sizes of a caller's choice; or why those make no kernel.
     pub(crate) fn sized(self, tile: &Tile, problem: &AttentionProblem, caps: &Caps) -> Result<Self, String> {
         let of = match tile.unpacked {
-            Some(asked) => {
-                row_of(problem, caps, check("unpacked", asked, asked <= 1, "0 or 1").map(|n| n == 1)?)
-            }
+            Some(asked) => row_of(problem, caps, check("unpacked", asked, asked <= 1, "0 or 1")? == 1),
             None => self,
         };
         let rows = tile.rows.unwrap_or(of.rows);
@@ -344,10 +342,14 @@ impl FusedRow {
 /// The instruction cache from which on the row kernel has its longer text.
 const LARGE_INSTRUCTION_CACHE: u32 = 64 << 10;
 
+/// Whether keys and values are whole vec4s of elements.
+fn by_vec4(problem: &AttentionProblem) -> bool {
+    problem.k.is_vec4(problem.head_dim) && problem.v.is_vec4(problem.head_dim_v)
+}
+
 /// Whether the row kernel has nothing to gain from unpacked keys and values.
 pub(crate) fn row_reads_plainly(problem: &AttentionProblem) -> bool {
-    let p = problem;
-    p.stored_kv() == Dtype::F32 && p.k.is_vec4(p.head_dim) && p.v.is_vec4(p.head_dim_v)
+    problem.stored_kv() == Dtype::F32 && by_vec4(problem)
 }
 
 /// Whether the row kernel should read keys and values that another kernel has made rows of f32, since each of its
@@ -357,11 +359,10 @@ pub(crate) fn row_reads_plainly(problem: &AttentionProblem) -> bool {
 fn row_unpacks(problem: &AttentionProblem, caps: &Caps) -> bool {
     let p = problem;
     let least = match p.stored_kv() {
-        _ if row_reads_plainly(p) => return false,
-        Dtype::F32 => 128,
-        Dtype::F16 | Dtype::Bf16 if p.k.is_vec4(p.head_dim) && p.v.is_vec4(p.head_dim_v) => 768,
-        Dtype::F16 | Dtype::Bf16 => 128,
         Dtype::Int8 | Dtype::Int4 => 256,
+        _ if !by_vec4(p) => 128,
+        Dtype::F16 | Dtype::Bf16 => 768,
+        Dtype::F32 => return false,
     };
     let rows = p.seq_q.saturating_mul(p.group_size()) / if p.causal.is_some() { 2 } else { 1 };
     let newer = caps.on_cpu() && caps.mesa().is_some_and(|version| version >= NEWER_MESA);
@@ -386,7 +387,7 @@ fn row_of(problem: &AttentionProblem, caps: &Caps, unpacked: bool) -> FusedRow {
     let finish = p.softcap.is_some() || p.bias.is_some() || p.alibi || p.mask.is_some();
     // Codes are read by the word, however rows of them are aligned.
     let codes = !p.stored_kv().is_float();
-    let vec4 = unpacked || codes || (p.k.is_vec4(p.head_dim) && p.v.is_vec4(p.head_dim_v));
+    let vec4 = unpacked || codes || by_vec4(p);
     let converts = !unpacked && (codes || p.stored_kv() == Dtype::F16);
     let halves = !unpacked && matches!(p.stored_kv(), Dtype::F16 | Dtype::Bf16);
     let widths = width.next_multiple_of(4) + width_v.next_multiple_of(4);

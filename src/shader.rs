@@ -54,8 +54,8 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         if let Some(io) = io {
             let eights = b.kernel == Kernel::FusedMatrix && b.tiles.matrix.eights;
             let unpacked = match operand {
-                Operand::K if b.unpacked => Some(Slot::UnpackedK),
-                Operand::V if b.unpacked => Some(Slot::UnpackedV),
+                Operand::K if b.unpacked() => Some(Slot::UnpackedK),
+                Operand::V if b.unpacked() => Some(Slot::UnpackedV),
                 _ => None,
             };
             add(&match (operand, unpacked) {
@@ -139,6 +139,9 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
     }
     if b.kernel.is_of_keys() {
         add(part!("key_terms"));
+        if b.kernel != Kernel::ProjectK {
+            add(part!("io/own_key"));
+        }
         if b.kernel.unpacks() {
             let (operand, slot, width) = match b.kernel {
                 Kernel::UnpackK => (Operand::K, Slot::UnpackedK, "head_dim"),
@@ -174,7 +177,7 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         match b.key_terms {
             KeyTerms::None | KeyTerms::Projected => {
                 add(part!("io/compared_dot"));
-                if b.unpacked {
+                if b.unpacked() {
                     add(part!("key_terms"));
                 }
             }

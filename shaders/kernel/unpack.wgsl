@@ -13,13 +13,9 @@ fn main(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let tiles = div_ceil(params.seq_kv, LANES);
-    let tile = linear_group(group, groups);
-    if tile >= tiles * key_heads() {
-        return;
-    }
-    let bh = entry_and_head(tile / tiles);
-    let j = tile % tiles * LANES + lane;
+    let own = own_key(linear_group(group, groups), lane);
+    let bh = own.xy;
+    let j = own.z;
     // Rows beyond the keys may hold anything, or not exist.
     if j >= key_length(bh.x) {
         return;

@@ -32,8 +32,6 @@ fn main(
 
     var at: array<u32, VALUES_ROWS>;
     var acc: array<vec4<f32>, VALUES_ROWS>;
-    // Zero, which no compiler can know: (a + b) - a is b to some of them, unless it is added between.
-    let nought = f32((params.row_count >> 31u) != 0u);
     var part: array<vec4<f32>, VALUES_ROWS>;
     for (var r = 0u; r < VALUES_ROWS; r += 1u) {
         at[r] = (head * params.row_count + min(row + r, params.row_count - 1u)) * params.score_stride;
@@ -57,10 +55,8 @@ fn main(
             j += VALUES_STEP;
         }
         for (var r = 0u; r < VALUES_ROWS; r += 1u) {
-            // Exact whichever is larger (Knuth): steps of nothing then change nothing.
             let sum = acc[r] + part[r];
-            let taken = (sum + nought) - acc[r];
-            part[r] = (acc[r] - (sum - taken)) + (part[r] - taken);
+            part[r] = left_over(acc[r], part[r], sum);
             acc[r] = sum;
         }
     }

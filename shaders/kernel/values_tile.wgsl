@@ -36,8 +36,6 @@ fn main(
     let visited = own_part(values_range(bh.x, row, len_k));
 
     var acc: array<vec4<f32>, 4>;
-    // Zero, which no compiler can know: (a + b) - a is b to some of them, unless it is added between.
-    let nought = f32((params.row_count >> 31u) != 0u);
     var part: array<vec4<f32>, 4>;
     for (var j = visited.x; j < visited.y; j += VALUES_STEP) {
         for (var at = lane; at < VALUES_ROWS * QUADS; at += SIDE * SIDE) {
@@ -66,10 +64,8 @@ fn main(
             }
         }
         for (var r = 0u; r < 4u; r += 1u) {
-            // Exact whichever is larger (Knuth): steps of nothing then change nothing.
             let sum = acc[r] + part[r];
-            let taken = (sum + nought) - acc[r];
-            part[r] = (acc[r] - (sum - taken)) + (part[r] - taken);
+            part[r] = left_over(acc[r], part[r], sum);
             acc[r] = sum;
         }
         workgroupBarrier();

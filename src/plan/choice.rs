@@ -47,13 +47,11 @@ pub(super) fn untrusted(family: Family, caps: &Caps, forced: bool) -> Option<Str
     }
 }
 
-/// The kernels of a family for a problem, in the order of their dispatches; or why one does not fit. Whether keys
-/// and values may be `unpacked` first, if that is faster.
+/// The kernels of a family for a problem, in the order of their dispatches; or why one does not fit.
 pub(super) fn stages(
     tiles: Tiles,
     problem: &AttentionProblem,
     caps: &Caps,
-    unpacked: bool,
 ) -> Result<Vec<Blueprint>, String> {
     if tiles.family.path() == Path::Fused && problem.key_terms() == KeyTerms::Projected {
         return Err("it multiplies queries and keys, and additive scores are no such product".into());
@@ -70,8 +68,8 @@ pub(super) fn stages(
             Some(why) => return Err(why),
             None => vec![new(Kernel::FusedMatrix)],
         },
-        Family::FusedRow if unpacked && tiles.row.unpacked => {
-            vec![new(Kernel::UnpackK), new(Kernel::UnpackV), new(Kernel::FusedRow).unpacked()]
+        Family::FusedRow if tiles.row.unpacked => {
+            vec![new(Kernel::UnpackK), new(Kernel::UnpackV), new(Kernel::FusedRow)]
         }
         Family::FusedRow => vec![new(Kernel::FusedRow)],
     };

@@ -128,7 +128,7 @@ impl Plan {
 
     /// Whether keys and values are unpacked first.
     pub(super) fn unpacks(&self) -> bool {
-        self.stages.iter().any(|stage| stage.unpacked)
+        self.tiles.row.unpacked
     }
 
     /// Bytes of a head's unpacked keys or values; not none where there are no keys.

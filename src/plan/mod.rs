@@ -246,7 +246,7 @@ impl Plan {
                 if family.path() == Path::Staged && options.splits.is_some_and(|n| n > 1) {
                     return Err("it does not split the keys".into());
                 }
-                let stages = stages(tiles, problem, caps, true)?;
+                let stages = stages(tiles, problem, caps)?;
                 let forced = forced == Some(family);
                 match untrusted(family, caps, forced)
                     .or_else(|| wasteful(tiles, problem, forced || what_for == TUNED))
@@ -296,7 +296,7 @@ impl Plan {
             reasons,
         };
         plan.check_windows()?;
-        plan.unpack();
+        plan.unpack()?;
         plan.split(options.splits);
         plan.map_mask();
         plan.choose_chunks()?;

@@ -1,10 +1,10 @@
-//! What a plan adds to its kernels: splits of the keys, and the map of a boolean mask.
+//! What a plan adds to its kernels, or takes from them: unpacked keys, splits of the keys, and the map of a boolean mask.
 
 use super::Plan;
 use super::choice::stages;
 use super::memory::MOST_UNPACKED;
 use crate::blueprint::{Blueprint, Keys};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kernel::{Kernel, part_keys};
 use crate::mask_map::{self, MapTile};
 
@@ -95,25 +95,24 @@ impl Plan {
     }
 
     /// Says what unpacked keys and values take; or leaves them as they are where there is no room for them.
-    pub(super) fn unpack(&mut self) {
+    pub(super) fn unpack(&mut self) -> Result<()> {
         if !self.unpacks() {
-            return;
+            return Ok(());
         }
         let need = self.bytes_of_keys();
         let room =
             (self.budget / 2).min(self.caps.max_storage_binding).min(self.caps.max_buffer).min(MOST_UNPACKED);
-        let packed = (need > room).then(|| stages(self.tiles, &self.problem, &self.caps, false));
-        let why = match packed {
-            None => format!("keys and values are unpacked to f32 first, {need} B a head"),
-            Some(Ok(stages)) => {
-                self.stages = stages;
-                format!(
-                    "keys and values stay as they are: unpacked, a head's have {need} bytes, there is room for {room}"
-                )
-            }
-            Some(Err(why)) => why,
-        };
-        self.reasons.push(why);
+        if need <= room {
+            self.reasons.push(format!("keys and values are unpacked to f32 first, {need} B a head"));
+            return Ok(());
+        }
+        self.tiles.row.unpacked = false;
+        self.stages = stages(self.tiles, &self.problem, &self.caps)
+            .map_err(|why| Error::KernelUnfit { kernel: self.family().to_string(), why })?;
+        self.reasons.push(format!(
+            "keys and values stay as they are: unpacked, a head's have {need} bytes, there is room for {room}"
+        ));
+        Ok(())
     }
 
     pub(super) fn map_bytes(&self) -> u64 {
