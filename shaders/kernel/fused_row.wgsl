@@ -17,7 +17,12 @@
 // A load whose address differs from lane to lane is, on a processor without fast gathers, a branch for each
 // lane and number: they were most of the text there. So q is loaded in a loop, where four quads at a time have
 // their turn by `select` (its bound is the problem's, since a constant one is unrolled again; more quads a turn
-// are more text, fewer are more selects), and in the second look all lanes go over the same keys.
+// are more text, fewer are more selects), o is stored in one the same way, and in the second look all lanes go over the
+// same keys.
+//
+// Variables lie in memory there, too, and a block of text with many loads and many stores takes LLVM's scheduler their
+// product: half of the time that this kernel takes to compile. So the values' sums begin a block of their own, after
+// all of q has been loaded, and so does each row's where a level ends.
 
 // What a step takes there, by its machine code (lavapipe 26.1, 256 bits, a Xeon with AVX-512; D 64, four rows and
 // keys): of 8,900 instructions 4,200 multiply or add (the driver has no fused ones), 300 keep O under the loop's mask,
@@ -156,14 +161,6 @@ fn main(
                 //$ end
                 //$ end
             }
-            if never {
-                // With a loop inside, this one is not innermost. In innermost loops LLVM makes branches of the
-                // conditional moves of bounds checks, if its model of the processor says so: all loads of q and
-                // k then come before the sums, by way of the stack. (1.2 to 2 times as fast where that was so.)
-                for (var i = 0u; i < params.row_count; i += 1u) {
-                    m_0 += s_0_0;
-                }
-            }
             var rises = false;
             //$ for r in 0..ROWS
             var peak_$r = s_$r_0;
@@ -223,6 +220,15 @@ fn main(
             }
             //$ end
             //$ end
+            // Here a block ends.
+            if never {
+                // With a loop inside, this one is not innermost. In innermost loops LLVM makes branches of the
+                // conditional moves of bounds checks, if its model of the processor says so: all loads of q and
+                // k then come before the sums, by way of the stack. (1.2 to 2 times as fast where that was so.)
+                for (var i = 0u; i < params.row_count; i += 1u) {
+                    m_0 += s_0_0;
+                }
+            }
             //$ for i in 0..QUADS_V
             {
                 //$ for c in 0..KEYS
@@ -245,9 +251,12 @@ fn main(
         //$ end
         //$ for r in 0..ROWS
         l_$r = l_$r * shrink_$r + sum_$r;
-        //$ for i in 0..QUADS_V
-        total_$r_$i = total_$r_$i * shrink_$r + o_$r_$i;
-        //$ end
+        // Without a key, it has no values.
+        if m_$r != DROPPED {
+            //$ for i in 0..QUADS_V
+            total_$r_$i = total_$r_$i * shrink_$r + o_$r_$i;
+            //$ end
+        }
         //$ end
     }
 
@@ -266,23 +275,25 @@ fn main(
         var start = start_0;
         var m = m_0;
         var l = l_0;
-        var total: array<vec4<f32>, QUADS_V>;
-        //$ for r in 0..ROWS
+        //$ for i in 0..QUADS_V
+        var total_$i = total_0_$i;
+        //$ end
+        //$ for r in 1..ROWS
         if r == $ru {
             start = start_$r;
             m = m_$r;
             l = l_$r;
             //$ for i in 0..QUADS_V
-            total[$i] = total_$r_$i;
+            total_$i = total_$r_$i;
             //$ end
         }
         //$ end
         // A score was not finite, perhaps only too low for an f32: the second look sums l anew, too.
         let sums = is_nan(l);
         var finite = true;
-        for (var i = 0u; i < QUADS_V; i += 1u) {
-            finite = finite && is_finite4(total[i]);
-        }
+        //$ for i in 0..QUADS_V
+        finite = finite && is_finite4(total_$i);
+        //$ end
         if !finite || sums {
             // A second look: 0 * NaN is NaN, so a NaN or an infinity in a value whose key is dropped must
             // be stepped over, while one whose key is kept must spread.
@@ -291,13 +302,22 @@ fn main(
             var sum_$i = vec4<f32>();
             //$ end
             var weight = 0.0;
-            let query = query_row(head, row);
+            //$ for i in 0..QUADS
+            var q_$i = q_0_$i;
+            //$ end
+            //$ for r in 1..ROWS
+            if r == $ru {
+                //$ for i in 0..QUADS
+                q_$i = q_$r_$i;
+                //$ end
+            }
+            //$ end
             let range = own_part(kv_range(bh.x, params.row_first + row, len_k), part);
             for (var j = seen.x; j < seen.y; j += 1u) {
                 let k = row_k(bh.x, kv_head, j);
                 var s = 0.0;
                 //$ for i in 0..QUADS
-                s += dot(load4_q(query, 4u * $iu), load4_k(k, 4u * $iu));
+                s += dot(q_$i, load4_k(k, 4u * $iu));
                 //$ end
                 s = finish_kept(s, bh.x, h, params.row_first + row, j, len_k, TILE_MIXED);
                 let kept = bitcast<u32>(s) != bitcast<u32>(DROPPED);
@@ -313,14 +333,22 @@ fn main(
             }
             l = select(l, weight, sums);
             //$ for i in 0..QUADS_V
-            total[$i] = sum_$i;
+            total_$i = sum_$i;
             //$ end
         }
         let index = head * params.row_count + row;
         let end = end_of(index, h, start, m, l, true, split);
         let at = row_o(bh.x, h, params.row_first + row);
-        for (var i = 0u; i < QUADS_V; i += 1u) {
-            end_quad(index, at, 4u * i, total[i], end, split);
+        for (var turn = 0u; turn < div_ceil(params.head_dim_v, 16u); turn += 1u) {
+            var four: array<vec4<f32>, 4>;
+            //$ for i in 0..QUADS_V
+            four[$iu % 4u] = select(four[$iu % 4u], total_$i, turn == $iu / 4u);
+            //$ end
+            for (var i = 0u; i < 4u; i += 1u) {
+                if 4u * turn + i < QUADS_V {
+                    end_quad(index, at, 16u * turn + 4u * i, four[i], end, split);
+                }
+            }
         }
     }
 }
