@@ -105,7 +105,8 @@ impl Blueprint {
         let io = |wanted: bool, operand| {
             let io = Io::of(problem, caps, operand).filter(|_| wanted)?;
             // An adapter on a CPU loads elements one by one: two at a time are half of the loads.
-            Some(Io { native: io.native && kernel != Kernel::FusedRow, ..io })
+            let by_element = kernel == Kernel::FusedRow || kernel.unpacks();
+            Some(Io { native: io.native && !by_element, ..io })
         };
         let (bundles, maps) = (kernel == Kernel::Bundle, kernel == Kernel::MaskMap);
         let scores = kernel.is_scores() || kernel.is_fused();
@@ -143,10 +144,11 @@ impl Blueprint {
             bias: io(scores, Operand::Bias),
             projected: scores && problem.projects(),
             key_terms: if scores { problem.key_terms() } else { KeyTerms::None },
-            // Where strides are widths, LLVM makes all addresses of a step first if it may, and keeps them on the stack.
             in_blocks: [Operand::K, Operand::V].map(|operand| {
+                let width = problem.shape(operand)[3];
                 let layout = problem.layout(operand).filter(|_| kernel == Kernel::FusedRow && !unpacked);
-                layout.is_some_and(|layout| layout.is_vec(ROW_BLOCK, problem.shape(operand)[3]))
+                (unpacked && width.next_multiple_of(4).is_multiple_of(ROW_BLOCK))
+                    || layout.is_some_and(|layout| layout.is_vec(ROW_BLOCK, width))
             }),
             softcap: scores && problem.softcap.is_some(),
             alibi: (scores || bundles) && problem.alibi,

@@ -68,7 +68,7 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
             if operand == Operand::Q {
                 add(&row(operand, b.ragged_q));
             } else if unpacked.is_some() {
-                add(&named(part!("io/key_unpacked"), operand).replace("WIDTH", width));
+                add(&named(part!("io/key_unpacked"), operand));
                 add(&named(part!("io/key_row"), operand));
             } else {
                 keys(&mut add, operand, b.keys);
