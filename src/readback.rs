@@ -59,52 +59,56 @@ pub(crate) async fn read_buffers(
     commands: Vec<wgpu::CommandBuffer>,
     wait: Wait,
 ) -> Result<Vec<Vec<u8>>> {
-    let starts: Vec<u64> = ranges
-        .iter()
-        .scan(0, |at, (_, range)| {
-            // Mapped ranges start at multiples of 8.
-            let start = *at;
-            *at += (range.end - range.start).next_multiple_of(8);
-            Some(start)
-        })
-        .collect();
-    let total: u64 = ranges.iter().map(|(_, range)| (range.end - range.start).next_multiple_of(8)).sum();
-    let (sender, receiver) = oneshot_channel();
-    let (staging, submitted) = scoped(device, "readback memory", || {
-        let staging = device.create_buffer(&wgpu::BufferDescriptor {
-            label: Some("attention readback"),
-            size: total.max(8),
-            usage: wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::MAP_READ,
-            mapped_at_creation: false,
-        });
+    // A buffer for each: together they may have more bytes than a buffer can.
+    let (copies, submitted) = scoped(device, "readback memory", || {
         let mut encoder = device
             .create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("attention readback") });
-        for ((buffer, range), &start) in ranges.iter().zip(&starts) {
-            if range.end > range.start {
-                encoder.copy_buffer_to_buffer(buffer, range.start, &staging, start, range.end - range.start);
-            }
-        }
+        let stagings: Vec<_> = ranges
+            .iter()
+            .map(|(buffer, range)| {
+                let size = range.end - range.start;
+                (size > 0).then(|| {
+                    let staging = device.create_buffer(&wgpu::BufferDescriptor {
+                        label: Some("attention readback"),
+                        size,
+                        usage: wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::MAP_READ,
+                        mapped_at_creation: false,
+                    });
+                    encoder.copy_buffer_to_buffer(buffer, range.start, &staging, 0, size);
+                    staging
+                })
+            })
+            .collect();
         let submitted = queue.submit(commands.into_iter().chain([encoder.finish()]));
-        staging.map_async(wgpu::MapMode::Read, .., move |result| {
-            // The receiver may have been dropped: then nobody wants to know.
-            let _ = sender.send(result.map_err(|error| error.to_string()));
-        });
-        (staging, submitted)
+        let mapped = |staging: wgpu::Buffer| {
+            let (sender, receiver) = oneshot_channel();
+            staging.map_async(wgpu::MapMode::Read, .., move |result| {
+                // The receiver may have been dropped: then nobody wants to know.
+                let _ = sender.send(result.map_err(|error| error.to_string()));
+            });
+            (staging, receiver)
+        };
+        let copies: Vec<_> = stagings.into_iter().map(|staging| staging.map(mapped)).collect();
+        (copies, submitted)
     })?;
     drive(device, submitted, wait)?;
-    match receiver.receive().await {
-        Some(Ok(())) => {}
-        Some(Err(why)) => return Err(Error::DeviceLost { why }),
-        None => return Err(Error::DeviceLost { why: "the readback was dropped".into() }),
+    let mut read = Vec::with_capacity(copies.len());
+    for copy in copies {
+        let Some((staging, receiver)) = copy else {
+            read.push(Vec::new());
+            continue;
+        };
+        match receiver.receive().await {
+            Some(Ok(())) => {}
+            Some(Err(why)) => return Err(Error::DeviceLost { why }),
+            None => return Err(Error::DeviceLost { why: "the readback was dropped".into() }),
+        }
+        let view = staging
+            .get_mapped_range(..)
+            .map_err(|error| Error::Driver { what: "readback memory".into(), why: error.to_string() })?;
+        read.push(view.to_vec());
     }
-    let view = staging
-        .get_mapped_range(..)
-        .map_err(|error| Error::Driver { what: "readback memory".into(), why: error.to_string() })?;
-    Ok(ranges
-        .iter()
-        .zip(&starts)
-        .map(|((_, range), &start)| view[start as usize..][..(range.end - range.start) as usize].to_vec())
-        .collect())
+    Ok(read)
 }
 
 #[cfg(target_arch = "wasm32")]

@@ -434,6 +434,25 @@ fn a_buffer_of_another_device() {
     assert!(Expected::of(&case).check(&case, &out, Gap::Zero).is_ok());
 }
 
+/// What comes back may be more than a buffer holds, as long as each output has one.
+#[test]
+fn outputs_that_no_buffer_holds_together() {
+    let Some(gpu) = gpu::get(Kind::Full, false) else { return };
+    let adapter = gpu::adapter_of(&gpu.attention).expect("it was listed before");
+    let limits = wgpu::Limits::default().or_worse_values_from(&adapter.limits());
+    let room = 20 << 10;
+    let limits = wgpu::Limits { max_buffer_size: room, max_storage_buffer_binding_size: room, ..limits };
+    let descriptor = wgpu::DeviceDescriptor { required_limits: limits, ..Default::default() };
+    let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).expect("a device");
+    let case = Axes { seq_q: 64, seq_kv: 64, head_dim: 64, head_dim_v: 64, ..Axes::default() };
+    let case = Axes { heads: (1, 1), weights: true, ..case }.build(7);
+    let bytes = |operand| case.problem.buffer_bytes(operand);
+    assert!(bytes(Operand::O) <= room && bytes(Operand::O) + bytes(Operand::Weights) > room);
+    let attention = Attention::new(&device, &queue);
+    let out = attention.run_blocking(&case.problem, &case.data.inputs()).expect("each has its own");
+    assert!(Expected::of(&case).check(&case, &out, Gap::Zero).is_ok());
+}
+
 /// An output and an input may lie in one buffer, whether or not a dispatch uses both.
 #[test]
 fn an_output_beside_an_input() {
