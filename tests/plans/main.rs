@@ -15,8 +15,8 @@ use common::rng::Rng;
 use languages::translate;
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 use wgpu_attention::{
-    Align, AttentionProblem, Cache, Caps, Dispatch, Dtype, Error, Family, Layout, MatrixUnits, Operand, Path,
-    Plan, PlanOptions, Shader, Similarity, Tile, Tuning, Window,
+    Align, AttentionProblem, Cache, Caps, Dtype, Error, Family, Layout, MatrixUnits, Operand, Path, Plan,
+    PlanOptions, Shader, Similarity, Tile, Tuning, Window,
 };
 
 /// Devices that exist, as capabilities.
