@@ -291,8 +291,9 @@ fn main(
         // A score was not finite, perhaps only too low for an f32: the second look sums l anew, too.
         let sums = is_nan(l);
         var finite = true;
+        // (No &&, which is a branch: SwiftShader tries each way through so many.)
         //$ for i in 0..QUADS_V
-        finite = finite && is_finite4(total_$i);
+        finite &= is_finite4(total_$i);
         //$ end
         if !finite || sums {
             // A second look: 0 * NaN is NaN, so a NaN or an infinity in a value whose key is dropped must
