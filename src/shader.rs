@@ -143,12 +143,12 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
             add(part!("io/own_key"));
         }
         if b.kernel.unpacks() {
-            let (operand, slot, width) = match b.kernel {
-                Kernel::UnpackK => (Operand::K, Slot::UnpackedK, "head_dim"),
-                _ => (Operand::V, Slot::UnpackedV, "head_dim_v"),
+            let (operand, slot) = match b.kernel {
+                Kernel::UnpackK => (Operand::K, Slot::UnpackedK),
+                _ => (Operand::V, Slot::UnpackedV),
             };
             let text = part!("kernel/unpack").replace("BINDING", &slot.number().to_string());
-            add(&named(&text, operand).replace("WIDTH", width));
+            add(&named(&text, operand));
         } else if b.kernel == Kernel::KeyNorms {
             add(part!("norm"));
             add(part!("kernel/key_norms"));

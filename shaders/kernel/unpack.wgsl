@@ -21,7 +21,7 @@ fn main(
         return;
     }
     let row = row_OPERAND(bh.x, bh.y / params.group_size, j);
-    let quads = div_ceil(params.WIDTH, 4u);
+    let quads = params.unpacked_OPERAND / 4u;
     let begin = key_term(bh.x, bh.y, j) * quads;
     for (var i = 0u; i < quads; i += 1u) {
         unpacked[begin + i] = load4_OPERAND(row, 4u * i);
