@@ -15,8 +15,12 @@ fn entry_and_head(index: u32) -> vec2<u32> {
     return vec2<u32>(head / params.heads_q, head % params.heads_q);
 }
 
+// The number of query head `h`'s.
+fn head_of_terms(b: u32, h: u32) -> u32 {
+    return (b * params.heads_q + h) / params.key_term_group - first_key_head();
+}
+
 // The term of key `j` for query head `h`.
 fn key_term(b: u32, h: u32, j: u32) -> u32 {
-    let head = (b * params.heads_q + h) / params.key_term_group - first_key_head();
-    return head * params.seq_kv + j;
+    return head_of_terms(b, h) * params.seq_kv + j;
 }

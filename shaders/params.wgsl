@@ -19,10 +19,6 @@ struct Params {
     score_stride: u32,
     projected_stride: u32,
     key_term_group: u32, // query heads that share the terms of a key
-    // Elements of a row of keys, and of values, that are unpacked. (A compiler that knows them for widths in whole quads
-    // makes all addresses of a step first, and keeps them on the stack.)
-    unpacked_k: u32,
-    unpacked_v: u32,
     // The value kernel's part of the keys: [key_first, key_end); the last part has no end.
     key_first: u32,
     key_end: u32,

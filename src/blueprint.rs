@@ -131,7 +131,12 @@ impl Blueprint {
         Self {
             kernel,
             // What becomes of queries and keys before they are compared is the same for every family.
-            tiles: if of_queries || of_keys { Tiles::none(Family::StagedDirect) } else { tiles },
+            tiles: match kernel {
+                Kernel::UnpackK => Tiles::unrolled(problem.head_dim),
+                Kernel::UnpackV => Tiles::unrolled(problem.head_dim_v),
+                _ if of_queries || of_keys => Tiles::none(Family::StagedDirect),
+                _ => tiles,
+            },
             product: match kernel {
                 Kernel::Project | Kernel::ProjectQ => product(Operand::Q, problem.seq_q, problem.query_dim()),
                 Kernel::ProjectK => product(Operand::K, problem.seq_kv, problem.head_dim),
@@ -147,8 +152,7 @@ impl Blueprint {
             in_blocks: [Operand::K, Operand::V].map(|operand| {
                 let width = problem.shape(operand)[3];
                 let layout = problem.layout(operand).filter(|_| kernel == Kernel::FusedRow && !unpacked);
-                (unpacked && width.next_multiple_of(4).is_multiple_of(ROW_BLOCK))
-                    || layout.is_some_and(|layout| layout.is_vec(ROW_BLOCK, width))
+                layout.is_some_and(|layout| layout.is_vec(ROW_BLOCK, width))
             }),
             softcap: scores && problem.softcap.is_some(),
             alibi: (scores || bundles) && problem.alibi,
@@ -237,14 +241,13 @@ impl Blueprint {
             }
             Kernel::NormalizeQ
             | Kernel::KeyNorms
-            | Kernel::UnpackK
-            | Kernel::UnpackV
             | Kernel::Weights
             | Kernel::Lengths
             | Kernel::Bundle
             | Kernel::MaskMap
             | Kernel::Count
             | Kernel::Merge => ELEMENT_LANES,
+            Kernel::UnpackK | Kernel::UnpackV => 1,
             Kernel::FusedTile | Kernel::FusedSubgroup => t.fused.threads(),
             Kernel::FusedMatrix => t.matrix.threads(),
             Kernel::FusedRow => t.row.threads,

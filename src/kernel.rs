@@ -148,6 +148,12 @@ impl Tiles {
         }
     }
 
+    /// Of a kernel that unpacks rows of so many elements, each of which is text of its own.
+    pub(crate) fn unrolled(width: usize) -> Self {
+        let row = FusedRow { width: width as u32, ..FusedRow::NONE };
+        Self { row, ..Self::none(Family::FusedRow) }
+    }
+
     /// Tiles of the mask's map; `None` where the family has no use for one.
     pub(crate) fn map(&self) -> Option<MapTile> {
         match self.family {

@@ -5,7 +5,7 @@ use crate::append::{APPEND_ROPE, AppendStep, Stand};
 use crate::blueprint::{Blueprint, Io, Keys, ROW_BLOCK};
 use crate::dtype::Dtype;
 use crate::error::Operand;
-use crate::kernel::Kernel;
+use crate::kernel::{ELEMENT_LANES, Kernel};
 use crate::problem::KeyTerms;
 use crate::quant;
 use crate::slot::Slot;
@@ -68,7 +68,7 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
             if operand == Operand::Q {
                 add(&row(operand, b.ragged_q));
             } else if unpacked.is_some() {
-                add(&named(part!("io/key_unpacked"), operand));
+                add(&named(part!("io/key_unpacked"), operand).replace("WIDTH", width));
                 add(&named(part!("io/key_row"), operand));
             } else {
                 keys(&mut add, operand, b.keys);
@@ -84,11 +84,23 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
                 });
             }
             if b.kernel == Kernel::FusedRow && operand != Operand::Q {
-                let in_blocks = b.in_blocks[usize::from(operand == Operand::V)];
-                let block = if in_blocks { ROW_BLOCK as u32 / 4 } else { 1 };
-                let mask = format!("{:#010x}u", 0x0400_0000 - block);
-                let text = if io.vec4 { part!("io/quad_vec4") } else { part!("io/quad_any") };
-                add(&named(text, operand).replace("MASK", &mask));
+                let row = b.tiles.row;
+                let v = operand == Operand::V;
+                let quads = if v { row.width_v } else { row.width }.div_ceil(4);
+                let whole = unpacked.is_some() && (row.keys * quads).is_power_of_two();
+                let block = match unpacked {
+                    Some(_) if whole => row.keys * quads,
+                    Some(_) => 1 << quads.trailing_zeros(),
+                    None if b.in_blocks[usize::from(v)] => ROW_BLOCK as u32 / 4,
+                    None => 1,
+                };
+                let text = match io.vec4 {
+                    true if whole => part!("io/quad_unpacked"),
+                    true => part!("io/quad_vec4"),
+                    false => part!("io/quad_any"),
+                };
+                let text = text.replace("MASK", &format!("{:#010x}u", 0x0400_0000 - block));
+                add(&named(&text, operand).replace("ROW_QUADS", if v { "QUADS_V" } else { "QUADS" }));
             }
         }
     }
@@ -143,12 +155,14 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
             add(part!("io/own_key"));
         }
         if b.kernel.unpacks() {
-            let (operand, slot) = match b.kernel {
-                Kernel::UnpackK => (Operand::K, Slot::UnpackedK),
-                _ => (Operand::V, Slot::UnpackedV),
+            add(part!("io/unpacked_row"));
+            let (operand, slot, width) = match b.kernel {
+                Kernel::UnpackK => (Operand::K, Slot::UnpackedK, "head_dim"),
+                _ => (Operand::V, Slot::UnpackedV, "head_dim_v"),
             };
             let text = part!("kernel/unpack").replace("BINDING", &slot.number().to_string());
-            add(&named(&text, operand));
+            let text = text.replace("WIDTH", width);
+            add(&unroll(&named(&text, operand), &constants(b)));
         } else if b.kernel == Kernel::KeyNorms {
             add(part!("norm"));
             add(part!("kernel/key_norms"));
@@ -174,20 +188,17 @@ pub(crate) fn compose(blueprint: &Blueprint) -> String {
         }
         after_products(&mut add, b.bias, b.mask, b.alibi);
         let terms = Slot::KeyTerms.number().to_string();
+        if b.unpacked() || b.key_terms != KeyTerms::None {
+            add(part!("key_terms"));
+        }
+        if b.unpacked() {
+            add(part!("io/unpacked_row"));
+        }
         match b.key_terms {
-            KeyTerms::None | KeyTerms::Projected => {
-                add(part!("io/compared_dot"));
-                if b.unpacked() {
-                    add(part!("key_terms"));
-                }
-            }
-            KeyTerms::InverseNorms => {
-                add(part!("key_terms"));
-                add(&part!("io/compared_cosine").replace("BINDING", &terms));
-            }
+            KeyTerms::None | KeyTerms::Projected => add(part!("io/compared_dot")),
+            KeyTerms::InverseNorms => add(&part!("io/compared_cosine").replace("BINDING", &terms)),
         }
         if b.key_terms == KeyTerms::Projected {
-            add(part!("key_terms"));
             add(&part!("io/key_projected").replace("BINDING", &terms));
             add(&named(part!("io/pair_additive"), Operand::ScoreV));
         } else if b.kernel.is_scores() {
@@ -520,14 +531,16 @@ fn constants(b: &Blueprint) -> Vec<(&'static str, u32)> {
         // The linear map's.
         Kernel::Project | Kernel::ProjectQ | Kernel::ProjectK => &[],
         Kernel::NormalizeQ
-        | Kernel::KeyNorms
-        | Kernel::UnpackK
-        | Kernel::UnpackV
         | Kernel::Lengths
         | Kernel::Bundle
         | Kernel::MaskMap
         | Kernel::Count
         | Kernel::Merge => &[("LANES", b.threads())],
+        Kernel::KeyNorms => &[("KEYS", ELEMENT_LANES)],
+        Kernel::UnpackK | Kernel::UnpackV => {
+            let quads = t.row.width.div_ceil(4);
+            &[("KEYS", ELEMENT_LANES), ("QUADS", quads), ("TURN", quads.min(16))]
+        }
         Kernel::ScoresTile => &[("SIDE", t.scores_lanes), ("STEP", t.scores_step)],
         Kernel::ScoresDirect => {
             &[("LANES", t.scores_lanes), ("ROWS", t.scores_rows), ("KEYS", t.scores_keys / t.scores_lanes)]

@@ -137,8 +137,8 @@ fn main(
             let j = next - KEYS;
             //$ for c in 0..KEYS
             let j_$c = min(j + $cu, len_k - 1u);
-            let v_$c = quad_at_v(key_v(v_begin, bh.x, j_$c));
-            let k_$c = quad_at_k(key_k(k_begin, bh.x, min(next + $cu, len_k - 1u)));
+            let v_$c = quads_of_v(v_begin, bh.x, j, $cu, len_k);
+            let k_$c = quads_of_k(k_begin, bh.x, next, $cu, len_k);
             //$ end
             //$ for r in 0..ROWS
             //$ for c in 0..KEYS

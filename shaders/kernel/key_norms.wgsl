@@ -1,12 +1,12 @@
 // 1 / max(|k|, 1e-8), the key's half of the cosine similarity, into scratch: a number for each key of each
 // head that the chunk's queries read.
 //
-// A thread owns a key; a workgroup LANES of one head. No workgroup memory, no barriers. It reads all keys
+// A thread owns a key; a workgroup KEYS of one head. No workgroup memory, no barriers. It reads all keys
 // once more: beside many queries that is little, in a step of decoding a third or so of all that is read.
 
 @group(0) @binding(39) var<storage, read_write> key_terms: array<f32>;
 
-@compute @workgroup_size(LANES)
+@compute @workgroup_size(KEYS)
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,

@@ -2,7 +2,7 @@
 
 use super::{Path, Plan};
 use crate::cache::Cache;
-use crate::kernel::Kernel;
+use crate::kernel::{ELEMENT_LANES, Kernel};
 
 impl std::fmt::Display for Plan {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -45,7 +45,8 @@ impl std::fmt::Display for Plan {
                 }
                 Kernel::Weights | Kernel::Bundle | Kernel::Merge => "element by element".into(),
                 Kernel::NormalizeQ => "a query each".into(),
-                Kernel::KeyNorms | Kernel::UnpackK | Kernel::UnpackV => "a key each".into(),
+                Kernel::KeyNorms => "a key each".into(),
+                Kernel::UnpackK | Kernel::UnpackV => format!("{ELEMENT_LANES} keys each"),
                 Kernel::Lengths => "an entry each".into(),
                 Kernel::Count => "once".into(),
                 Kernel::MaskMap => match t.map() {

@@ -137,7 +137,9 @@ impl Plan {
             Slot::UnpackedK => self.problem.head_dim,
             _ => self.problem.head_dim_v,
         };
-        let quads = self.problem.seq_kv as u64 * (width as u64).div_ceil(4);
+        // Whole steps of the row kernel, of which four keys are the longest.
+        let rows = (self.problem.seq_kv as u64).next_multiple_of(4);
+        let quads = rows * (width as u64).div_ceil(4);
         if self.unpacks() { 16 * quads.max(1) } else { 0 }
     }
 
