@@ -361,7 +361,7 @@ fn row_unpacks(problem: &AttentionProblem, caps: &Caps) -> bool {
     let least = match p.stored_kv() {
         Dtype::Int8 | Dtype::Int4 => 256,
         _ if !by_vec4(p) => 128,
-        Dtype::F16 | Dtype::Bf16 => 768,
+        Dtype::F16 | Dtype::Bf16 => 384,
         Dtype::F32 => return false,
     };
     let rows = p.seq_q.saturating_mul(p.group_size()) / if p.causal.is_some() { 2 } else { 1 };
@@ -566,7 +566,7 @@ mod tests {
         for (of, least) in [
             (problem(Dtype::F32, 64), usize::MAX),
             (problem(Dtype::F32, 66), 128),
-            (problem(Dtype::F16, 64), 768),
+            (problem(Dtype::F16, 64), 384),
             (problem(Dtype::Bf16, 66), 128),
             (problem(Dtype::F32, 64).with_cache(Cache::Contiguous, Dtype::Int4), 256),
         ] {

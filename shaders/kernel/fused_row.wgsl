@@ -21,8 +21,9 @@
 // same keys.
 //
 // Variables lie in memory there, too, and a block of text with many loads and many stores takes LLVM's scheduler their
-// product: half of the time that this kernel takes to compile. So the values' sums begin a block of their own, after
-// all of q has been loaded, and so does each row's where a level ends.
+// product: half of the time that this kernel takes to compile. So the values' sums begin blocks of their own, 16 quads
+// each, and so does each row's where a maximum rises or a level ends; and no thread returns before the loops, since
+// variables are stored under a mask then, which is a load more for each.
 
 // What a step takes there, by its machine code (lavapipe 26.1, 256 bits, a Xeon with AVX-512; D 64, four rows and
 // keys): of 8,900 instructions 4,200 multiply or add (the driver has no fused ones), 300 keep O under the loop's mask,
@@ -45,11 +46,10 @@ fn main(
     workgroupBarrier();
     let tiles_q = div_ceil(owned_rows(), LANES * ROWS);
     let tile_split = tile_of(linear_group(group, groups), tiles_q * owners());
-    let tile = tile_split.x;
+    // A workgroup that there is nothing for goes over no keys and stores nothing.
+    let surplus = tile_split.x >= tiles_q * owners();
+    let tile = min(tile_split.x, tiles_q * owners() - 1u);
     let split = tile_split.y;
-    if tile >= tiles_q * owners() {
-        return;
-    }
     let owner = tile / tiles_q;
     let first_row = tile % tiles_q * LANES * ROWS;
     let queries = queries_of(first_row, min(first_row + LANES * ROWS, owned_rows()));
@@ -108,7 +108,7 @@ fn main(
     // Whole steps, so that none reaches from one tile of the mask into the next; and one step more than there are, since
     // one computes scores for the next.
     let begin = seen.x / KEYS * KEYS;
-    let end = select(begin, seen.y + KEYS, seen.x < seen.y);
+    let end = select(begin, seen.y + KEYS, seen.x < seen.y && !surplus);
     for (var level = begin; level < end; level += LEVEL) {
         //$ for r in 0..ROWS
         //$ for i in 0..QUADS_V
@@ -176,11 +176,13 @@ fn main(
                 let by_$r = shrinking(m_$r, m_new_$r);
                 m_$r = m_new_$r;
                 base_$r = select(m_$r, 0.0, m_$r == DROPPED);
-                sum_$r *= by_$r;
-                shrink_$r *= by_$r;
-                //$ for i in 0..QUADS_V
-                o_$r_$i *= by_$r;
-                //$ end
+                if by_$r != 1.0 {
+                    sum_$r *= by_$r;
+                    shrink_$r *= by_$r;
+                    //$ for i in 0..QUADS_V
+                    o_$r_$i *= by_$r;
+                    //$ end
+                }
                 //$ end
             }
             //$ for r in 0..ROWS
@@ -220,7 +222,8 @@ fn main(
             }
             //$ end
             //$ end
-            // Here a block ends.
+            //$ for block in 0..BLOCKS_V
+            // Here a block begins.
             if never {
                 // With a loop inside, this one is not innermost. In innermost loops LLVM makes branches of the
                 // conditional moves of bounds checks, if its model of the processor says so: all loads of q and
@@ -229,7 +232,7 @@ fn main(
                     m_0 += s_0_0;
                 }
             }
-            //$ for i in 0..QUADS_V
+            //$ for i in 16*$block..16*$block+16 below QUADS_V
             {
                 //$ for c in 0..KEYS
                 let v4_$c = quad_v(v_$c, $iu);
@@ -244,6 +247,7 @@ fn main(
                 }
                 //$ end
             }
+            //$ end
             //$ end
         }
         //$ for once in 0..MAPPED
@@ -263,7 +267,7 @@ fn main(
     // Once a row, so its text is written once: drivers take their time over long texts.
     for (var r = 0u; r < ROWS; r += 1u) {
         let own = first_row + r * LANES + lane;
-        if own >= owned_rows() {
+        if own >= owned_rows() || surplus {
             break;
         }
         let head = head_of(owner, own);
