@@ -15,7 +15,7 @@ fn entry_and_head(index: u32) -> vec2<u32> {
     return vec2<u32>(head / params.heads_q, head % params.heads_q);
 }
 
-// The number of query head `h`'s.
+// The number of the head of keys that query head `h` reads.
 fn head_of_terms(b: u32, h: u32) -> u32 {
     return (b * params.heads_q + h) / params.key_term_group - first_key_head();
 }

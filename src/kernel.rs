@@ -148,7 +148,7 @@ impl Tiles {
         }
     }
 
-    /// Of a kernel that unpacks rows of so many elements, each of which is text of its own.
+    /// Of a kernel that unpacks rows of so many elements.
     pub(crate) fn unrolled(width: usize) -> Self {
         let row = FusedRow { width: width as u32, ..FusedRow::NONE };
         Self { row, ..Self::none(Family::FusedRow) }

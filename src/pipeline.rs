@@ -337,7 +337,9 @@ fn module(device: &wgpu::Device, recipe: Recipe, opened: Opened, runtime_checks:
     // allocates and `choose_chunks` bounds below u32::MAX. Scores are stored below `score_stride`
     // alone, and `values_range` ends at a multiple of the step that divides it. Terms of keys lie at `key_term`:
     // below seq_kv for each of `key_heads`, of which a chunk has no more than `key_term_heads` says; they are
-    // looked up, and made, for keys that an entry has; so are unpacked rows, each of as many quads as its width takes.
+    // looked up, and made, for keys that an entry has; so are unpacked rows, each of as many quads as its width takes. A
+    // head's are `whole_steps`, which `Plan::scratch_of` allocates: the row kernel reads whole steps of them, the first key
+    // of which an entry has.
     // Carried rows, the bundle and the mask's map are as large as `Plan::scratch_of` says of the indices that
     // `end_part`, `bundle` and `mask_map` make; the map is looked up for rows and keys that exist.
     //

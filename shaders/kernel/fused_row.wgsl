@@ -223,7 +223,7 @@ fn main(
             //$ end
             //$ end
             //$ for block in 0..BLOCKS_V
-            // Here a block begins.
+            // Here a block of text begins.
             if never {
                 // With a loop inside, this one is not innermost. In innermost loops LLVM makes branches of the
                 // conditional moves of bounds checks, if its model of the processor says so: all loads of q and
