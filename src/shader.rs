@@ -594,7 +594,6 @@ fn constants(b: &Blueprint) -> Vec<(&'static str, u32)> {
             ("LEVEL", t.row.level(b.q.is_some_and(narrow) && b.o.is_some_and(narrow))),
             ("QUADS", t.row.width.div_ceil(4)),
             ("QUADS_V", t.row.width_v.div_ceil(4)),
-            ("BLOCKS_V", t.row.width_v.div_ceil(64)),
             ("MAPPED", b.mapped.into()),
             ("PLAIN", plain.into()),
         ],
