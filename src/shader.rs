@@ -658,15 +658,15 @@ fn load(io: Io, operand: Operand) -> String {
 
 /// The part that stores quads. Its names are placeholders.
 pub(crate) fn store_part(io: Io) -> String {
-    let text = match (io.dtype, io.native, io.vec4) {
-        (Dtype::F32, _, true) => part!("io/store_f32_vec4"),
-        (Dtype::F32, _, false) => part!("io/store_f32_any"),
-        (_, true, true) => part!("io/store_f16_vec4"),
-        (_, true, false) => part!("io/store_f16_any"),
-        (_, false, true) => part!("io/store_pair_vec4"),
-        (_, false, false) => part!("io/store_pair_any"),
-    };
-    if io.vec4 { text.into() } else { format!("{text}\n{}", part!("io/store4_by_element")) }
+    let by_element = |text: &str| format!("{text}\n{}", part!("io/store4_by_element"));
+    match (io.dtype, io.native, io.vec4) {
+        (Dtype::F32, _, true) => part!("io/store_f32_vec4").into(),
+        (Dtype::F32, _, false) => by_element(part!("io/store_f32_any")),
+        (_, true, true) => part!("io/store_f16_vec4").into(),
+        (_, true, false) => by_element(part!("io/store_f16_any")),
+        (_, false, true) => part!("io/store_pair_vec4").into(),
+        (_, false, false) => part!("io/store_pair_any").into(),
+    }
 }
 
 fn store(io: Io, operand: Operand, width: &str) -> String {
