@@ -217,6 +217,36 @@ fn nothing_to_do() {
     check_all("empty sizes", &cases);
 }
 
+/// More workgroups than a side of a dispatch takes: those that the next side has too many store nothing.
+#[test]
+fn folded_dispatches() {
+    let sims = [Sim::ScaledDot, Sim::Bilinear { extra: 1, per_head: false }, Sim::Cosine, ADDITIVE];
+    let mut cases = Vec::new();
+    for (i, similarity) in sims.into_iter().enumerate() {
+        let mask = (similarity == Sim::ScaledDot).then_some(Spread::Full);
+        // Two sides, and three; in splits of the keys, and without.
+        for heads in [50, 2000] {
+            let axes = Axes {
+                heads: (heads, heads),
+                seq_q: 1,
+                seq_kv: 5,
+                head_dim: 4,
+                head_dim_v: 4,
+                ..Axes::default()
+            };
+            let case = Axes { similarity, mask, ..axes }.build(i as u64);
+            let subjects: Vec<_> = Subject::gpus()
+                .into_iter()
+                .filter(|subject| {
+                    subject.compares(&case) && matches!(subject, Subject::Gpu { kind: Kind::Minimal, .. })
+                })
+                .collect();
+            cases.extend([(case.clone(), subjects.clone()), (case, subjects)]);
+        }
+    }
+    check_all("folded dispatches", &cases);
+}
+
 /// Rows of any length: a hundred thousand keys and a million.
 #[test]
 fn long_rows() {

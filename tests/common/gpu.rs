@@ -17,7 +17,7 @@ use super::pool::Pieces;
 pub enum Kind {
     /// With every feature and limit that the kernels can use.
     Full,
-    /// The same adapter with default limits and no optional feature: what the web's floor is.
+    /// The same adapter with default limits and no optional feature: what the web's floor is, but for [`MOST_GROUPS`].
     Minimal,
 }
 
@@ -45,6 +45,10 @@ pub struct Gpu {
 /// Elements of poison before and after every operand. A multiple of four: it must not change
 /// which kernels fit.
 const GUARD: usize = 64;
+
+/// Workgroups along a side of a dispatch of [`Kind::Minimal`]: so few that most dispatches are folded, and have surplus
+/// workgroups that are to store nothing. (The web's floor is 65535.)
+const MOST_GROUPS: u32 = 43;
 
 /// The device of a kind, with or without the shaders' run-time checks; `None` where there is no
 /// adapter and `WGPU_ATTENTION_ALLOW_NO_ADAPTER` is 1.
@@ -120,7 +124,10 @@ pub fn minimal_device(full: &Attention) -> Result<(wgpu::Device, wgpu::Queue), E
     let descriptor = wgpu::DeviceDescriptor {
         label: Some("minimal"),
         required_features: wgpu::Features::empty(),
-        required_limits: wgpu::Limits::default().or_worse_values_from(&adapter.limits()),
+        required_limits: wgpu::Limits {
+            max_compute_workgroups_per_dimension: MOST_GROUPS,
+            ..wgpu::Limits::default().or_worse_values_from(&adapter.limits())
+        },
         ..Default::default()
     };
     pollster::block_on(adapter.request_device(&descriptor))
