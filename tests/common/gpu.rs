@@ -46,8 +46,8 @@ pub struct Gpu {
 /// which kernels fit.
 const GUARD: usize = 64;
 
-/// Workgroups along a side of a dispatch of [`Kind::Minimal`]: so few that most dispatches are folded, and have surplus
-/// workgroups that are to store nothing. (The web's floor is 65535.)
+/// Workgroups along a side of a dispatch of [`Kind::Minimal`]: so few that those of fifty heads are folded, and have
+/// surplus workgroups, which are to store nothing. (The web's floor is 65535.)
 const MOST_GROUPS: u32 = 43;
 
 /// The device of a kind, with or without the shaders' run-time checks; `None` where there is no
